@@ -1,0 +1,74 @@
+"""The two forms of a micro-batch: rows as the data layer serves them, and rows as the model sees them.
+
+Shape letters: B rows of the micro-batch, L positions of a row, M predicted positions of the micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class BatchPosition:
+    """Where in the run a global batch lies: all that corruption may depend on besides the rows.
+
+    Attributes:
+        first_sample_index: `sample_index` of the global batch's first row.
+        global_batch_size: rows of the global batch, over all data-parallel ranks and micro-batches.
+        progress: tokens seen before this batch / tokens of the whole run, in [0, 1].
+    """
+
+    first_sample_index: int
+    global_batch_size: int
+    progress: float = 0.0
+
+
+@dataclass(frozen=True)
+class CleanBatch:
+    """Rows of one micro-batch before corruption, on the host.
+
+    Attributes:
+        tokens_BL: token ids.
+        is_maskable_BL: True where a token may be masked and scored; False on padding and quarantined tokens.
+        sample_index_B: global number g of each row, which alone (with the seed) decides its corruption.
+        position: the global batch that the rows belong to.
+    """
+
+    tokens_BL: Int64Array
+    is_maskable_BL: BoolArray
+    sample_index_B: Int64Array
+    position: BatchPosition
+
+
+@dataclass(frozen=True)
+class CorruptedBatch:
+    """What an objective hands to the model, on the host: inputs, and where to predict what at which weight.
+
+    The training loss is `sum_m weights_M[m] * nll_M[m] / sum of denominator over the global batch`.
+
+    Attributes:
+        tokens_BL: model input.
+        positions_M: flat positions `b * L + l` to predict at, ascending.
+        targets_M: the token to predict at each of them.
+        weights_M: weight of each one's cross-entropy; fp32.
+        denominator: this micro-batch's share of the global count that the loss is divided by; an integer.
+        mask_rate_B: the mask rate t drawn for each row (realised l/n for exact-count corruption).
+        maskable: number of maskable tokens.
+        extra: further host arrays that an objective's own `reduce` wants.
+    """
+
+    tokens_BL: Int64Array
+    positions_M: Int64Array
+    targets_M: Int64Array
+    weights_M: Float32Array
+    denominator: int
+    mask_rate_B: Float32Array
+    maskable: int
+    extra: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
