@@ -1,0 +1,178 @@
+"""Saves and loads the state of a run with megatron-core's distributed checkpoints.
+
+RUN/checkpoints/step_00000100/ is complete or absent: it is written under a temporary name and renamed.
+RUN/checkpoints/latest names the newest complete one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_md.train.progress import Progress
+
+FORMAT_VERSION = 1
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint at `step`."""
+    return f"step_{step:08d}"
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    pointer = run_dir / "checkpoints" / "latest"
+    if not pointer.is_file():
+        return None
+    path = pointer.parent / pointer.read_text().strip()
+    return path if (path / "progress.json").is_file() else None
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """The progress recorded in a checkpoint.
+
+    Raises:
+        ValueError: the directory is not a complete checkpoint of this format.
+    """
+    path = checkpoint / "progress.json"
+    try:
+        record = json.loads(path.read_text())
+        if record["format"] != FORMAT_VERSION:
+            raise ValueError(f"{path}: format {record['format']} is not {FORMAT_VERSION}")
+        return Progress(**record["progress"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{checkpoint}: not a complete checkpoint ({error})") from error
+
+
+def model_state(chunks: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Sharded state of the model chunks, under the names that megatron-core's optimizer expects."""
+    if len(chunks) == 1:
+        return {"model": chunks[0].sharded_state_dict(metadata=metadata)}
+    return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+
+
+def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
+    """Put a loaded `model_state` into the model chunks."""
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
+
+
+def load_model(chunks: list[Any], checkpoint: Path) -> None:
+    """Load weights only, for evaluation and generation on any layout.
+
+    Args:
+        chunks: model chunks without the data-parallel wrapper.
+        checkpoint: a complete checkpoint directory.
+    """
+    metadata = sharding_metadata(chunks, optimizer=None)
+    # Checkpoints hold fp32 weights of the wrapped model under the same names.
+    load_model_state(chunks, dist_checkpointing.load(model_state(chunks, metadata), str(checkpoint)))
+
+
+def sharding_metadata(chunks: list[Any], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    """megatron-core's metadata for `sharded_state_dict`: how the optimizer state is cut.
+
+    `fully_reshardable` moves between any layouts, but is wrong where a rank's gradients lie in several padded buckets
+    (overlapped communication, or tied embeddings over a pipeline). There the format is `dp_reshardable`, which can
+    change the data-parallel size only.
+    """
+    metadata: dict[str, Any] = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    if optimizer is None:
+        return metadata
+    core, ddp = chunks[0].config, chunks[0].ddp_config
+    module = chunks[0].module
+    tied = getattr(getattr(module, "module", module), "share_embeddings_and_output_weights", False)
+    several_buckets = ddp.overlap_grad_reduce or (tied and core.pipeline_model_parallel_size > 1)
+    kind = "dp_reshardable" if several_buckets else "fully_reshardable"
+    return {**metadata, "distrib_optim_sharding_type": kind, "chained_optim_avoid_prefix": True}
+
+
+class CheckpointManager:
+    """Writes, prunes and reads the checkpoints of one run."""
+
+    def __init__(self, run_dir: Path, *, keep_last: int, resolved_config: str) -> None:
+        self.directory = run_dir / "checkpoints"
+        self.run_dir = run_dir
+        self.keep_last = keep_last
+        self.resolved_config = resolved_config
+
+    def save(self, chunks: list[Any], optimizer: MegatronOptimizer, progress: Progress) -> Path:
+        """Write a checkpoint; every rank calls this.
+
+        Returns:
+            Its directory.
+        """
+        target = self.directory / checkpoint_name(progress.step)
+        partial = self.directory / f".writing_{target.name}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        metadata = sharding_metadata(chunks, optimizer)
+        state = model_state(chunks, metadata)
+        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
+        content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+        dist_checkpointing.save(state, str(partial), content_metadata=content)
+        if dist.get_rank() == 0:
+            record = {"format": FORMAT_VERSION, "progress": asdict(progress)}
+            _write_synced(partial / "config.yaml", self.resolved_config)
+            _write_synced(partial / "progress.json", json.dumps(record, indent=1))
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(partial, target)
+            _sync_directory(self.directory)
+            _replace_text(self.directory / "latest", target.name)
+            self._prune()
+        dist.barrier()
+        return target
+
+    def load(self, chunks: list[Any], optimizer: MegatronOptimizer, checkpoint: Path) -> Progress:
+        """Read a checkpoint into model and optimizer; every rank calls this.
+
+        Raises:
+            ValueError: it is incomplete, or holds optimizer state that this layout cannot take.
+        """
+        progress = read_progress(checkpoint)
+        saved = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
+        metadata = {**sharding_metadata(chunks, optimizer), **saved}
+        template = model_state(chunks, metadata)
+        template["optimizer"] = optimizer.sharded_state_dict(template, is_loading=True, metadata=metadata)
+        state = dist_checkpointing.load(template, str(checkpoint))
+        load_model_state(chunks, state)
+        optimizer.load_state_dict(state["optimizer"])
+        return progress
+
+    def _prune(self) -> None:
+        complete = sorted(self.directory.glob("step_*"))
+        for old in complete[: -self.keep_last]:
+            shutil.rmtree(old)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old or the new text, never a part."""
+    temporary = path.with_name(f".{path.name}.writing")
+    _write_synced(temporary, text)
+    os.replace(temporary, path)
+    _sync_directory(path.parent)

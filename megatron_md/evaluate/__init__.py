@@ -1,0 +1,1 @@
+"""Evaluation, generation and reports of a trained model."""

@@ -1,0 +1,1 @@
+"""The denoiser: megatron-core's transformer with a bidirectional layer spec and a head at predicted positions only."""

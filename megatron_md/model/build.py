@@ -1,0 +1,255 @@
+"""Builds the denoiser. The only file that names megatron-core's model class."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_md import cpu
+from megatron_md.config import Config
+from megatron_md.model.head import Prediction, PredictionLoss, masked_cross_entropy, select_hidden
+from megatron_md.model.initialize import initialize_weights
+from megatron_md.model.spec import block_spec, use_transformer_engine
+
+
+class Denoiser(GPTModel):
+    """megatron-core's transformer with the head and loss at predicted positions only.
+
+    `forward(tokens_BL, position_ids, None, labels=Prediction)` returns a `PredictionLoss` on the last pipeline stage;
+    with `labels=None` it returns logits fp32 [B, L, vocab], gathered over tensor-parallel ranks, with
+    -inf for tokens that can never be predicted. Other stages return hidden states.
+    """
+
+    def __init__(self, *args: Any, real_vocab: int, excluded_tokens: tuple[int, ...], head_chunk: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.real_vocab = real_vocab
+        self.head_chunk = head_chunk
+        tp = self.pg_collection.tp
+        rows = self.vocab_size // tp.size()
+        self.first_token = rows * tp.rank()
+        never = {*excluded_tokens, *range(real_vocab, self.vocab_size)}
+        self.excluded_rows = sorted(t - self.first_token for t in never if 0 <= t - self.first_token < rows)
+        self.excluded_tokens = excluded_tokens
+        self._excluded: torch.Tensor | None = None
+
+    def _excluded_on(self, device: torch.device) -> torch.Tensor:
+        if self._excluded is None or self._excluded.device != device:
+            self._excluded = torch.tensor(self.excluded_rows, dtype=torch.int64, device=device)
+        return self._excluded
+
+    def _postprocess(
+        self, *, hidden_states: torch.Tensor, labels: Prediction | None = None, **unused: Any
+    ) -> torch.Tensor | PredictionLoss:
+        if not self.post_process:
+            return hidden_states
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        if labels is None:
+            logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=True)
+            logits_BLV = logits.transpose(0, 1)[..., : self.real_vocab].float()
+            never = torch.tensor(self.excluded_tokens, dtype=torch.int64, device=logits.device)
+            return logits_BLV.index_fill(2, never, float("-inf"))
+        tp = self.pg_collection.tp
+        hidden_MH = select_hidden(
+            hidden_states, labels.positions_M, sequence_parallel=self.config.sequence_parallel, tp_group=tp
+        )
+        return masked_cross_entropy(
+            hidden_MH,
+            weight,
+            labels,
+            first_token=self.first_token,
+            excluded=self._excluded_on(hidden_MH.device),
+            chunk=self.head_chunk,
+            tp_group=tp,
+        )
+
+
+def apply_overrides(fields: dict[str, Any], overrides: dict[str, Any], target: type, section: str) -> dict[str, Any]:
+    """Merge a user's `megatron.*` keys into the fields of one of megatron-core's dataclasses.
+
+    Raises:
+        ValueError: a key is not a field of `target`.
+    """
+    known = {f.name for f in dataclasses.fields(target)}
+    for key in overrides:
+        if key not in known:
+            raise ValueError(f"megatron.{section}.{key}: megatron-core's {target.__name__} has no such field")
+    return {**fields, **overrides}
+
+
+def transformer_config(config: Config, device: torch.device, *, inference: bool = False) -> TransformerConfig:
+    """megatron-core's transformer configuration for a run.
+
+    Raises:
+        ValueError: an unknown field under `megatron.transformer`.
+    """
+    model, layout = config.model, config.parallel
+    bf16 = config.train.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    interleaved = layout.virtual_pipeline > 1
+    fields: dict[str, Any] = dict(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads or model.heads,
+        kv_channels=model.head_dim or model.hidden // model.heads,
+        ffn_hidden_size=model.ffn,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # initialize.py fills the weights; construction must still run for the attributes that it sets.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel and not inference,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=True,
+        bf16=bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        deterministic_mode=config.train.deterministic,
+    )
+    if config.train.recompute == "full":
+        fields |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif config.train.recompute == "selective":
+        fields |= dict(recompute_granularity="selective")
+    if device.type == "cpu":
+        fields |= cpu.CPU_TRANSFORMER_CONFIG
+    core = TransformerConfig(**apply_overrides(fields, config.megatron.transformer, TransformerConfig, "transformer"))
+    if device.type == "cpu":
+        cpu.assert_safe_transformer_config(core)
+    return core
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    """Initialisation that leaves a weight alone."""
+    return weight
+
+
+def padded_vocab(config: Config) -> int:
+    """Rows of the embedding: the vocabulary rounded up to `parallel.vocab_multiple * parallel.tensor`."""
+    assert config.model.vocab is not None, "model.vocab is resolved from the tokenizer before a model is built"
+    unit = config.parallel.vocab_multiple * config.parallel.tensor
+    return -(-config.model.vocab // unit) * unit
+
+
+def state_dict_metadata() -> dict[str, Any]:
+    """The metadata that megatron-core's `sharded_state_dict` methods take."""
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _build_chunk(
+    config: Config, core: TransformerConfig, device: torch.device, causal: bool, excluded: tuple[int, ...], stage: int
+) -> Denoiser:
+    vp_stage = stage if config.parallel.virtual_pipeline > 1 else None
+    assert config.model.vocab is not None
+    return Denoiser(
+        config=core,
+        transformer_layer_spec=block_spec(
+            core, causal=causal, transformer_engine=use_transformer_engine(device), vp_stage=vp_stage
+        ),
+        vocab_size=padded_vocab(config),
+        max_sequence_length=config.model.max_length or config.data.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=config.model.tied,
+        position_embedding_type="learned_absolute" if config.model.position == "learned" else "rope",
+        rotary_base=config.model.rope_theta,
+        vp_stage=vp_stage,
+        real_vocab=config.model.vocab,
+        excluded_tokens=excluded,
+        head_chunk=config.objective.head_chunk,
+    )
+
+
+def build_model(
+    config: Config, device: torch.device, *, causal: bool, mask_token_id: int | None, initialize: bool = True
+) -> list[torch.nn.Module]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), on `device`, initialised from the seed.
+
+    Args:
+        config: with `model.vocab` resolved.
+        device: where the parameters live ("meta" builds shapes only).
+        causal: causal attention for the autoregressive baseline.
+        mask_token_id: excluded from prediction under `objective.mask_logit: exclude`; None excludes nothing.
+        initialize: fill the weights; False where a checkpoint will.
+    """
+    core = transformer_config(config, device)
+    exclude = config.objective.mask_logit == "exclude" and mask_token_id is not None
+    excluded = (int(mask_token_id),) if exclude and mask_token_id is not None else ()
+    stages = range(config.parallel.virtual_pipeline)
+    chunks: list[torch.nn.Module] = [_build_chunk(config, core, device, causal, excluded, s).to(device) for s in stages]
+    if initialize:
+        depth = math.sqrt(2.0 * config.model.layers) if config.model.scaled_init else 1.0
+        initialize_weights(
+            chunks,
+            seed=config.seed,
+            std=config.model.init_std,
+            output_std=config.model.init_std / depth,
+            metadata=state_dict_metadata(),
+        )
+    if core.bf16:
+        chunks = [Float16Module(core, chunk) for chunk in chunks]
+    return chunks
+
+
+def wrap_data_parallel(chunks: list[torch.nn.Module], config: Config) -> list[torch.nn.Module]:
+    """Wrap model chunks in megatron-core's data-parallel module and tell the pipeline schedule about it."""
+    layout = config.parallel
+    fields: dict[str, Any] = dict(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        overlap_param_gather=layout.overlap_param_gather,
+        use_distributed_optimizer=layout.distributed_optimizer,
+        # The verdict on bad numbers falls between the gradient norm and the update, on all ranks at once.
+        check_for_nan_in_grad=False,
+    )
+    ddp = DistributedDataParallelConfig(
+        **apply_overrides(fields, config.megatron.ddp, DistributedDataParallelConfig, "ddp")
+    )
+    core = chunks[0].config
+    wrapped = [
+        DistributedDataParallel(core, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
+    ]
+    if layout.overlap_grad_reduce:
+        core.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+        if layout.pipeline > 1:
+            starts = [chunk.start_grad_sync for chunk in wrapped]
+            core.grad_sync_func = starts if len(wrapped) > 1 else starts[0]
+    if layout.overlap_param_gather and layout.pipeline > 1:
+        gathers = [partial(chunk.start_param_sync) for chunk in wrapped]
+        core.param_sync_func = gathers if len(wrapped) > 1 else gathers[0]
+    return wrapped
+
+
+def count_parameters(chunks: list[torch.nn.Module]) -> int:
+    """Number of parameters that these chunks hold on this rank."""
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())

@@ -1,0 +1,94 @@
+"""Initial weights as a pure function of (seed, global parameter name, element index).
+
+megatron-core draws each rank's shard from that rank's generator, so another tensor- or pipeline-parallel layout
+starts from another function. Here every shard is a slice of the same full tensor, whatever the layout, and whatever
+the vocabulary is padded to (padding only appends rows).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+_BLOCK = 1 << 20  # elements drawn at a time: keeps the float64 temporaries small
+
+
+def normal_rows(seed: int, name: str, first_row: int, rows: int, columns: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Rows of an unbounded table of standard normal numbers that belongs to (seed, name).
+
+    A row's numbers depend on its number and its length only: numpy's counter-based Philox generator starts at
+    the row's own counter, and two uniforms give two normals (Box and Muller 1958).
+
+    Returns:
+        float64 [rows, columns].
+    """
+    key = np.frombuffer(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], dtype=np.uint64)
+    padded = -(-columns // 4) * 4  # one counter value gives four 64-bit words
+    counter = np.array([first_row * (padded // 4), 0, 0, 0], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(rows * padded)
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    first, second = uniform.reshape(rows, padded // 2, 2).transpose(2, 0, 1)
+    radius = np.sqrt(-2.0 * np.log(first))
+    angle = 2.0 * math.pi * second
+    normal = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1)
+    return normal.reshape(rows, padded)[:, :columns]
+
+
+def _sharded_tensors(state_dict: Any) -> list[ShardedTensor]:
+    found: list[ShardedTensor] = []
+    for value in nested_values(state_dict):
+        if isinstance(value, ShardedTensorFactory):
+            found += _sharded_tensors({"built": value.build()})
+        elif isinstance(value, ShardedTensor):
+            found.append(value)
+    return found
+
+
+def _fill(shard: ShardedTensor, seed: int, std: float) -> None:
+    """Fill one shard's data, a [rows, columns] slice of a [.., rows, columns] tensor, in blocks of rows."""
+    axes = shard.prepend_axis_num
+    *leading, rows_total, columns_total = shard.global_shape
+    *leading_offset, row_offset, column_offset = shard.global_offset
+    assert len(leading) == axes, f"{shard.key}: weights to initialise are matrices"
+    # Rows of a stacked tensor are numbered layer by layer; a vocabulary's padding only appends rows.
+    layer = 0
+    for size, offset in zip(leading, leading_offset, strict=True):
+        layer = layer * size + offset
+    rows, columns = shard.data.shape
+    step = max(1, _BLOCK // columns_total)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        table = normal_rows(seed, shard.key, layer * rows_total + row_offset + start, count, columns_total)
+        values = table[:, column_offset : column_offset + columns] * std
+        shard.data[start : start + count].copy_(torch.from_numpy(values))
+
+
+@torch.no_grad()
+def initialize_weights(
+    chunks: Sequence[torch.nn.Module], *, seed: int, std: float, output_std: float, metadata: dict[str, Any]
+) -> None:
+    """Fill every matrix of the model with normal numbers, norms with 1 and biases with 0.
+
+    Args:
+        chunks: this rank's model chunks.
+        seed: of the run.
+        std: standard deviation of the weights.
+        output_std: of the projections that write into the residual stream (`linear_proj`, `linear_fc2`).
+        metadata: megatron-core's sharded-state-dict metadata.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        for shard in _sharded_tensors(chunk.sharded_state_dict(metadata=metadata)):
+            if shard.data is None or len(shard.data.shape) < 2:
+                continue
+            into_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            _fill(shard, seed, output_std if into_residual else std)

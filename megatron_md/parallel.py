@@ -1,0 +1,132 @@
+"""Process groups, device and seeds: the one place that starts and ends distributed work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_md.config import Config
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the job.
+
+    Attributes:
+        rank: global rank.
+        size: number of processes.
+        device: where this process computes.
+        data_rank: rank within the data-parallel group.
+        data_size: size of the data-parallel group.
+        is_last_stage: this process holds the end of the pipeline, where losses arise.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    data_rank: int
+    data_size: int
+    is_last_stage: bool
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and prints."""
+        return self.rank == 0
+
+
+def world_size_from_env() -> int:
+    """Number of processes that torchrun (or srun through MASTER_ADDR/WORLD_SIZE) has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def select_device(name: str) -> torch.device:
+    """Device for `train.device`: auto takes this process's CUDA device where there is one.
+
+    Raises:
+        ValueError: cuda is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device is cuda, but torch sees no CUDA device: use train.device=auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def initialize(config: Config) -> World:
+    """Start torch.distributed and megatron-core's process groups for `config.parallel`; set all seeds.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    device = select_device(config.train.device)
+    if device.type == "cpu":
+        from megatron_md import cpu
+
+        cpu.activate()
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    else:
+        torch.cuda.set_device(device)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True)
+    timeout = timedelta(seconds=config.parallel.timeout_seconds)
+    _init_process_group(device, timeout)
+
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    layout = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(config.seed)
+    # No layer draws random numbers (there is no dropout), so the tracker that needs no CUDA generator serves everywhere.
+    model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=True, force_reset_rng=True)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+    )
+
+
+def shutdown() -> None:
+    """End megatron-core's process groups and torch.distributed."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def session(config: Config) -> Iterator[World]:
+    """Distributed work from start to end; on an error the groups are left to die with the process.
+
+    A collective shutdown after one rank's exception would wait for peers that are still computing.
+    """
+    world = initialize(config)
+    yield world
+    shutdown()

@@ -1,0 +1,177 @@
+"""The join of the two wings: corrupted batches go into megatron-core's forward-backward schedule and its optimizer.
+
+Nothing else knows both the diffusion objective and megatron-core.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_md.batch import CleanBatch, CorruptedBatch
+from megatron_md.config import Config
+from megatron_md.diffusion.objective import Objective
+from megatron_md.model.head import Prediction, PredictionLoss
+from megatron_md.parallel import World
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did, the same on every rank.
+
+    Attributes:
+        loss: the training objective in nats per counted token.
+        grad_norm: global gradient norm before clipping.
+        skipped: the update was left out because loss or gradient norm is not finite.
+        metrics: the objective's own means (`masked_ce`, `mean_mask_rate`, ...).
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    metrics: dict[str, float]
+
+
+def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Stepper:
+    """Runs global batches through the model: `train` updates the weights, `negative_log_likelihoods` only looks."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        chunks: list[Any],
+        optimizer: MegatronOptimizer | None,
+        objective: Objective,
+    ) -> None:
+        self.chunks = chunks
+        self.optimizer = optimizer
+        self.objective = objective
+        self.world = world
+        self.clip_grad = config.optimizer.clip_grad
+        self.micro_batch_size = config.train.micro_batch_size
+        self._schedule = get_forward_backward_func()
+        core = chunks[0].config
+        core.finalize_model_grads_func = finalize_model_grads
+        if optimizer is not None:
+            core.grad_scale_func = optimizer.scale_loss
+
+    def corrupt(self, batches: Sequence[CleanBatch]) -> list[CorruptedBatch]:
+        """Corrupt this rank's micro-batches of one global batch (host work, safe in a background thread)."""
+        return [self.objective.corrupt(batch) for batch in batches]
+
+    def train(self, batches: Sequence[CorruptedBatch]) -> StepReport:
+        """One optimizer step on this rank's micro-batches of a global batch."""
+        assert self.optimizer is not None
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(batches, forward_only=False)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        loss, metrics = self._reduce(batches, outputs)
+        # Both numbers are equal on all ranks, so all of them skip or none does.
+        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if not skipped:
+            self._update(grad_norm)
+        return StepReport(loss, grad_norm, skipped, metrics)
+
+    def _update(self, grad_norm: float) -> None:
+        assert self.optimizer is not None
+        if self.clip_grad > 0.0:
+            for part in self.optimizer.chained_optimizers:
+                parameters = part.get_parameters()
+                if parameters:
+                    clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+
+    @torch.no_grad()
+    def negative_log_likelihoods(self, batches: Sequence[CorruptedBatch]) -> list[np.ndarray[Any, Any]] | None:
+        """Each batch's nll_M in nats, without gradients; None on ranks that do not hold the last pipeline stage."""
+        for chunk in self.chunks:
+            chunk.eval()
+        outputs = self._run(batches, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        if not self.world.is_last_stage:
+            return None
+        return [output.nll_M.cpu().numpy() for output in outputs]
+
+    def _run(self, batches: Sequence[CorruptedBatch], *, forward_only: bool) -> list[PredictionLoss]:
+        """Forward (and backward) over all micro-batches; the last pipeline stage gets their outputs."""
+        rows, length = batches[0].tokens_BL.shape
+        iterators = [iter(batches) for _ in self.chunks]
+        outputs: list[PredictionLoss] = self._schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
+        return outputs
+
+    def _forward_step(self, iterator: Iterator[CorruptedBatch], model: Any) -> tuple[Any, Any]:
+        batch, device = next(iterator), self.world.device
+        prediction = Prediction(
+            _to_device(batch.positions_M, device),
+            _to_device(batch.targets_M, device),
+            _to_device(batch.weights_M, device),
+        )
+        tokens_BL = _to_device(batch.tokens_BL, device)
+        positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
+        output = model(tokens_BL, positions_BL, None, labels=prediction)
+        return output, partial(self._loss, batch.denominator)
+
+    def _loss(self, denominator: int, output: PredictionLoss) -> tuple[torch.Tensor, torch.Tensor, PredictionLoss]:
+        """(loss sum, its share of the global count, report): megatron-core divides gradients by the global count."""
+        count = torch.tensor(denominator, dtype=torch.int, device=output.loss.device)
+        # The report must not keep the graph, nor be the tensor that the schedule goes on to change.
+        return output.loss, count, PredictionLoss(output.loss.detach().clone(), output.nll_M)
+
+    def _reduce(
+        self, batches: Sequence[CorruptedBatch], outputs: list[PredictionLoss]
+    ) -> tuple[float, dict[str, float]]:
+        """Loss and metrics of the global batch: sums over micro-batches and ranks, divided by global counts."""
+        device = self.world.device
+        # Every stage knows the names; only the last one has the values.
+        names = sorted(self.objective.reduce(torch.zeros(len(batches[0].targets_M), device=device), batches[0]))
+        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
+        if self.world.is_last_stage:
+            for batch, output in zip(batches, outputs, strict=True):
+                pairs = self.objective.reduce(output.nll_M, batch)
+                sums[0] += output.loss
+                sums[1] += batch.denominator
+                for number, name in enumerate(names):
+                    sums[2 + 2 * number] += pairs[name][0]
+                    sums[3 + 2 * number] += pairs[name][1]
+            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            dist.broadcast(
+                sums,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        loss_sum, count, *pairs_flat = sums.tolist()
+        metrics = {
+            name: pairs_flat[2 * i] / pairs_flat[2 * i + 1] if pairs_flat[2 * i + 1] else math.nan
+            for i, name in enumerate(names)
+        }
+        return loss_sum / max(count, 1.0), metrics
