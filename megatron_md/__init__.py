@@ -4,5 +4,8 @@ import warnings
 
 __version__ = "0.1.0"
 
-# megatron-core warns on import about every optional package that is absent; a run's output is ours.
+# What megatron-core warns about on import (absent optional packages) and what torch warns about in megatron-core's
+# calls (older names of collectives, `.grad` of its flat shards): none of it is the user's to mend.
 warnings.filterwarnings("ignore", module=r"megatron\.core\b")
+warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed")
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch.optim.adamw import adamw
 
 from megatron_md.config import Config
 from megatron_md.config import OptimizerConfig as OptimizerKeys
@@ -26,6 +27,16 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._allocate()
         self.register_load_state_dict_post_hook(AdamW._share_step)
+
+    @classmethod
+    def in_place_of(cls, other: torch.optim.AdamW) -> AdamW:
+        """An optimizer that takes over the parameter groups (the very dicts) of another one that has not stepped."""
+        settings = {key: other.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        # The shards of megatron-core's distributed optimizer are views, which torch's constructor would refuse.
+        optimizer = cls([{"params": []}], **settings)
+        optimizer.param_groups = other.param_groups
+        optimizer._allocate()
+        return optimizer
 
     def _allocate(self) -> None:
         step = torch.zeros((), dtype=torch.float32)
@@ -63,7 +74,7 @@ class AdamW(torch.optim.Optimizer):
                 continue
             # The kernel counts each entry up by one itself, so it gets its own copy of the common counter.
             steps = torch.full((len(params),), float(counter), device=params[0].device).unbind()
-            torch.optim.adamw.adamw(
+            adamw(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
@@ -143,9 +154,7 @@ def build_optimizer(config: Config, chunks: list[Any]) -> MegatronOptimizer:
     optimizer = get_megatron_optimizer(core, chunks, use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         if type(part.optimizer) is torch.optim.AdamW:
-            part.optimizer = AdamW(
-                part.optimizer.param_groups, keys.lr, (keys.beta1, keys.beta2), keys.eps, keys.weight_decay
-            )
+            part.optimizer = AdamW.in_place_of(part.optimizer)
     return optimizer
 
 

@@ -1,0 +1,216 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, Weights & Biases, the terminal, summary.json, events."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_md.config import Config
+from megatron_md.train.callback import Callback, Record
+from megatron_md.train.trainer import Trainer
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that readers see the old or the new file, never a part."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n")
+    os.replace(temporary, path)
+
+
+def append_event(run_dir: Path, name: str, **details: Any) -> None:
+    """Append a line to RUN/events.jsonl: starts, saves, signals, skips."""
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.time(), "event": name, **details}) + "\n")
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Versions and hardware, for RUN/env.json."""
+    versions = {}
+    for package in ("torch", "megatron-core", "numpy", "sentencepiece", "transformer-engine", "apex"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "world_size": world_size,
+        "cpu_count": os.cpu_count(),
+        "threads_per_rank": torch.get_num_threads(),
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Cut metrics.jsonl back to `step`, where a resumed run goes on; a torn last line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            break
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+class MetricsWriter(Callback):
+    """Averages speed since the last line and writes one record per `log.every_steps` steps, on the main rank."""
+
+    def __init__(self, config: Config, run_dir: Path, *, flops_per_token: float, peak_flops: float | None) -> None:
+        self.every = config.log.every_steps
+        self.config = config
+        self.run_dir = run_dir
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.seconds = self.data_seconds = self.save_seconds = 0.0
+        self.skipped = 0
+        self.last_tokens = 0
+        self.total_seconds = 0.0
+        self.first_tokens = 0
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._console: Console | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean training speed of this process's whole run, in tokens of the global batch."""
+        return (self.last_tokens - self.first_tokens) / self.total_seconds if self.total_seconds else 0.0
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Cut the files back to where the run stands and open them."""
+        self.last_tokens = self.first_tokens = trainer.progress.tokens
+        if not trainer.world.is_main:
+            return
+        truncate_metrics(self.run_dir / "metrics.jsonl", trainer.progress.step)
+        self._console = Console(self.config.train.steps, trainer.progress.step)
+        if self.config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(self.run_dir / "tensorboard", purge_step=trainer.progress.step + 1)
+        if self.config.log.wandb_project:
+            self._wandb = _start_wandb(self.config.log.wandb_project, self.run_dir)
+
+    def after_step(self, trainer: Trainer, record: Record) -> None:
+        """Add this step to the running figures and, when a line is due, write it."""
+        self.seconds += record["step_seconds"]
+        self.total_seconds += record["step_seconds"]
+        self.data_seconds += record["data_seconds"]
+        self.skipped += record["skipped"]
+        record["save_seconds"] = self.save_seconds
+        step = trainer.progress.step
+        due = step % self.every == 0 or step == self.config.train.steps or "val_nelbo" in record
+        if record["skipped"] and trainer.world.is_main:
+            append_event(self.run_dir, "skipped", step=step, loss=record["loss"], grad_norm=record["grad_norm"])
+        if due:
+            record["tokens_per_second"] = (trainer.progress.tokens - self.last_tokens) / max(self.seconds, 1e-9)
+            record["data_seconds"] = self.data_seconds
+            record["memory_gib"] = _peak_memory_gib(trainer.world.device)
+            record["skipped"] = self.skipped
+            record["time"] = time.time()
+            if self.peak_flops:
+                per_device = record["tokens_per_second"] * self.flops_per_token / trainer.world.size
+                record["mfu"] = per_device / self.peak_flops
+            self._reset(trainer.progress.tokens)
+            if trainer.world.is_main:
+                self._write(record)
+        elif self._console is not None:
+            self._console.advance(step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the files."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._console is not None:
+            self._console.close()
+
+    def _reset(self, tokens: int) -> None:
+        self.seconds = self.data_seconds = self.save_seconds = 0.0
+        self.skipped = 0
+        self.last_tokens = tokens
+
+    def _write(self, record: Record) -> None:
+        with (self.run_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=record["step"])
+        if self._console is not None:
+            self._console.line(record)
+
+
+class Console:
+    """A progress bar with lines above it on a terminal; plain lines elsewhere."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), console=RichConsole(stderr=True)
+            )
+            self.task = self.bar.add_task("train", total=total, completed=done)
+            self.bar.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
+    def line(self, record: Record) -> None:
+        """Print the record's main figures."""
+        text = (
+            f"step {record['step']:>6}  loss {record['loss']:.4f}  masked_ce {record.get('masked_ce', float('nan')):.4f}"
+            f"  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
+        )
+        if "mfu" in record:
+            text += f"  mfu {record['mfu']:.1%}"
+        if record["skipped"]:
+            text += f"  SKIPPED {record['skipped']}"
+        if "val_nelbo" in record:
+            text += f"  | val_nelbo {record['val_nelbo']:.4f} ± {record['val_nelbo_stderr']:.4f}"
+        if self.bar is not None:
+            self.bar.console.print(text, highlight=False)
+            self.advance(record["step"])
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _start_wandb(project: str, run_dir: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("log.wandb_project is set, but wandb is not installed: pip install wandb") from error
+    return wandb.init(project=project, dir=str(run_dir), name=run_dir.name, resume="allow")
