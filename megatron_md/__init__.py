@@ -9,3 +9,4 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", module=r"megatron\.core\b")
 warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed")
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_md.train.progress import Progress
@@ -52,17 +53,23 @@ def read_progress(checkpoint: Path) -> Progress:
         raise ValueError(f"{checkpoint}: not a complete checkpoint ({error})") from error
 
 
+def _unwrapped(chunk: Any) -> Any:
+    """The chunk without megatron-core's data-parallel wrapper, under whose names checkpoints are kept."""
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+
+
 def model_state(chunks: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """Sharded state of the model chunks, under the names that megatron-core's optimizer expects."""
-    if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict(metadata=metadata)}
-    return {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+    return {
+        name: _unwrapped(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
+    }
 
 
 def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
     """Put a loaded `model_state` into the model chunks."""
     for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
+        _unwrapped(chunk).load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
 
 
 def load_model(chunks: list[Any], checkpoint: Path) -> None:
@@ -80,19 +87,47 @@ def load_model(chunks: list[Any], checkpoint: Path) -> None:
 def sharding_metadata(chunks: list[Any], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
     """megatron-core's metadata for `sharded_state_dict`: how the optimizer state is cut.
 
-    `fully_reshardable` moves between any layouts, but is wrong where a rank's gradients lie in several padded buckets
-    (overlapped communication, or tied embeddings over a pipeline). There the format is `dp_reshardable`, which can
-    change the data-parallel size only.
+    `fully_reshardable` moves between any layouts, but megatron-core gets it wrong where a rank's gradients lie in
+    several buckets. There the format is `dp_reshardable`, which can change the data-parallel size only.
     """
     metadata: dict[str, Any] = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     if optimizer is None:
         return metadata
-    core, ddp = chunks[0].config, chunks[0].ddp_config
-    module = chunks[0].module
-    tied = getattr(getattr(module, "module", module), "share_embeddings_and_output_weights", False)
-    several_buckets = ddp.overlap_grad_reduce or (tied and core.pipeline_model_parallel_size > 1)
-    kind = "dp_reshardable" if several_buckets else "fully_reshardable"
+    kind = "dp_reshardable" if _several_buckets(chunks) else "fully_reshardable"
     return {**metadata, "distrib_optim_sharding_type": kind, "chained_optim_avoid_prefix": True}
+
+
+def _several_buckets(chunks: list[Any]) -> bool:
+    """True on all ranks or none: overlapped communication, or tied embeddings over a pipeline."""
+    denoiser = chunks[0].module
+    while hasattr(denoiser, "module"):
+        denoiser = denoiser.module
+    tied_over_pipeline = denoiser.share_embeddings_and_output_weights and denoiser.config.pipeline_model_parallel_size > 1
+    return bool(chunks[0].ddp_config.overlap_grad_reduce or tied_over_pipeline)
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+    }
+
+
+def _check_loadable(checkpoint: Path, chunks: list[Any], saved_kind: str | None) -> None:
+    """Refuse by name what megatron-core would load wrongly or not at all.
+
+    Raises:
+        ValueError: the checkpoint's optimizer state cannot move to this layout.
+    """
+    saved = json.loads((checkpoint / "progress.json").read_text())["layout"]
+    if saved == _layout():
+        return
+    if saved_kind == "dp_reshardable" or _several_buckets(chunks):
+        raise ValueError(
+            f"{checkpoint}: its optimizer state was saved at {saved} and cannot move to {_layout()}: resume with the "
+            "layout that wrote it (overlapped communication or tied embeddings over a pipeline keep it tied to that)"
+        )
 
 
 class CheckpointManager:
@@ -122,7 +157,7 @@ class CheckpointManager:
         content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
         dist_checkpointing.save(state, str(partial), content_metadata=content)
         if dist.get_rank() == 0:
-            record = {"format": FORMAT_VERSION, "progress": asdict(progress)}
+            record = {"format": FORMAT_VERSION, "progress": asdict(progress), "layout": _layout()}
             _write_synced(partial / "config.yaml", self.resolved_config)
             _write_synced(partial / "progress.json", json.dumps(record, indent=1))
             shutil.rmtree(target, ignore_errors=True)
@@ -141,6 +176,7 @@ class CheckpointManager:
         """
         progress = read_progress(checkpoint)
         saved = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
+        _check_loadable(checkpoint, chunks, saved.get("distrib_optim_sharding_type"))
         metadata = {**sharding_metadata(chunks, optimizer), **saved}
         template = model_state(chunks, metadata)
         template["optimizer"] = optimizer.sharded_state_dict(template, is_loading=True, metadata=metadata)

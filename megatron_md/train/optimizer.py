@@ -16,17 +16,19 @@ from megatron_md.model.build import apply_overrides
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch's fused AdamW with one step counter for all parameters.
+    """torch's fused AdamW with one step counter per parameter group.
 
-    torch.optim.AdamW keeps one counter per parameter. megatron-core restores them as one shared tensor, which is then
-    counted up once per parameter: the first resumed loss is right, the rest drift. One counter cannot come apart.
+    torch.optim.AdamW keeps one counter per parameter. megatron-core restores those as one shared tensor, which is then
+    counted up once per parameter (the first resumed loss is right, the rest drift), and fails to restore them at all
+    in its fully reshardable format. Here the counter is `group["step"]`, as in the fused optimizers of apex and
+    Transformer Engine; exported state dictionaries carry it per parameter as well, where megatron-core looks for it.
     State is allocated at once, so that a checkpoint can be read into it before the first step.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._allocate()
-        self.register_load_state_dict_post_hook(AdamW._share_step)
+        self.register_load_state_dict_post_hook(AdamW._drop_parameter_steps)
 
     @classmethod
     def in_place_of(cls, other: torch.optim.AdamW) -> AdamW:
@@ -39,58 +41,58 @@ class AdamW(torch.optim.Optimizer):
         return optimizer
 
     def _allocate(self) -> None:
-        step = torch.zeros((), dtype=torch.float32)
         for group in self.param_groups:
+            group["step"] = 0
             for parameter in group["params"]:
                 self.state[parameter] = {
-                    "step": step,
                     "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                     "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 }
 
-    def _share_step(self) -> None:
-        """Make the counters one tensor again after something else has written them."""
-        states = list(self.state.values())
-        counters = {float(state["step"]) for state in states if "step" in state}
-        if len(counters) > 1:
-            raise RuntimeError(f"optimizer state holds different step counts {sorted(counters)}: it is damaged")
-        step = torch.tensor(counters.pop() if counters else 0.0, dtype=torch.float32)
-        for state in states:
-            state["step"] = step
+    def state_dict(self) -> dict[str, Any]:
+        """State as torch's own AdamW exports it, a `step` tensor per parameter included."""
+        exported = super().state_dict()
+        for group in exported["param_groups"]:
+            step = torch.tensor(float(group["step"]))
+            for index in group["params"]:
+                exported["state"][index] = {**exported["state"][index], "step": step}
+        return exported
+
+    def _drop_parameter_steps(self) -> None:
+        """After a load: the count goes into the groups and nowhere else."""
+        for group in self.param_groups:
+            counts = {int(self.state[p].pop("step")) for p in group["params"] if "step" in self.state[p]}
+            counts.add(int(group["step"]))
+            if len(counts) > 1:
+                raise RuntimeError(f"optimizer state holds different step counts {sorted(counts)}: it is damaged")
+            group["step"] = counts.pop()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         assert closure is None, "closures are not supported"
-        states = list(self.state.values())
-        if not states:
-            return
-        if any(state["step"] is not states[0]["step"] for state in states):
-            self._share_step()
-        counter = states[0]["step"]
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            # The kernel counts each entry up by one itself, so it gets its own copy of the common counter.
-            steps = torch.full((len(params),), float(counter), device=params[0].device).unbind()
-            adamw(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                list(steps),
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-        counter += 1
+            if params:
+                # The kernel counts each entry up by one itself.
+                steps = torch.full((len(params),), float(group["step"]), device=params[0].device).unbind()
+                adamw(
+                    params,
+                    [p.grad for p in params],
+                    [self.state[p]["exp_avg"] for p in params],
+                    [self.state[p]["exp_avg_sq"] for p in params],
+                    [],
+                    list(steps),
+                    fused=True,
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+            group["step"] += 1
 
 
 def learning_rate(keys: OptimizerKeys, step: int, total_steps: int) -> float:
