@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable
@@ -23,9 +24,10 @@ class RankError(AssertionError):
 def _worker(fn: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str], result: Connection) -> None:
     os.environ.update(env)
     try:
-        result.send((True, fn(*args)))
+        # Plain pickle: multiprocessing's own would pass tensors through shared memory that dies with this process.
+        result.send_bytes(pickle.dumps((True, fn(*args))))
     except BaseException:
-        result.send((False, traceback.format_exc()))
+        result.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         result.close()
 
@@ -85,7 +87,7 @@ def _collect(pipes: dict[Connection, int], world_size: int, deadline: float) -> 
             assert isinstance(pipe, Connection)
             rank = pipes.pop(pipe)
             try:
-                ok, value = pipe.recv()
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise RankError(f"rank {rank} died without a word") from None
             if not ok:
