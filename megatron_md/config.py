@@ -6,12 +6,20 @@ This module imports neither torch nor Megatron, so that a bad config is refused 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-STRICT = ConfigDict(extra="forbid")
+from megatron_md import config_loader
+from megatron_md.config_loader import ConfigError
+
+__all__ = ["Config", "ConfigError", "as_dict", "explain", "load_config", "preset_names", "to_yaml"]
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def Doc(text: str) -> Any:
@@ -19,6 +27,7 @@ def Doc(text: str) -> Any:
     return Field(description=text)
 
 
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -54,11 +63,17 @@ class ParallelConfig:
     __pydantic_config__ = STRICT
 
     tensor: Annotated[PositiveInt, Doc("tensor-parallel size")] = 1
-    sequence_parallel: Annotated[bool, Doc("split activations along the sequence between tensor-parallel ranks")] = False
+    sequence_parallel: Annotated[bool, Doc("split activations along the sequence between tensor-parallel ranks")] = (
+        False
+    )
     pipeline: Annotated[PositiveInt, Doc("pipeline-parallel size")] = 1
     virtual_pipeline: Annotated[PositiveInt, Doc("model chunks per pipeline rank (interleaved schedule)")] = 1
-    first_stage_layers: Annotated[PositiveInt | None, Doc("layers of the first pipeline stage; even split if null")] = None
-    last_stage_layers: Annotated[PositiveInt | None, Doc("layers of the last pipeline stage; even split if null")] = None
+    first_stage_layers: Annotated[PositiveInt | None, Doc("layers of the first pipeline stage; even split if null")] = (
+        None
+    )
+    last_stage_layers: Annotated[PositiveInt | None, Doc("layers of the last pipeline stage; even split if null")] = (
+        None
+    )
     context: Annotated[PositiveInt, Doc("context-parallel size")] = 1
     distributed_optimizer: Annotated[bool, Doc("shard optimizer state over data-parallel ranks")] = True
     overlap_grad_reduce: Annotated[bool, Doc("overlap the gradient reduction with the backward pass")] = False
@@ -87,20 +102,28 @@ class ObjectiveConfig:
 
     __pydantic_config__ = STRICT
 
-    name: Annotated[str, Doc("masked_diffusion, masked_diffusion_sft, autoregressive, or one from imports")] = "masked_diffusion"
+    name: Annotated[str, Doc("masked_diffusion, masked_diffusion_sft, autoregressive, or one from imports")] = (
+        "masked_diffusion"
+    )
     mask_schedule: Annotated[
         str | dict[str, Any],
         Doc("law of the mask rate t: uniform:lo,hi | beta:a,b | point:t | a mapping for mixture, knots, curriculum"),
     ] = "uniform:0,1"
-    weight: Annotated[Literal["elbo", "none", "realised"], Doc("weight of a row: 1/t, constant, or maskable/masked")] = "elbo"
+    weight: Annotated[
+        Literal["elbo", "none", "realised"], Doc("weight of a row: 1/t, constant, or maskable/masked")
+    ] = "elbo"
     importance: Annotated[bool, Doc("also divide by the schedule's density: unbiased full-range NELBO")] = False
     normalise: Annotated[
         Literal["maskable", "masked", "sequences"], Doc("global count that the loss sum is divided by")
     ] = "maskable"
-    mask_logit: Annotated[Literal["exclude", "keep"], Doc("may the mask token itself be predicted (LLaDA: keep)")] = "exclude"
+    mask_logit: Annotated[Literal["exclude", "keep"], Doc("may the mask token itself be predicted (LLaDA: keep)")] = (
+        "exclude"
+    )
     min_mask_rate: Annotated[float, Field(gt=0.0, lt=1.0, description="floor of t in training")] = 1e-3
     head_chunk: Annotated[PositiveInt, Doc("masked positions per chunk of the LM head and cross-entropy")] = 1024
-    options: Annotated[dict[str, Any], Doc("keyword arguments of a third-party objective")] = field(default_factory=dict)
+    options: Annotated[dict[str, Any], Doc("keyword arguments of a third-party objective")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +135,9 @@ class LRScheduleConfig:
     name: Annotated[Literal["constant", "cosine", "wsd", "piecewise"], Doc("shape after the warm-up")] = "cosine"
     warmup_steps: Annotated[NonNegativeInt, Doc("steps of linear warm-up from 0")] = 0
     min_lr: Annotated[NonNegativeFloat, Doc("learning rate at the end (cosine, wsd)")] = 0.0
-    decay_steps: Annotated[NonNegativeInt | None, Doc("wsd: steps of the final decay; cosine: length, train.steps if null")] = None
+    decay_steps: Annotated[
+        NonNegativeInt | None, Doc("wsd: steps of the final decay; cosine: length, train.steps if null")
+    ] = None
     points: Annotated[
         list[tuple[Fraction, NonNegativeFloat]],
         Doc("piecewise: [fraction of train.steps, learning rate], linear in between (LLaDA's shape)"),
@@ -127,8 +152,8 @@ class OptimizerConfig:
 
     lr: Annotated[PositiveFloat, Doc("peak learning rate")] = 3e-4
     lr_schedule: Annotated[LRScheduleConfig, Doc("learning-rate schedule")] = field(default_factory=LRScheduleConfig)
-    beta1: Annotated[Fraction, Doc("Adam beta1")] = 0.9
-    beta2: Annotated[Fraction, Doc("Adam beta2")] = 0.95
+    beta1: Annotated[Momentum, Doc("Adam beta1")] = 0.9
+    beta2: Annotated[Momentum, Doc("Adam beta2")] = 0.95
     eps: Annotated[PositiveFloat, Doc("Adam epsilon")] = 1e-8
     weight_decay: Annotated[NonNegativeFloat, Doc("decoupled weight decay; never on norms and biases")] = 0.1
     clip_grad: Annotated[NonNegativeFloat, Doc("largest global gradient norm; 0 turns clipping off")] = 1.0
@@ -236,4 +261,72 @@ class Config:
     validation: Annotated[ValidationConfig, Doc("validation during training")] = field(default_factory=ValidationConfig)
     log: Annotated[LogConfig, Doc("logging")] = field(default_factory=LogConfig)
     megatron: Annotated[MegatronConfig, Doc("pass-through to megatron-core")] = field(default_factory=MegatronConfig)
-    imports: Annotated[list[str], Doc("modules that register third-party schedules and objectives")] = field(default_factory=list)
+    imports: Annotated[list[str], Doc("modules that register third-party schedules and objectives")] = field(
+        default_factory=list
+    )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The run that a YAML file describes.
+
+    A key is taken from the overrides, else from the file, else (under `model`) from the preset, else it is the default.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value`, values in YAML, the last one wins.
+
+    Raises:
+        ConfigError: one line for every unknown key, wrong type or value out of bounds, each with its full name.
+    """
+    return config_from_mapping(config_loader.read_yaml(path), overrides, source=str(path))
+
+
+def config_from_mapping(mapping: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "config") -> Config:
+    """The run that nested keys describe; like `load_config` without a file.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    mapping = {**mapping}
+    overridden = config_loader.apply_overrides(mapping, overrides)
+    model = mapping.get("model")
+    if isinstance(model, dict) and isinstance(model.get("preset"), str):
+        mapping["model"] = {**_preset(model["preset"], source), **model}
+    return config_loader.validate(Config, mapping, source, overridden)
+
+
+def preset_names() -> list[str]:
+    """Names of the model shapes that come with the package, smallest first."""
+    folder = resources.files("megatron_md") / "presets"
+    sizes = {entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+
+    def width(name: str) -> tuple[int, str]:
+        shape = config_loader.parse_yaml(sizes[name].read_text(encoding="utf-8"), name)
+        return shape["hidden"], name
+
+    return sorted(sizes, key=width)
+
+
+def _preset(name: str, source: str) -> dict[str, Any]:
+    file = resources.files("megatron_md") / "presets" / f"{name}.yaml"
+    if name not in preset_names():
+        close = config_loader.nearest(name, preset_names())
+        raise ConfigError([f"{source}: model.preset {name!r} is unknown{close} (known: {', '.join(preset_names())})"])
+    shape = config_loader.parse_yaml(file.read_text(encoding="utf-8"), f"preset {name}")
+    assert isinstance(shape, dict)
+    return shape
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as nested dictionaries."""
+    return asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML, which `load_config` reads back to an equal one."""
+    return config_loader.to_yaml(config)
+
+
+def explain() -> str:
+    """Every key with its type, default and meaning, for `megatron-md train --help`."""
+    return config_loader.explain(Config)

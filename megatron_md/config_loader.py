@@ -1,0 +1,331 @@
+"""One YAML file and dotted overrides become frozen dataclasses, strictly; and back to YAML.
+
+Nothing here knows the keys of a run: `megatron_md.config` does. Imports neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
+Path_ = tuple[str, ...]
+
+
+class ConfigError(ValueError):
+    """A bad config.
+
+    Attributes:
+        lines: one clear line for each thing that is wrong.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = list(lines)
+        super().__init__("\n".join(self.lines))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of its core schema (`3e-3` is a number, `1:30` and `no` are text) and no duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own attribute)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML's, but a key that appears twice is an error."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key_node.value!r} appears twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+for _tag, _pattern, _first in (
+    ("bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    ("null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), "-+0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
+    ("merge", re.compile(r"^<<$"), "<"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or the loader above would take for something else."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text.
+
+    Args:
+        text: YAML.
+        source: what error messages call it.
+
+    Raises:
+        ConfigError: it is no YAML, or a key appears twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError([f"{source}{where}: {problem}"]) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, no YAML, or something else than a mapping with textual keys.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file"]) from None
+    except IsADirectoryError:
+        raise ConfigError([f"{path}: is a directory; give the YAML file itself"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
+    value = parse_yaml(text, str(path))
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError([f"{path}: must hold a mapping of keys, not {_describe(value)}"])
+    return value
+
+
+def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> set[Path_]:
+    """Set `section.key=value` overrides, in order, in a nested mapping.
+
+    Returns:
+        The paths of the keys that were set.
+
+    Raises:
+        ConfigError: an override without `=` or key, with a value that is no YAML, or below a key that is no section.
+    """
+    changed: set[Path_] = set()
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        keys = tuple(name.strip().split("."))
+        if not equals or not all(keys):
+            raise ConfigError([f"override {override!r}: must look like section.key=value"])
+        section = mapping
+        for depth, key in enumerate(keys[:-1]):
+            below = section.get(key)
+            if below is None:
+                below = section[key] = {}
+            if not isinstance(below, dict):
+                raise ConfigError([f"override {override!r}: {'.'.join(keys[: depth + 1])} is no section"])
+            section = below
+        section[keys[-1]] = parse_yaml(text, f"override {override!r}")
+        changed.add(keys)
+    return changed
+
+
+def validate(schema: type[T], mapping: Mapping[str, Any], source: str, overridden: set[Path_] | None = None) -> T:
+    """Build a tree of dataclasses from a nested mapping.
+
+    Types are strict (a text never becomes a number), whole numbers serve as floats, an empty section is all defaults.
+
+    Args:
+        schema: the root dataclass.
+        mapping: nested keys and values, as from YAML.
+        source: file name for messages.
+        overridden: paths that came from the command line instead.
+
+    Raises:
+        ConfigError: every unknown key (with the nearest known one), wrong type or value out of bounds, one line each.
+    """
+    content = _without_empty_sections(schema, mapping)
+    try:
+        text = json.dumps(content)
+    except TypeError as error:
+        raise ConfigError([f"{source}: {error}"]) from None
+    try:
+        # Strictness as in JSON: dataclasses come from mappings, floats also from whole numbers, nothing else converts.
+        return TypeAdapter(schema).validate_json(text, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=True)
+    lines: dict[Path_, str] = {}
+    known = dict(keys_of(schema))
+    for item in found:
+        path = _known_part(tuple(str(part) for part in item["loc"]), known, str(item["type"]))
+        origin = "command line" if _is_overridden(path, overridden or set()) else source
+        lines.setdefault(path, f"{origin}: {_explain_error(path, item, known)}")
+    raise ConfigError(list(lines.values()))
+
+
+def keys_of(schema: Any, prefix: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    """(path, type) of every key of a tree of dataclasses, sections included, in order of declaration."""
+    for name, hint in get_type_hints(schema, include_extras=True).items():
+        if name == "__pydantic_config__":
+            continue
+        yield (*prefix, name), hint
+        section = section_of(hint)
+        if section is not None:
+            yield from keys_of(section, (*prefix, name))
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass that a key holds (or may hold), if any."""
+    if get_origin(hint) is Annotated:
+        return section_of(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return next((found for found in map(section_of, get_args(hint)) if found), None)
+    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def to_yaml(config: Any) -> str:
+    """A dataclass as YAML that loads to the same dataclass."""
+    return str(yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+def explain(schema: Any, prefix: Path_ = ()) -> str:
+    """Every key with its type, default and meaning: a section's own keys first, then the sections in it."""
+    own: list[str] = []
+    below: list[str] = []
+    hints = get_type_hints(schema, include_extras=True)
+    for field in dataclasses.fields(schema):
+        hint, path = hints[field.name], (*prefix, field.name)
+        section, default = section_of(hint), _default(field)
+        if section is not None and default != "null":
+            below += ["", f"{'.'.join(path)}: {_description(hint)}", explain(section, path)]
+            continue
+        shown = f" = {default}" if default else " (required)"
+        own += [f"  {'.'.join(path)}: {describe_type(hint)}{shown}", f"      {_description(hint)}"]
+        if section is not None:
+            own.append(explain(section, path))
+    return "\n".join([*own, *below])
+
+
+def describe_type(hint: Any) -> str:
+    """A type in a user's words: `whole number > 0 or null`, `none | full`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounds = [text for item in arguments[1:] for text in _bounds(item)]
+        return " ".join([describe_type(arguments[0]), *dict.fromkeys(bounds)])
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe_type(argument) for argument in arguments)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin is list:
+        return f"list of {describe_type(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(describe_type(argument) for argument in arguments)}]"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "mapping"
+    names = {int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "null"}
+    return names.get(hint, str(hint))
+
+
+def _bounds(item: Any) -> Iterator[str]:
+    if isinstance(item, FieldInfo):
+        for part in item.metadata:
+            yield from _bounds(part)
+    for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+        if getattr(item, name, None) is not None:
+            yield f"{sign} {getattr(item, name):g}"
+
+
+def _description(hint: Any) -> str:
+    found = (item.description for item in getattr(hint, "__metadata__", ()) if isinstance(item, FieldInfo))
+    return next((text for text in found if text), "")
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return json.dumps(field.default) if not isinstance(field.default, str) else field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+        return "" if dataclasses.is_dataclass(value) else json.dumps(value)
+    return ""
+
+
+def _without_empty_sections(schema: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the sections of which only the heading is left (`data:` with every key commented out)."""
+    hints = get_type_hints(schema, include_extras=True)
+    result = {}
+    for key, value in mapping.items():
+        hint = hints.get(str(key))
+        section = section_of(hint) if hint is not None else None
+        if section is not None and value is None and "null" not in describe_type(hint):
+            continue
+        result[str(key)] = _without_empty_sections(section, value) if section and isinstance(value, dict) else value
+    return result
+
+
+def _known_part(loc: Path_, known: Mapping[Path_, Any], kind: str) -> Path_:
+    """The part of pydantic's location that names keys; what follows are names of types that it tried."""
+    depth = 0
+    while depth < len(loc) and loc[: depth + 1] in known:
+        depth += 1
+    if kind == "unexpected_keyword_argument" and section_of(known.get(loc[:depth])) and len(loc) > depth:
+        # An optional section puts its dataclass's name in between.
+        return (*loc[:depth], loc[-1])
+    if depth == 0 or (kind in ("missing", "unexpected_keyword_argument") and depth < len(loc)):
+        return (*loc[:depth], loc[-1])
+    rest = [part for part in loc[depth:] if part.isdigit()]
+    return (*loc[:depth], *rest)
+
+
+def _is_overridden(path: Path_, overridden: set[Path_]) -> bool:
+    return any(path[: len(keys)] == keys for keys in overridden)
+
+
+def _explain_error(path: Path_, item: Mapping[str, Any], known: Mapping[Path_, Any]) -> str:
+    name, kind, value = ".".join(path), str(item["type"]), item.get("input")
+    if kind == "unexpected_keyword_argument":
+        return f"unknown key {name}{suggest(path, known)}"
+    if kind in ("missing", "missing_argument"):
+        return f"{name} is missing"
+    hint = known.get(path)
+    if hint is not None and kind != "value_error":
+        text = f"{name} must be {describe_type(hint)}, got {_describe(value)}"
+        return f"{text}; put it in quotes" if kind == "string_type" and isinstance(value, (int, float)) else text
+    message = str(item["msg"]).replace("Input should be", "must be")
+    return f"{name} {message}, got {_describe(value)}"
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?` with the known word most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def suggest(path: Path_, known: Mapping[Path_, Any]) -> str:
+    """`; did you mean ...?` with the nearest known key: in the same section first, then anywhere by its last name."""
+    siblings = {".".join(p): p for p in known if p[:-1] == path[:-1]}
+    by_name = difflib.get_close_matches(path[-1], [p[-1] for p in siblings.values()], n=1, cutoff=0.6)
+    if by_name:
+        return f"; did you mean {'.'.join((*path[:-1], by_name[0]))}?"
+    elsewhere = difflib.get_close_matches(path[-1], {p[-1]: None for p in known}, n=2, cutoff=0.65)
+    if elsewhere:
+        places = [".".join(p) for p in known if p[-1] in elsewhere]
+        return f"; did you mean {' or '.join(places[:3])}?"
+    return f" (known here: {', '.join(p[-1] for p in siblings.values())})" if siblings else ""
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, dict):
+        return "a mapping"
+    text = json.dumps(value) if isinstance(value, (str, bool, int, float, list)) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
