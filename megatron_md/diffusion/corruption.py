@@ -1,0 +1,183 @@
+"""Corruption: which positions of a row are masked, as a pure function of the seed and the row's number in the run.
+
+Randomness is counter-based. Philox 4x64-10 (Salmon et al., SC 2011) maps a key and a 256-bit counter to four 64-bit
+words; here the key is a hash of (seed, purpose), and the counter is (position // 4, three index words). Every number is
+thus found without drawing those before it: no state to checkpoint, and no rank, micro-batch, row length or restart
+changes it. The words come raw from numpy, whose bit generators are stable across versions and machines, and become
+floats here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_md.batch import BoolArray, CleanBatch, CorruptedBatch, Int64Array
+
+FloatArray = npt.NDArray[np.float64]
+
+_ONE_BELOW = float(np.nextafter(1.0, 0.0))
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, purpose: str) -> npt.NDArray[np.uint64]:
+    """128 bits that depend on (seed, purpose)."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=16).digest()
+    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+
+def random_words(seed: int, purpose: str, index: tuple[int, ...], count: int, start: int = 0) -> npt.NDArray[np.uint64]:
+    """Words start .. start + count - 1 of the stream that (seed, purpose, index) names.
+
+    Args:
+        seed: the run's seed.
+        purpose: what the numbers are for; different purposes are independent.
+        index: at most three integers in [0, 2^64) that number the stream.
+        count: how many words.
+        start: position of the first one in the stream.
+    """
+    assert len(index) <= 3
+    block, skipped = divmod(start, 4)
+    counter = np.array([block, *index, *([0] * (3 - len(index)))], dtype=np.uint64)
+    generator = np.random.Philox(counter=counter, key=_key(seed, purpose))
+    return generator.random_raw(skipped + count)[skipped:]
+
+
+def uniforms(seed: int, purpose: str, index: int | tuple[int, ...], count: int, start: int = 0) -> FloatArray:
+    """Uniforms in [0, 1), multiples of 2^-53, at positions start .. start + count - 1 of a stream.
+
+    The first n of a row do not depend on how many are drawn. Arguments as for `random_words`.
+    """
+    words = random_words(seed, purpose, index if isinstance(index, tuple) else (index,), count, start)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@lru_cache(maxsize=8)
+def stratified_uniforms(
+    seed: int, first_sample_index: int, global_batch_size: int, purpose: str = "mask_rate"
+) -> FloatArray:
+    """One uniform per row of a global batch, exactly one in each stratum [k/B, (k+1)/B): (permutation + jitter) / B.
+
+    The permutation is keyed on (seed, first g, B) and the jitter on (seed, g). Every rank finds the same ones.
+
+    Args:
+        seed: the run's seed.
+        first_sample_index: g of the batch's first row.
+        global_batch_size: rows B of the global batch.
+        purpose: separates independent uses.
+
+    Returns:
+        float64 [B], read-only (the last few batches are kept).
+    """
+    words = random_words(seed, f"{purpose}/strata", (first_sample_index, global_batch_size), global_batch_size)
+    strata = np.argsort(np.argsort(words, kind="stable"), kind="stable")
+    jitter = uniforms(seed, f"{purpose}/jitter", 0, global_batch_size, start=first_sample_index)
+    u = np.minimum((strata + jitter) / global_batch_size, _ONE_BELOW)
+    u.flags.writeable = False
+    return u
+
+
+def stratified_uniforms_of_rows(seed: int, batch: CleanBatch, purpose: str = "mask_rate") -> FloatArray:
+    """`stratified_uniforms` of the global batch at this micro-batch's rows: float64 [B]."""
+    position = batch.position
+    row_B = batch.sample_index_B - position.first_sample_index
+    assert np.all((row_B >= 0) & (row_B < position.global_batch_size)), "rows outside their global batch"
+    u = stratified_uniforms(seed, position.first_sample_index, position.global_batch_size, purpose)
+    return np.asarray(u[row_B], dtype=np.float64)
+
+
+def is_below_rate(u_BL: FloatArray, mask_rate_B: FloatArray, is_maskable_BL: BoolArray) -> BoolArray:
+    """The forward process: masked iff u < t (strictly) and maskable.
+
+    u does not depend on t: the positions masked at a lower rate are masked at every higher one.
+    """
+    return (u_BL < mask_rate_B[:, None]) & is_maskable_BL
+
+
+def mask_at_rate(
+    seed: int, sample_index_B: Int64Array, mask_rate_B: FloatArray, is_maskable_BL: BoolArray
+) -> BoolArray:
+    """is_masked_BL with each maskable position of row g masked independently with probability t.
+
+    Args:
+        seed: the run's seed.
+        sample_index_B: g of each row.
+        mask_rate_B: t of each row.
+        is_maskable_BL: positions that may be masked.
+    """
+    is_masked_BL = np.empty_like(is_maskable_BL)
+    for row, g in enumerate(sample_index_B):
+        u_L = uniforms(seed, "is_masked", int(g), is_maskable_BL.shape[1])
+        is_masked_BL[row] = is_below_rate(u_L[None], mask_rate_B[row : row + 1], is_maskable_BL[row : row + 1])[0]
+    return is_masked_BL
+
+
+def mask_exact_count(
+    seed: int,
+    index: list[tuple[int, ...]],
+    count_B: Int64Array,
+    is_maskable_BL: BoolArray,
+    purpose: str = "is_masked",
+) -> BoolArray:
+    """is_masked_BL with exactly count_B maskable positions of each row: those with the smallest uniforms.
+
+    Args:
+        seed: the run's seed.
+        index: names each row's stream.
+        count_B: how many to mask, at most the row's maskable positions.
+        is_maskable_BL: positions that may be masked.
+        purpose: separates independent uses.
+    """
+    is_masked_BL = np.zeros_like(is_maskable_BL)
+    for row, (stream, count) in enumerate(zip(index, count_B.tolist(), strict=True)):
+        maskable = np.flatnonzero(is_maskable_BL[row])
+        assert 0 <= count <= len(maskable)
+        if count > 0:
+            u = uniforms(seed, purpose, stream, is_maskable_BL.shape[1])[maskable]
+            is_masked_BL[row, maskable[np.argpartition(u, count - 1)[:count]]] = True
+    return is_masked_BL
+
+
+def assemble(
+    batch: CleanBatch,
+    *,
+    tokens_BL: Int64Array,
+    is_scored_BL: BoolArray,
+    weights_B: FloatArray,
+    denominator: int,
+    mask_rate_B: FloatArray,
+) -> CorruptedBatch:
+    """The batch as the model sees it, with every scored position of a row at the row's weight.
+
+    Args:
+        batch: the clean rows.
+        tokens_BL: the model's input.
+        is_scored_BL: positions whose (clean) token is to be predicted.
+        weights_B: weight of the cross-entropy in each row.
+        denominator: this micro-batch's share of the global count.
+        mask_rate_B: the mask rate of each row.
+
+    Returns:
+        A batch whose `extra` has `maskable_B` and `sample_index_B`.
+    """
+    length = tokens_BL.shape[1]
+    positions_M = np.flatnonzero(is_scored_BL)
+    maskable_B = maskable_count(batch)
+    return CorruptedBatch(
+        tokens_BL=tokens_BL,
+        positions_M=positions_M,
+        targets_M=batch.tokens_BL.reshape(-1)[positions_M],
+        weights_M=weights_B.astype(np.float32)[positions_M // length],
+        denominator=denominator,
+        mask_rate_B=mask_rate_B.astype(np.float32),
+        maskable=int(maskable_B.sum()),
+        extra={"maskable_B": maskable_B, "sample_index_B": batch.sample_index_B},
+    )
+
+
+def maskable_count(batch: CleanBatch) -> Int64Array:
+    """Number of maskable tokens of each row: int64 [B]."""
+    return np.asarray(np.count_nonzero(batch.is_maskable_BL, axis=1), dtype=np.int64)

@@ -1,0 +1,204 @@
+"""Objectives: how a clean batch is corrupted, what is predicted where, and at which weight.
+
+Every objective's loss is linear in the negative log-likelihoods, with weights that the host knows before the forward
+pass: `sum_m weights_M[m] * nll_M[m] / global sum of denominator`. Third parties add theirs with
+`@register_objective("name")` in a module that the config lists under `imports`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from megatron_md.batch import CleanBatch, CorruptedBatch, Int64Array
+from megatron_md.config import ObjectiveConfig
+from megatron_md.diffusion.corruption import assemble, mask_at_rate, maskable_count, stratified_uniforms_of_rows
+from megatron_md.diffusion.registry import Registry
+from megatron_md.diffusion.schedule import MaskSchedule, parse_schedule
+from megatron_md.diffusion.weighting import Normalise, Weighting
+
+Metrics = dict[str, tuple[float | torch.Tensor, float]]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What the trainer asks of an objective.
+
+    Attributes:
+        name: its name in the config.
+        causal: whether the denoiser must attend to the left only.
+    """
+
+    name: str
+    causal: bool
+
+    def corrupt(self, batch: CleanBatch) -> CorruptedBatch:
+        """The micro-batch as the model sees it; a pure function of the seed and the rows' numbers."""
+
+    def reduce(self, nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
+        """(sum, count) of each metric; the trainer adds both over micro-batches and ranks, then divides.
+
+        Args:
+            nll_M: negative log-likelihood of each target in nats: fp32, detached.
+            corrupted: the micro-batch that it belongs to.
+        """
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """What an objective is built from.
+
+    Attributes:
+        config: the config's `objective` section.
+        schedule: its mask schedule.
+        seed: the run's seed.
+        mask_token_id: the token that stands for a masked position.
+        eos_token_id: the token at the end of a document, if the tokenizer has one.
+    """
+
+    config: ObjectiveConfig
+    schedule: MaskSchedule
+    seed: int
+    mask_token_id: int
+    eos_token_id: int | None = None
+
+
+_registry: Registry[Callable[..., Objective]] = Registry("objective")
+register_objective = _registry.register
+
+
+def build_objective(
+    config: ObjectiveConfig, *, seed: int, mask_token_id: int, eos_token_id: int | None = None
+) -> Objective:
+    """The objective that the config names, given an `ObjectiveContext` and `config.options` as keywords.
+
+    Raises:
+        ValueError: unknown name, options that the objective does not take, or a combination that makes no sense.
+    """
+    factory = _registry.get(config.name)
+    context = ObjectiveContext(config, parse_schedule(config.mask_schedule), seed, mask_token_id, eos_token_id)
+    try:
+        inspect.signature(factory).bind(context, **config.options)
+    except TypeError as error:
+        raise ValueError(f"objective.options of {config.name!r}: {error}") from None
+    return factory(context, **config.options)
+
+
+def mean_metrics(nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
+    """The metrics that every objective reports: `masked_ce` in nats and `mean_mask_rate`."""
+    return {
+        "masked_ce": (nll_M.sum(dtype=torch.float64), float(len(corrupted.targets_M))),
+        "mean_mask_rate": (float(corrupted.mask_rate_B.sum(dtype=np.float64)), float(len(corrupted.mask_rate_B))),
+    }
+
+
+@register_objective("masked_diffusion")
+class MaskedDiffusion:
+    """Mask each maskable position of a row with probability t and predict the tokens there.
+
+    t is the schedule's inverse CDF at uniforms that are stratified over the global batch. Weights and denominator:
+    `weighting`.
+    """
+
+    name: str = "masked_diffusion"
+    causal: bool = False
+    default_normalise: ClassVar[Normalise] = "maskable"
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        """Build from the config.
+
+        Raises:
+            ValueError: see `Weighting`.
+        """
+        config = context.config
+        self.schedule = context.schedule
+        self.seed = context.seed
+        self.mask_token_id = context.mask_token_id
+        self.weighting = Weighting(
+            context.schedule,
+            weight=config.weight,
+            importance=config.importance,
+            normalise=config.normalise or self.default_normalise,
+            min_mask_rate=config.min_mask_rate,
+        )
+
+    def corrupt(self, batch: CleanBatch) -> CorruptedBatch:
+        """Draw t and the masks of the rows; see `Objective.corrupt`."""
+        progress = batch.position.progress
+        drawn_B = self.schedule.sample(stratified_uniforms_of_rows(self.seed, batch), progress)
+        mask_rate_B = self.weighting.floored(drawn_B)
+        is_masked_BL = mask_at_rate(self.seed, batch.sample_index_B, mask_rate_B, batch.is_maskable_BL)
+        masked_B = np.count_nonzero(is_masked_BL, axis=1).astype(np.int64)
+        maskable_B = maskable_count(batch)
+        return assemble(
+            batch,
+            tokens_BL=np.where(is_masked_BL, self.mask_token_id, batch.tokens_BL),
+            is_scored_BL=is_masked_BL,
+            weights_B=self.weighting.row_weights(drawn_B, masked_B, maskable_B, progress),
+            denominator=self.weighting.denominator(masked_B, maskable_B),
+            mask_rate_B=mask_rate_B,
+        )
+
+    def reduce(self, nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
+        """`masked_ce` and `mean_mask_rate`; see `Objective.reduce`."""
+        return mean_metrics(nll_M, corrupted)
+
+
+@register_objective("masked_diffusion_sft")
+class MaskedDiffusionSFT(MaskedDiffusion):
+    """Masked diffusion of answers given prompts: the data marks prompts as not maskable, so they are never masked.
+
+    Unless the config says how to normalise, each answer counts once, whatever its length (LLaDA's fine-tuning).
+    """
+
+    name: str = "masked_diffusion_sft"
+    default_normalise: ClassVar[Normalise] = "sequences"
+
+
+@register_objective("autoregressive")
+class Autoregressive:
+    """The causal baseline: predict every maskable token from those to its left.
+
+    The row is shifted right behind a BOS token, so that the same tokens are scored as under masked diffusion. BOS is
+    the mask token, which nothing else uses here. Every weight of masked diffusion is 1 at t = 1, where this objective
+    stands; only `normalise` changes anything.
+    """
+
+    name: str = "autoregressive"
+    causal: bool = True
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        """Build from the config; the mask schedule, `weight` and `importance` do not matter."""
+        self.bos_token_id = context.mask_token_id
+        self.normalise: Normalise = context.config.normalise or "maskable"
+
+    def corrupt(self, batch: CleanBatch) -> CorruptedBatch:
+        """Shift the rows; see `Objective.corrupt`."""
+        maskable_B = maskable_count(batch)
+        per_sequence = self.normalise == "sequences"
+        weights_B = 1.0 / np.maximum(maskable_B, 1) if per_sequence else np.ones(len(maskable_B))
+        return assemble(
+            batch,
+            tokens_BL=shift_right(batch.tokens_BL, self.bos_token_id),
+            is_scored_BL=batch.is_maskable_BL,
+            weights_B=weights_B,
+            denominator=int(np.count_nonzero(maskable_B) if per_sequence else maskable_B.sum()),
+            mask_rate_B=np.ones(len(maskable_B)),
+        )
+
+    def reduce(self, nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
+        """`masked_ce` (the mean cross-entropy) and `mean_mask_rate` (1); see `Objective.reduce`."""
+        return mean_metrics(nll_M, corrupted)
+
+
+def shift_right(tokens_BL: Int64Array, bos_token_id: int) -> Int64Array:
+    """[BOS, x_0, ..., x_{L-2}] of each row."""
+    shifted_BL = np.empty_like(tokens_BL)
+    shifted_BL[:, 0] = bos_token_id
+    shifted_BL[:, 1:] = tokens_BL[:, :-1]
+    return shifted_BL
