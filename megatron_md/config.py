@@ -17,7 +17,16 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 from megatron_md import config_loader
 from megatron_md.config_loader import ConfigError
 
-__all__ = ["Config", "ConfigError", "as_dict", "explain", "load_config", "preset_names", "to_yaml"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "as_dict",
+    "config_from_mapping",
+    "explain",
+    "load_config",
+    "preset_names",
+    "to_yaml",
+]
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 

@@ -1,0 +1,302 @@
+"""Every contradiction that can be seen in a config, its world size and its corpora, before torch is imported.
+
+A check yields one line for each thing that is wrong; `check_config` raises all of them at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_md.config import Config
+from megatron_md.config_loader import ConfigError, nearest
+from megatron_md.data.shards import MANIFEST_NAME, load_manifest
+from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.diffusion.schedule import parse_schedule
+
+BUILT_IN_OBJECTIVES = ("masked_diffusion", "masked_diffusion_sft", "autoregressive")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes of a run are used.
+
+    Attributes:
+        tensor, pipeline, context, data: the parallel sizes; their product is `world`.
+        micro_batches: micro-batches per data-parallel rank and step (at the full batch size).
+        world: processes.
+    """
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    micro_batches: int
+    world: int
+
+
+def smallest_world(config: Config) -> int:
+    """Processes of one replica of the model: tensor x pipeline x context."""
+    return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
+
+
+def check_config(config: Config, world_size: int, *, corpora: bool = True) -> Layout:
+    """Check a config against itself, the number of processes and (if asked) the files that it names.
+
+    Raises:
+        ConfigError: one clear line for each contradiction.
+    """
+    lines = [
+        *_check_heads(config),
+        *_check_tensor_parallel(config),
+        *_check_pipeline(config),
+        *_check_world(config, world_size),
+        *_check_batch(config, world_size),
+        *_check_learning_rate(config),
+        *_check_objective(config),
+        *_check_run_dir(config),
+    ]
+    if corpora:
+        lines += [*missing_files(config), *corpus_problems(config)]
+    if lines:
+        raise ConfigError(lines)
+    parallel = config.parallel
+    data = world_size // smallest_world(config)
+    micro_batches = config.train.global_batch_size // (data * config.train.micro_batch_size)
+    return Layout(parallel.tensor, parallel.pipeline, parallel.context, data, micro_batches, world_size)
+
+
+def vocabulary(config: Config) -> int:
+    """Vocabulary size of the model: `model.vocab`, or the tokenizer's.
+
+    Raises:
+        ConfigError: neither is to be had.
+    """
+    if config.model.vocab is not None:
+        return config.model.vocab
+    if config.data.tokenizer is None:
+        raise ConfigError(["model.vocab is null and no data.tokenizer is set: set one of them"])
+    try:
+        return Tokenizer(config.data.tokenizer).vocab_size
+    except ValueError as error:
+        raise ConfigError([f"model.vocab is null, so data.tokenizer must tell it: {error}"]) from None
+
+
+def import_plugins(config: Config) -> None:
+    """Import the modules under `imports`, which register third-party schedules and objectives.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    for name in config.imports:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                [f"imports: module {name!r} cannot be imported ({error}); is it on PYTHONPATH?"]
+            ) from None
+
+
+def _check_heads(config: Config) -> Iterator[str]:
+    model, data = config.model, config.data
+    if model.head_dim is None and model.hidden % model.heads:
+        yield f"model.heads {model.heads} does not divide model.hidden {model.hidden}; change one or set model.head_dim"
+    if model.heads % (model.kv_heads or model.heads):
+        yield f"model.kv_heads {model.kv_heads} does not divide model.heads {model.heads}"
+    head_dim = model.head_dim or model.hidden // model.heads
+    if model.position == "rope" and head_dim % 2:
+        yield f"rotary positions need an even width per head, got {head_dim}: change model.heads or model.head_dim"
+    if model.max_length is not None and model.max_length < data.seq_length:
+        yield f"data.seq_length {data.seq_length} is longer than model.max_length {model.max_length}"
+
+
+def _check_tensor_parallel(config: Config) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads or model.heads, "ffn": model.ffn}
+    if model.kv_heads is None:
+        del sizes["kv_heads"]
+    for name, size in sizes.items():
+        if size % tensor:
+            yield f"parallel.tensor {tensor} does not divide model.{name} {size}"
+    if config.parallel.sequence_parallel:
+        if tensor == 1:
+            yield "parallel.sequence_parallel needs parallel.tensor > 1: it splits rows between tensor-parallel ranks"
+        if config.data.seq_length % tensor:
+            yield (
+                f"parallel.tensor {tensor} does not divide data.seq_length {config.data.seq_length}, "
+                "which parallel.sequence_parallel splits"
+            )
+    if config.parallel.context > 1:
+        yield (
+            f"parallel.context {config.parallel.context}: no attention backend here supports context parallelism yet; "
+            "set parallel.context=1"
+        )
+    if config.parallel.overlap_param_gather:
+        for name in ("distributed_optimizer", "overlap_grad_reduce"):
+            if not getattr(config.parallel, name):
+                yield f"parallel.overlap_param_gather needs parallel.{name}"
+
+
+def _check_pipeline(config: Config) -> Iterator[str]:
+    layers, parallel = config.model.layers, config.parallel
+    pipeline, chunks = parallel.pipeline, parallel.virtual_pipeline
+    if chunks > 1 and pipeline == 1:
+        yield f"parallel.virtual_pipeline {chunks} needs parallel.pipeline > 1"
+    ends = {"first": parallel.first_stage_layers, "last": parallel.last_stage_layers}
+    given = {name: count for name, count in ends.items() if count is not None}
+    if not given:
+        if layers % (pipeline * chunks):
+            by = f"{pipeline} x parallel.virtual_pipeline {chunks}" if chunks > 1 else f"{pipeline}"
+            way_out = " (or set first_stage_layers / last_stage_layers)" if chunks == 1 else ""
+            yield f"parallel.pipeline {by} does not divide model.layers {layers}{way_out}"
+        return
+    names = " and ".join(f"parallel.{name}_stage_layers {count}" for name, count in given.items())
+    rest, stages = layers - sum(given.values()), pipeline - len(given)
+    if pipeline == 1 or stages < 0:
+        yield f"{names} need parallel.pipeline > 1"
+    elif rest < 0 or (stages == 0 and rest) or (stages and (rest % stages or rest < stages)):
+        yield f"{names} leave {rest} of model.layers {layers} to {stages} other stage(s), which cannot share them"
+    elif any(count % chunks for count in [*given.values(), rest // stages if stages else 0]):
+        yield f"parallel.virtual_pipeline {chunks} does not divide the layers of every stage ({names})"
+
+
+def _check_world(config: Config, world: int) -> Iterator[str]:
+    parallel, needed = config.parallel, smallest_world(config)
+    sizes = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context}"
+    if world < needed:
+        yield f"the layout needs {needed} processes ({sizes}), not {world}: start with --nproc-per-node {needed}"
+    elif world % needed:
+        yield f"{world} processes are more than the layout needs: {sizes} takes multiples of {needed}"
+
+
+def _check_batch(config: Config, world: int) -> Iterator[str]:
+    train, ramp = config.train, config.train.batch_ramp
+    data = max(1, world // smallest_world(config))
+    unit = data * train.micro_batch_size
+    pipeline, interleaved = config.parallel.pipeline, config.parallel.virtual_pipeline > 1
+    sizes = {"train.global_batch_size": train.global_batch_size}
+    if ramp is not None:
+        sizes |= {"train.batch_ramp.start": ramp.start, "train.batch_ramp.increment": ramp.increment}
+        if ramp.start > train.global_batch_size:
+            yield f"train.batch_ramp.start {ramp.start} is above train.global_batch_size {train.global_batch_size}"
+        if ramp.steps > train.steps:
+            yield f"train.batch_ramp.steps {ramp.steps} is more than train.steps {train.steps}: the ramp would not end"
+    for name, rows in sizes.items():
+        if rows % unit:
+            much = f": {world} processes are more than the batch needs" if rows < unit else ""
+            yield f"{name} {rows} is no multiple of {unit} = data-parallel {data} x train.micro_batch_size{much}"
+        elif interleaved and rows // unit % pipeline:
+            yield (
+                f"{name} {rows} makes {rows // unit} micro-batches per rank; "
+                f"parallel.virtual_pipeline needs a multiple of parallel.pipeline {pipeline}"
+            )
+
+
+def _check_learning_rate(config: Config) -> Iterator[str]:
+    peak, shape = config.optimizer.lr, config.optimizer.lr_schedule
+    if shape.min_lr > peak:
+        yield f"optimizer.lr_schedule.min_lr {shape.min_lr:g} is above optimizer.lr {peak:g}"
+    if shape.name == "piecewise":
+        at = [fraction for fraction, _ in shape.points]
+        if not at:
+            yield "optimizer.lr_schedule piecewise needs points: [[fraction of the run, learning rate], ...]"
+        if at != sorted(at):
+            yield "optimizer.lr_schedule.points must come in order of their fractions"
+    elif shape.points:
+        yield f"optimizer.lr_schedule.points belong to piecewise, but the name is {shape.name}"
+    if shape.decay_steps is not None and shape.name not in ("cosine", "wsd"):
+        yield f"optimizer.lr_schedule.decay_steps belongs to cosine and wsd, but the name is {shape.name}"
+
+
+def _check_objective(config: Config) -> Iterator[str]:
+    objective = config.objective
+    try:
+        import_plugins(config)
+        schedule = parse_schedule(objective.mask_schedule)
+    except ConfigError as error:
+        yield from error.lines
+        return
+    except ValueError as error:
+        yield f"objective.mask_schedule: {str(error).removeprefix('mask_schedule ')}"
+        return
+    # Third-party objectives are known only to the registry, which needs torch.
+    if not config.imports and objective.name not in BUILT_IN_OBJECTIVES:
+        known = ", ".join(BUILT_IN_OBJECTIVES)
+        close = nearest(objective.name, BUILT_IN_OBJECTIVES)
+        yield f"objective.name {objective.name!r} is unknown{close} (known: {known}; add others by imports)"
+    if objective.importance and not schedule.has_full_support():
+        yield (
+            f"objective.importance needs a density above 0 on all of [0, 1], which {objective.mask_schedule} lacks: "
+            "use a mixture with uniform:0,1, or set objective.importance=false"
+        )
+
+
+def _check_run_dir(config: Config) -> Iterator[str]:
+    path = Path(config.run_dir).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        yield f"run_dir {config.run_dir}: {existing} is a file"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"run_dir {config.run_dir}: {existing} is not writable"
+
+
+def missing_files(config: Config) -> list[str]:
+    """One line for each corpus or tokenizer that is not set or does not exist."""
+    data = config.data
+    manifests = ["train", "valid"] if config.validation.sequences else ["train"]
+    lines = []
+    for name, build in [*((name, "data build") for name in manifests), ("tokenizer", "tokenizer train")]:
+        value = getattr(data, name)
+        if value is None:
+            reason = "; validation needs it, or set validation.sequences=0" if name == "valid" else ""
+            lines.append(f"data.{name} is not set{reason}")
+        elif not (
+            Path(value) / MANIFEST_NAME if name != "tokenizer" and Path(value).is_dir() else Path(value)
+        ).exists():
+            lines.append(f"data.{name}: {value}: no such file; make it with `megatron-md {build}`")
+    return lines
+
+
+def corpus_problems(config: Config) -> Iterator[str]:
+    """Contradictions between the tokenizer, the model and the shards, of the files that exist."""
+    path = config.data.tokenizer
+    tokenizer = None
+    if path is not None and Path(path).exists():
+        try:
+            tokenizer = Tokenizer(path)
+        except ValueError as error:
+            yield f"data.tokenizer: {error}"
+    vocab = config.model.vocab
+    if tokenizer is not None and vocab is not None:
+        if tokenizer.mask_token_id >= vocab:
+            id = tokenizer.mask_token_id
+            yield f"the mask token id {id} of {path} is outside the vocabulary: model.vocab is {vocab}"
+        if tokenizer.vocab_size > vocab:
+            yield f"model.vocab {vocab} is smaller than the vocabulary of {path}, {tokenizer.vocab_size}"
+    for name in ("train", "valid"):
+        manifest = getattr(config.data, name)
+        if manifest is not None and Path(manifest).exists():
+            yield from _check_manifest(config, name, manifest, tokenizer)
+
+
+def _check_manifest(config: Config, name: str, path: str, tokenizer: Tokenizer | None) -> Iterator[str]:
+    try:
+        manifest = load_manifest(path)
+    except ValueError as error:
+        yield f"data.{name}: {error}"
+        return
+    vocab = config.model.vocab
+    if manifest.tokens < config.data.seq_length:
+        yield f"data.{name}: {path} holds {manifest.tokens} tokens, less than data.seq_length {config.data.seq_length}"
+    if tokenizer is not None and manifest.vocab_size != tokenizer.vocab_size:
+        yield (
+            f"data.{name}: {path} was made with a vocabulary of {manifest.vocab_size}, "
+            f"but data.tokenizer {tokenizer.path} has {tokenizer.vocab_size}"
+        )
+    elif tokenizer is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
+        yield f"data.{name}: {path} was made with another tokenizer than {tokenizer.path}; build it again"
+    elif tokenizer is None and vocab is not None and max(manifest.vocab_size - 1, manifest.mask_id) >= vocab:
+        yield f"data.{name}: {path} has a vocabulary of {manifest.vocab_size}, more than model.vocab {vocab}"
