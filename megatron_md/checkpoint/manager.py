@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_md.model.build import settled_parameters
 from megatron_md.train.progress import Progress
 
 FORMAT_VERSION = 1
@@ -151,11 +152,12 @@ class CheckpointManager:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        metadata = sharding_metadata(chunks, optimizer)
-        state = model_state(chunks, metadata)
-        state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
-        content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-        dist_checkpointing.save(state, str(partial), content_metadata=content)
+        with settled_parameters(chunks):
+            metadata = sharding_metadata(chunks, optimizer)
+            state = model_state(chunks, metadata)
+            state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
+            content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
+            dist_checkpointing.save(state, str(partial), content_metadata=content)
         if dist.get_rank() == 0:
             record = {"format": FORMAT_VERSION, "progress": asdict(progress), "layout": _layout()}
             _write_synced(partial / "config.yaml", self.resolved_config)

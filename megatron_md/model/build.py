@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -248,6 +250,17 @@ def wrap_data_parallel(chunks: list[torch.nn.Module], config: Config) -> list[to
         gathers = [partial(chunk.start_param_sync) for chunk in wrapped]
         core.param_sync_func = gathers if len(wrapped) > 1 else gathers[0]
     return wrapped
+
+
+@contextmanager
+def settled_parameters(chunks: list[Any]) -> Iterator[None]:
+    """Within it, parameters can be read: with `overlap_param_gather` they are stale between a step and a forward."""
+    lazy = [chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel) and chunk.use_forward_hook]
+    for chunk in lazy:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in lazy:
+        chunk.enable_forward_pre_hook()
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> int:

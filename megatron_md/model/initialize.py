@@ -41,11 +41,12 @@ def normal_rows(seed: int, name: str, first_row: int, rows: int, columns: int) -
     return normal.reshape(rows, padded)[:, :columns]
 
 
-def _sharded_tensors(state_dict: Any) -> list[ShardedTensor]:
+def sharded_tensors(state_dict: Any) -> list[ShardedTensor]:
+    """All tensors of a sharded state dict, with fused ones (gate and up) taken apart."""
     found: list[ShardedTensor] = []
     for value in nested_values(state_dict):
         if isinstance(value, ShardedTensorFactory):
-            found += _sharded_tensors({"built": value.build()})
+            found += sharded_tensors({"built": value.build()})
         elif isinstance(value, ShardedTensor):
             found.append(value)
     return found
@@ -87,7 +88,7 @@ def initialize_weights(
         for name, parameter in chunk.named_parameters():
             if parameter.dim() < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        for shard in _sharded_tensors(chunk.sharded_state_dict(metadata=metadata)):
+        for shard in sharded_tensors(chunk.sharded_state_dict(metadata=metadata)):
             if shard.data is None or len(shard.data.shape) < 2:
                 continue
             into_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))

@@ -1,13 +1,142 @@
-"""Full-range validation NELBO during training, the same rows and masks every time."""
+"""Full-range validation during training: the same rows, mask counts and masks every time."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, CorruptedBatch, Int64Array
 from megatron_md.config import Config
+from megatron_md.diffusion.nelbo import NelboEstimate, estimate, exact_count_corruption, row_values, stratum_order
+from megatron_md.parallel import World
 from megatron_md.train.callback import Callback, Record
+from megatron_md.train.step import Stepper
 from megatron_md.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class ValidationRows:
+    """The rows that a model is validated on.
+
+    Attributes:
+        tokens_RL: token ids.
+        is_maskable_RL: tokens that are scored.
+    """
+
+    tokens_RL: Int64Array
+    is_maskable_RL: BoolArray
+
+
+class NelboEvaluator:
+    """Scores validation rows: the exact-count NELBO of a denoiser, the exact NLL of a causal model."""
+
+    def __init__(
+        self, rows: ValidationRows, stepper: Stepper, world: World, *, seed: int, mask_token_id: int, rate_bins: int
+    ) -> None:
+        self.rows = rows
+        self.stepper = stepper
+        self.world = world
+        self.seed = seed
+        self.mask_token_id = mask_token_id
+        self.rate_bins = rate_bins
+
+    def run(self) -> NelboEstimate:
+        """The estimate, equal on all ranks; every rank calls this.
+
+        Raises:
+            ValueError: the rows hold nothing to score.
+        """
+        count = len(self.rows.tokens_RL)
+        causal = self.stepper.objective.causal
+        # value and rate of each row; every row is scored by one data-parallel rank and is 0 on the others.
+        table_2R = torch.zeros(2, count, dtype=torch.float64)
+        batches = list(self._batches())
+        corrupted = [self._corrupt(batch, causal) for batch in batches]
+        losses = self.stepper.negative_log_likelihoods(corrupted)
+        if losses is not None:
+            for batch, masked, nll_M in zip(batches, corrupted, losses, strict=True):
+                is_real_B = batch.sample_index_B < count
+                index = torch.from_numpy(batch.sample_index_B[is_real_B])
+                table_2R[0, index] = torch.from_numpy(row_values(nll_M, masked)[is_real_B])
+                table_2R[1, index] = torch.from_numpy(masked.mask_rate_B[is_real_B].astype(np.float64))
+        values_R, rate_R = self._gather(table_2R).numpy()
+        return estimate(
+            values_R,
+            self.rows.is_maskable_RL.sum(axis=1).astype(np.int64),
+            rate_R,
+            None if causal else stratum_order(count, seed=self.seed),
+            rate_bins=self.rate_bins,
+        )
+
+    def _batches(self) -> Iterator[CleanBatch]:
+        """This rank's micro-batches; the last ones are filled up with rows that hold nothing to score."""
+        count, length = self.rows.tokens_RL.shape
+        size = self.stepper.micro_batch_size
+        for number in range(math.ceil(count / (size * self.world.data_size))):
+            start = (number * self.world.data_size + self.world.data_rank) * size
+            index_B = np.arange(start, start + size)
+            is_real_B = index_B < count
+            source_B = np.where(is_real_B, index_B, 0)
+            yield CleanBatch(
+                self.rows.tokens_RL[source_B],
+                self.rows.is_maskable_RL[source_B] & is_real_B[:, None],
+                index_B,
+                BatchPosition(0, count),
+            )
+
+    def _corrupt(self, batch: CleanBatch, causal: bool) -> CorruptedBatch:
+        if causal:
+            return self.stepper.objective.corrupt(batch)
+        # Rows beyond the last one borrow a stratum: they mask nothing and are dropped.
+        inside = CleanBatch(
+            batch.tokens_BL,
+            batch.is_maskable_BL,
+            np.minimum(batch.sample_index_B, batch.position.global_batch_size - 1),
+            batch.position,
+        )
+        return exact_count_corruption(inside, seed=self.seed, mask_token_id=self.mask_token_id)
+
+    def _gather(self, table: torch.Tensor) -> torch.Tensor:
+        table = table.to(self.world.device)
+        if self.world.is_last_stage:
+            dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            dist.broadcast(
+                table,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return table.cpu()
+
+
+def nelbo_record(result: NelboEstimate) -> Record:
+    """An estimate under the names of `metrics.jsonl`."""
+    return {
+        "val_nelbo": result.nelbo,
+        "val_nelbo_stderr": result.stderr,
+        "val_ppl_bound": result.ppl_bound,
+        "val_ce_by_rate": [None if math.isnan(value) else value for value in result.ce_by_rate],
+    }
+
+
+class Validation(Callback):
+    """Validates every `validation.every_steps` steps and after the last one."""
+
+    def __init__(self, config: Config, evaluator: NelboEvaluator) -> None:
+        self.every = config.validation.every_steps
+        self.last_step = config.train.steps
+        self.evaluator = evaluator
+        self.newest: NelboEstimate | None = None
+
+    def after_step(self, trainer: Trainer, record: Record) -> None:
+        """Validate where it is due and add the figures to the record."""
+        step = trainer.progress.step
+        if step == self.last_step or (self.every and step % self.every == 0):
+            self.newest = self.evaluator.run()
+            record.update(nelbo_record(self.newest))
