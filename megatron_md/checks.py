@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_md.config import Config
 from megatron_md.config_loader import ConfigError, nearest
-from megatron_md.data.shards import MANIFEST_NAME, load_manifest
+from megatron_md.data.shards import MANIFEST_NAME, Manifest, load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.schedule import parse_schedule
 
@@ -70,19 +70,21 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True) -> La
 
 
 def vocabulary(config: Config) -> int:
-    """Vocabulary size of the model: `model.vocab`, or the tokenizer's.
+    """Vocabulary size of the model: `model.vocab`, else the tokenizer's, else the training shards'.
 
     Raises:
-        ConfigError: neither is to be had.
+        ConfigError: none of them is to be had.
     """
     if config.model.vocab is not None:
         return config.model.vocab
-    if config.data.tokenizer is None:
-        raise ConfigError(["model.vocab is null and no data.tokenizer is set: set one of them"])
     try:
-        return Tokenizer(config.data.tokenizer).vocab_size
+        if config.data.tokenizer is not None:
+            return Tokenizer(config.data.tokenizer).vocab_size
+        if config.data.train is not None:
+            return load_manifest(config.data.train).vocab_size
     except ValueError as error:
-        raise ConfigError([f"model.vocab is null, so data.tokenizer must tell it: {error}"]) from None
+        raise ConfigError([f"model.vocab is null, so the tokenizer or the shards must tell it: {error}"]) from None
+    raise ConfigError(["model.vocab is null, and neither data.tokenizer nor data.train tells it: set one of them"])
 
 
 def import_plugins(config: Config) -> None:
@@ -244,59 +246,78 @@ def _check_run_dir(config: Config) -> Iterator[str]:
 
 
 def missing_files(config: Config) -> list[str]:
-    """One line for each corpus or tokenizer that is not set or does not exist."""
-    data = config.data
-    manifests = ["train", "valid"] if config.validation.sequences else ["train"]
+    """One line for each corpus that is not set, and each corpus or tokenizer that does not exist."""
     lines = []
-    for name, build in [*((name, "data build") for name in manifests), ("tokenizer", "tokenizer train")]:
-        value = getattr(data, name)
+    for name, build in (("train", "data build"), ("valid", "data build"), ("tokenizer", "tokenizer train")):
+        value = getattr(config.data, name)
         if value is None:
-            reason = "; validation needs it, or set validation.sequences=0" if name == "valid" else ""
-            lines.append(f"data.{name} is not set{reason}")
-        elif not (
-            Path(value) / MANIFEST_NAME if name != "tokenizer" and Path(value).is_dir() else Path(value)
-        ).exists():
-            lines.append(f"data.{name}: {value}: no such file; make it with `megatron-md {build}`")
+            if name == "train":
+                lines.append("data.train is not set: give the manifest.json of the training shards")
+            elif name == "valid" and config.validation.sequences:
+                lines.append("data.valid is not set, and validation needs it (or set validation.sequences=0)")
+            continue
+        path = Path(value)
+        if name != "tokenizer" and path.is_dir():
+            path = path / MANIFEST_NAME
+        if not path.exists():
+            lines.append(f"data.{name}: {path}: no such file; make it with `megatron-md {build}`")
     return lines
 
 
 def corpus_problems(config: Config) -> Iterator[str]:
-    """Contradictions between the tokenizer, the model and the shards, of the files that exist."""
-    path = config.data.tokenizer
-    tokenizer = None
-    if path is not None and Path(path).exists():
-        try:
-            tokenizer = Tokenizer(path)
-        except ValueError as error:
-            yield f"data.tokenizer: {error}"
-    vocab = config.model.vocab
-    if tokenizer is not None and vocab is not None:
-        if tokenizer.mask_token_id >= vocab:
-            id = tokenizer.mask_token_id
-            yield f"the mask token id {id} of {path} is outside the vocabulary: model.vocab is {vocab}"
-        if tokenizer.vocab_size > vocab:
-            yield f"model.vocab {vocab} is smaller than the vocabulary of {path}, {tokenizer.vocab_size}"
-    for name in ("train", "valid"):
-        manifest = getattr(config.data, name)
-        if manifest is not None and Path(manifest).exists():
-            yield from _check_manifest(config, name, manifest, tokenizer)
-
-
-def _check_manifest(config: Config, name: str, path: str, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Contradictions between the tokenizer, the model and the shards, as far as they exist."""
+    tokenizer: Tokenizer | None = None
+    manifests: dict[str, Manifest] = {}
+    missing = " ".join(missing_files(config))
     try:
-        manifest = load_manifest(path)
+        if config.data.tokenizer is not None and "data.tokenizer:" not in missing:
+            tokenizer = Tokenizer(config.data.tokenizer)
     except ValueError as error:
-        yield f"data.{name}: {error}"
-        return
+        yield f"data.tokenizer: {error}"
+    for name in ("train", "valid"):
+        path = getattr(config.data, name)
+        try:
+            if path is not None and f"data.{name}:" not in missing:
+                manifests[name] = load_manifest(path)
+        except ValueError as error:
+            yield f"data.{name}: {error}"
+    for name, manifest in manifests.items():
+        path, length = getattr(config.data, name), config.data.seq_length
+        if manifest.tokens < length:
+            yield f"data.{name}: {path} holds {manifest.tokens} tokens, less than data.seq_length {length}"
+    yield from _check_same_tokenizer(config, tokenizer, manifests)
+    yield from _check_vocabulary(config, tokenizer, manifests)
+
+
+def _check_same_tokenizer(config: Config, tokenizer: Tokenizer | None, manifests: dict[str, Manifest]) -> Iterator[str]:
+    """Everything must have been made with one tokenizer: the one that is set, else that of the training shards."""
+    source, sha256, size = "", "", 0
+    if tokenizer is not None:
+        source, sha256, size = f"data.tokenizer {tokenizer.path}", tokenizer.sha256, tokenizer.vocab_size
+    elif "train" in manifests:
+        first = manifests["train"]
+        source, sha256, size = f"data.train {config.data.train}", first.tokenizer_sha256, first.vocab_size
+    for name, manifest in manifests.items() if source else ():
+        path = getattr(config.data, name)
+        if manifest.vocab_size != size:
+            yield f"data.{name}: {path} was made with a vocabulary of {manifest.vocab_size}, but {source} has {size}"
+        elif manifest.tokenizer_sha256 != sha256:
+            yield f"data.{name}: {path} was made with another tokenizer than {source}; build it again"
+
+
+def _check_vocabulary(config: Config, tokenizer: Tokenizer | None, manifests: dict[str, Manifest]) -> Iterator[str]:
+    """The model must know every token, the mask token included; the first file that contradicts is named."""
     vocab = config.model.vocab
-    if manifest.tokens < config.data.seq_length:
-        yield f"data.{name}: {path} holds {manifest.tokens} tokens, less than data.seq_length {config.data.seq_length}"
-    if tokenizer is not None and manifest.vocab_size != tokenizer.vocab_size:
-        yield (
-            f"data.{name}: {path} was made with a vocabulary of {manifest.vocab_size}, "
-            f"but data.tokenizer {tokenizer.path} has {tokenizer.vocab_size}"
-        )
-    elif tokenizer is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
-        yield f"data.{name}: {path} was made with another tokenizer than {tokenizer.path}; build it again"
-    elif tokenizer is None and vocab is not None and max(manifest.vocab_size - 1, manifest.mask_id) >= vocab:
-        yield f"data.{name}: {path} has a vocabulary of {manifest.vocab_size}, more than model.vocab {vocab}"
+    if vocab is None:
+        return
+    sizes = {f"data.{name} {getattr(config.data, name)}": (m.mask_id, m.vocab_size) for name, m in manifests.items()}
+    if tokenizer is not None:
+        own = {f"data.tokenizer {tokenizer.path}": (tokenizer.mask_token_id, tokenizer.vocab_size)}
+        sizes = {**own, **sizes}
+    for source, (mask_token_id, size) in sizes.items():
+        if mask_token_id >= vocab:
+            yield f"the mask token id {mask_token_id} of {source} is outside the vocabulary: model.vocab is {vocab}"
+            return
+        if size > vocab:
+            yield f"model.vocab {vocab} is smaller than the vocabulary of {source}, {size}"
+            return

@@ -286,7 +286,7 @@ def _known_part(loc: Path_, known: Mapping[Path_, Any], kind: str) -> Path_:
 
 
 def _is_overridden(path: Path_, overridden: set[Path_]) -> bool:
-    return any(path[: len(keys)] == keys for keys in overridden)
+    return any(path[: len(keys)] == keys or keys[: len(path)] == path for keys in overridden)
 
 
 def _explain_error(path: Path_, item: Mapping[str, Any], known: Mapping[Path_, Any]) -> str:

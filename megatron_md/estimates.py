@@ -13,7 +13,14 @@ from megatron_md.config import Config, ModelConfig, to_yaml
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.train.progress import Progress, batch_size_at
 
-GIB = 2**30
+
+def _scaled(value: float, unit: str, base: int) -> str:
+    """A number with a prefix that keeps it readable: `1.87 GiB`, `49.9 GFLOP`."""
+    prefixes = ("", "Ki", "Mi", "Gi", "Ti") if base == 1024 else ("", "k", "M", "G", "T", "P")
+    power = 0
+    while value >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    return f"{value:.2f} {prefixes[power]}{unit}"
 
 
 def attention_widths(model: ModelConfig) -> tuple[int, int]:
@@ -63,17 +70,21 @@ def predicted_fraction(config: Config) -> float:
     return sum(schedule.mean(progress) for progress in moments) / len(moments)
 
 
-def training_flops_per_token(config: Config, vocab: int, fraction: float | None = None) -> float:
+def training_flops_per_token(
+    config: Config, vocab: int, fraction: float | None = None, *, recomputation: bool = False
+) -> float:
     """FLOPs of forward and backward for one token of a row, as executed; a multiply-add counts as two.
 
     Forward: `layers * (2 * matrices + 4 L A) + fraction * 2 H V`, with the full L x L attention of a bidirectional
     model (half of it under the causal mask of the autoregressive baseline), no embedding look-up, the head at
-    predicted positions only. Backward is twice that; full recomputation adds the layers' forward pass once more.
+    predicted positions only. Backward is twice that.
 
     Args:
         config: the run.
         vocab: rows of the output layer.
         fraction: share of positions that the head sees; E[t] of the mask schedule by default.
+        recomputation: add what activation recomputation does again (the layers under `full`, their attention under
+            `selective`); model FLOPs utilisation leaves it out.
     """
     model = config.model
     query, _ = attention_widths(model)
@@ -83,7 +94,7 @@ def training_flops_per_token(config: Config, vocab: int, fraction: float | None 
     layers = model.layers * (2.0 * layer_matrices(model) + attention)
     head = (predicted_fraction(config) if fraction is None else fraction) * 2.0 * model.hidden * vocab
     again = {"none": 0.0, "selective": model.layers * attention, "full": layers}[config.train.recompute]
-    return 3.0 * (layers + head) + again
+    return 3.0 * (layers + head) + (again if recomputation else 0.0)
 
 
 def layers_per_stage(config: Config) -> list[int]:
@@ -189,13 +200,16 @@ def report(config: Config, layout: Layout, vocab: int) -> str:
     padding = f" (embedding padded from {vocab:,} to {rows:,} rows)" if rows != vocab else ""
     fraction = predicted_fraction(config)
     executed = training_flops_per_token(config, rows, fraction)
+    again = training_flops_per_token(config, rows, fraction, recomputation=True) - executed
     total_tokens = Progress.start(config).total_tokens
     tokens_per_step = train.global_batch_size * config.data.seq_length
     memory = memory_per_rank(config, layout, vocab)
     attention = "causal attention" if config.objective.name == "autoregressive" else "full L x L attention"
+    usual = _scaled(6.0 * count, "FLOP", 1000)
     parts = ("weights", "gradients", "optimizer", "activations", "head")
-    shares = ", ".join(f"{part} {getattr(memory, part) / GIB:.2f}" for part in parts)
+    shares = ", ".join(f"{part} {_scaled(getattr(memory, part), 'B', 1024)}" for part in parts)
     sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
+    recomputed = f", and {_scaled(again, 'FLOP', 1000)} recomputed" if again else ""
     ramp = f" (from {batch_size_at(config, 0):,} rows at step 0)" if train.batch_ramp else ""
     facts = {
         "processes": f"{layout.world} = {sizes}",
@@ -205,13 +219,14 @@ def report(config: Config, layout: Layout, vocab: int) -> str:
         "vocabulary": f"{vocab:,}{padding}",
         "parameters": f"{count:,}",
         "predicted share": f"{fraction:.4f} of the positions pass through the head (expected mask rate)",
-        "FLOPs per token": f"{executed / 1e9:.3f} G executed ({attention}, head at predicted positions)",
-        "usual figure": f"{6 * count / 1e9:.3f} G per token (6N: no attention, embedding and head at all positions)",
-        "FLOPs in all": f"{executed * total_tokens:.3e}",
+        "FLOPs per token": f"{_scaled(executed, 'FLOP', 1000)} "
+        f"executed ({attention}, head at predicted positions){recomputed}",
+        "usual figure": f"{usual} per token (6N: no attention, embedding and head at all positions)",
+        "FLOPs in all": f"{(executed + again) * total_tokens:.3e}",
         "tokens per step": f"{tokens_per_step:,} = {train.global_batch_size:,} rows x {config.data.seq_length:,}{ramp}",
         "steps": f"{train.steps:,}",
         "tokens in all": f"{total_tokens:,} ({total_tokens / count:.2f} per parameter)",
-        "memory per rank": f"{memory.total / GIB:.2f} GiB on the fullest, roughly ({shares})",
+        "memory per rank": f"{_scaled(memory.total, 'B', 1024)} on the fullest, roughly ({shares})",
     }
     width = max(map(len, facts))
     lines = [f"  {name:<{width}}  {value}" for name, value in facts.items()]

@@ -1,0 +1,62 @@
+# make demo, make test: each makes .venv when there is none, or when what it was made from has changed.
+#
+#   make test PYTHON=python3.12                 another Python (3.11 or newer)
+#   make test TORCH='torch==2.13.0+cpu'         another build of torch: give pip its index by PIP_INDEX_URL or
+#                                               PIP_EXTRA_INDEX_URL, or a wheel file instead of a version
+
+PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,$(shell command -v $(python) 2>/dev/null)))
+TORCH ?= torch==2.13.0
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The stamp says where and with which torch the environment was made: one that was moved, cut short or broken is remade.
+STAMP := .venv/.installed
+WANTED := $(CURDIR) $(TORCH)
+FOUND := $(shell .venv/bin/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)
+
+.PHONY: help demo test test-slow lint clean
+ifneq ($(FOUND),$(WANTED))
+.PHONY: $(STAMP)
+endif
+
+help:
+	@echo 'make demo        train a small model on the Python standard library, draw its loss, write a sample'
+	@echo 'make test        run the tests'
+	@echo 'make test-slow   run the slow tests as well'
+	@echo 'make lint        formatting, lint, types, architecture'
+	@echo 'make clean       remove .venv, caches and build outputs (runs/ and corpus/ stay)'
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo 'No python3 found: install Python 3.11 or newer, or say make PYTHON=/path/to/python' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo '$(PYTHON) is older than Python 3.11: say make PYTHON=python3.11' >&2; exit 1; }
+	@if [ -n "$(FOUND)" ] && [ "$(FOUND)" = "$(WANTED)" ]; then \
+		echo 'updating .venv'; rm -f $(STAMP); \
+	else \
+		echo 'making .venv with $(PYTHON) and $(TORCH)'; $(PYTHON) -m venv --clear .venv; \
+	fi
+	.venv/bin/python -m pip install -q '$(TORCH)'
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@echo '$(WANTED)' > $(STAMP)
+
+demo: $(STAMP)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/tiny/demo.sh
+
+test: $(STAMP)
+	.venv/bin/python -m pytest
+
+test-slow: $(STAMP)
+	.venv/bin/python -m pytest -m 'not gpu'
+
+lint: $(STAMP)
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,123 @@
+"""The command line: finds the command, runs it, and turns bad input into one line and exit code 2.
+
+Only the module of the command that is asked for is imported, so that `--help` and refusals take no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import linecache
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from megatron_md import __version__
+
+EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT = 0, 1, 2
+
+# Name: (module with `add_arguments(parser)` and `run(args) -> int`, what it does). The module's EXAMPLES, if any, are
+# shown by --help.
+COMMANDS = {
+    "train": ("megatron_md.commands.train", "pretrain a model, as one YAML file says"),
+    "tokenizer": ("megatron_md.data.tokenizer_commands", "train a tokenizer"),
+    "data": ("megatron_md.data.commands", "build, verify and show tokenised corpora"),
+    "generate": ("megatron_md.evaluate.generate", "write text with a trained model"),
+    "plot": ("megatron_md.evaluate.plot", "draw a run's losses"),
+}
+
+EXAMPLES = """examples:
+  megatron-md tokenizer train --help
+  megatron-md data build --help
+  megatron-md train examples/tiny/demo.yaml --nproc-per-node 2
+  megatron-md train examples/8b/pretrain.yaml --dry-run --world-size 64
+  megatron-md plot runs/demo
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of the whole command line, with the arguments of one command only."""
+    description = "Pretraining of masked-diffusion language models on megatron-core."
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="megatron-md", description=description, epilog=EXAMPLES, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"megatron-md {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        module: Any = importlib.import_module(module_name) if name == command else None
+        epilog = getattr(module, "EXAMPLES", None)
+        sub = subparsers.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=raw)
+        if module is not None:
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0 done, 2 bad input, 75 stopped on request with a saved checkpoint, 1 anything else.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # `imports` of a config may name modules beside it, as under `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    parser = build_parser(command)
+    args, rest = parser.parse_known_args(arguments)
+    if rest:
+        # argparse takes the words of `train CONFIG a=1 --dry-run b=2` only up to the first option.
+        if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            parser.error(f"unknown argument(s) {' '.join(rest)}")
+        args.overrides += rest
+    try:
+        return int(args.run(args))
+    except ValueError as error:
+        if not is_deliberate(error):
+            raise
+        report_bad_input(error)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("megatron-md: interrupted", file=sys.stderr)
+        return EXIT_ERROR
+    except BrokenPipeError:
+        # The reader of our output has left (`| head`); nothing more can be said to it, also not at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+
+
+def is_deliberate(error: ValueError) -> bool:
+    """Whether a `raise` in this package made the error: bad input. Others are faults and keep their traceback."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames or os.environ.get("MEGATRON_MD_TRACEBACK"):
+        return False
+    frame, line = frames[-1]
+    module = str(frame.f_globals.get("__name__", ""))
+    statement = linecache.getline(frame.f_code.co_filename, line).strip()
+    return module.split(".")[0] == "megatron_md" and statement.startswith("raise ")
+
+
+def report_bad_input(error: ValueError) -> None:
+    """Print an error's lines on stderr; of several processes only the first one of each machine does."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        prefix = "megatron-md: "
+    elif os.environ.get("LOCAL_RANK") == "0":
+        prefix = f"megatron-md on {socket.gethostname()}: "
+    else:
+        return
+    # One write, so that lines of other processes cannot come in between.
+    sys.stderr.write("".join(f"{prefix}{line}\n" for line in str(error).splitlines()))
+    sys.stderr.flush()

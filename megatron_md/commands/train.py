@@ -1,0 +1,106 @@
+"""`megatron-md train`: checks the config before torch is imported, then trains here or starts the workers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_md.checks import (
+    check_config,
+    corpus_problems,
+    import_plugins,
+    missing_files,
+    smallest_world,
+    vocabulary,
+)
+from megatron_md.config import Config, ConfigError, explain, load_config
+from megatron_md.estimates import report
+
+EXAMPLES = f"""examples:
+  megatron-md train examples/tiny/demo.yaml --nproc-per-node 2
+  megatron-md train examples/tiny/demo.yaml parallel.tensor=1 train.steps=20 run_dir=runs/try
+  megatron-md train examples/8b/pretrain.yaml --dry-run --world-size 64
+  torchrun --nproc-per-node 2 -m megatron_md train examples/tiny/demo.yaml
+  megatron-md train CONFIG.yaml --nnodes 8 --nproc-per-node 8 --rdzv-endpoint HOST:29500      (on every node)
+
+exit codes:
+  0 done   2 bad input   75 stopped by a signal with a saved checkpoint: the same command goes on   1 anything else
+  (torchrun has its own: 1 whatever a worker ends with)
+
+keys of the YAML file and of section.key=value (a key of the command line wins over the file, the file over the preset):
+
+{explain()}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; see the keys below")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="keys to change")
+    parser.add_argument("--dry-run", action="store_true", help="print config, layout and estimates; start nothing")
+    parser.add_argument("--world-size", type=_positive, metavar="N", help="processes that --dry-run assumes")
+    parser.add_argument("--nproc-per-node", type=_positive, metavar="N", help="processes on this machine (default 1)")
+    parser.add_argument("--nnodes", type=_positive, default=1, metavar="N", help="machines of the job (default 1)")
+    parser.add_argument("--node-rank", type=int, metavar="N", help="number of this machine")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; needed for several")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or show what training would do.
+
+    Raises:
+        ConfigError: the config cannot be run.
+    """
+    config = load_config(args.config, args.overrides)
+    is_worker = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    nproc = args.nproc_per_node or 1
+    world = int(os.environ["WORLD_SIZE"]) if is_worker else nproc * args.nnodes
+    if args.world_size is not None and not args.dry_run:
+        raise ConfigError(["--world-size belongs to --dry-run; to train, give --nproc-per-node and --nnodes"])
+    if args.nnodes > 1 and args.rdzv_endpoint is None and not is_worker and not args.dry_run:
+        raise ConfigError(["--nnodes above 1 needs --rdzv-endpoint HOST:PORT, the same on every machine"])
+    try:
+        if args.dry_run:
+            given = is_worker or args.nproc_per_node or args.nnodes > 1
+            return _dry_run(config, args.world_size or (world if given else smallest_world(config)))
+        check_config(config, world)
+    except ConfigError as error:
+        raise ConfigError([f"{args.config}: {line}" for line in error.lines]) from None
+    if is_worker or world == 1:
+        from megatron_md.pretrain import pretrain
+
+        import_plugins(config)
+        return pretrain(config)
+    from megatron_md.train.launch import launch
+
+    return launch(
+        args.config,
+        args.overrides,
+        config.run_dir,
+        nproc_per_node=nproc,
+        nnodes=args.nnodes,
+        node_rank=args.node_rank,
+        rdzv_endpoint=args.rdzv_endpoint,
+    )
+
+
+def _dry_run(config: Config, world_size: int) -> int:
+    """Print the report; corpora that do not exist yet are only mentioned, those that do must fit."""
+    layout = check_config(config, world_size, corpora=False)
+    problems = list(corpus_problems(config))
+    if problems:
+        raise ConfigError(problems)
+    text = report(config, layout, vocabulary(config))
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+        for line in missing_files(config):
+            print(f"megatron-md: note: training would stop here: {line}", file=sys.stderr)
+    return 0

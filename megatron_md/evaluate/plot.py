@@ -1,0 +1,129 @@
+"""`megatron-md plot RUN`: draws RUN/loss.png from RUN/metrics.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  megatron-md plot runs/demo
+  megatron-md plot runs/demo --output demo.svg
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write (.png, .svg, .pdf); RUN/loss.png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the losses and say where the picture is.
+
+    Raises:
+        ValueError: the directory holds no metrics.
+    """
+    output = args.output or args.run_dir / "loss.png"
+    plot_run(args.run_dir, output)
+    print(output)
+    return 0
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of RUN/metrics.jsonl; a last line that a killed run left half written is left out.
+
+    Raises:
+        ValueError: there is no such file, it holds no record, or a line before the last one is damaged.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; is {run_dir} the directory of a run that has trained?")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is damaged") from None
+    if not records:
+        raise ValueError(f"{path}: no step has been logged yet")
+    return records
+
+
+def _series(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Tokens and values of a metric, where it was logged and is finite."""
+    pairs = [(r["tokens"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
+    return [tokens for tokens, _ in pairs], [value for _, value in pairs]
+
+
+def plot_run(run_dir: Path, output: Path) -> None:
+    """Draw training loss, masked cross-entropy and validation NELBO against tokens, all in nats per token.
+
+    Only the validation NELBO compares across mask schedules, and with the unigram entropy (dashed; from
+    RUN/summary.json, where it is recorded).
+
+    Raises:
+        ValueError: the directory holds no metrics, or the picture's format is unknown.
+    """
+    records = read_metrics(run_dir)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, color in (
+        ("loss", "training objective", "#b8b8b8"),
+        ("masked_ce", "cross-entropy at masked tokens (training)", "#4c78a8"),
+    ):
+        tokens, values = _series(records, key)
+        if values:
+            axes.plot(tokens, values, label=label, color=color, linewidth=1.2)
+    _draw_validation(axes, records)
+    entropy = _unigram_entropy(run_dir)
+    if entropy is not None:
+        axes.axhline(entropy, color="black", linestyle="--", linewidth=1.0, label=f"unigram entropy {entropy:.3f}")
+    axes.set(xlabel="training tokens", ylabel="nats per token", title=str(run_dir))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    _save(figure, output)
+
+
+def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
+    """The validation NELBO with a band of one standard error."""
+    scored = [r for r in records if isinstance(r.get("val_nelbo"), (int, float)) and math.isfinite(r["val_nelbo"])]
+    if not scored:
+        return
+    tokens = [r["tokens"] for r in scored]
+    values = [r["val_nelbo"] for r in scored]
+    errors = [r.get("val_nelbo_stderr") or 0.0 for r in scored]
+    low = [value - error for value, error in zip(values, errors, strict=True)]
+    high = [value + error for value, error in zip(values, errors, strict=True)]
+    label = f"validation NELBO, last {values[-1]:.3f} ± {errors[-1]:.3f}"
+    axes.plot(tokens, values, color="#e4572e", marker="o", markersize=4, linewidth=1.5, label=label)
+    axes.fill_between(tokens, low, high, color="#e4572e", alpha=0.25, linewidth=0)
+
+
+def _unigram_entropy(run_dir: Path) -> float | None:
+    try:
+        value = json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("unigram_entropy")
+    except (OSError, ValueError):
+        return None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _save(figure: Any, output: Path) -> None:
+    """Write the picture under another name first: nobody sees half of one."""
+    kind = output.suffix.removeprefix(".").lower()
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"{output}: no picture format {kind!r}; use .png, .svg or .pdf")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.writing")
+    figure.savefig(temporary, format=kind, dpi=150)
+    os.replace(temporary, output)
