@@ -73,7 +73,7 @@ def stratified_uniforms(
         float64 [B], read-only (the last few batches are kept).
     """
     words = random_words(seed, f"{purpose}/strata", (first_sample_index, global_batch_size), global_batch_size)
-    strata = np.argsort(np.argsort(words, kind="stable"), kind="stable")
+    strata = np.argsort(words, kind="stable")
     jitter = uniforms(seed, f"{purpose}/jitter", 0, global_batch_size, start=first_sample_index)
     u = np.minimum((strata + jitter) / global_batch_size, _ONE_BELOW)
     u.flags.writeable = False

@@ -95,7 +95,9 @@ class Weighting:
             weights_B = n_B / m_B
         if self.importance:
             weights_B = weights_B / self.schedule.density(mask_rate_B, progress)
-        return np.asarray(weights_B * np.array([self._scale(int(n), progress) for n in n_B]), dtype=np.float64)
+        lengths, index_B = np.unique(n_B, return_inverse=True)
+        scales = np.array([self._scale(int(n), progress) for n in lengths])
+        return np.asarray(weights_B * scales[index_B], dtype=np.float64)
 
     def denominator(self, masked_B: Int64Array, maskable_B: Int64Array) -> int:
         """The rows' share of the global count."""

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 from ranks import run_ranks
+from small_run import CONFIG, VOCAB, small_run, variant
 
-from megatron_md.batch import BatchPosition, CleanBatch
-from megatron_md.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_md.config import Config
 
-ROWS, LENGTH, VOCAB, MASK = 8, 32, 211, 3
 STEPS = 5
-
-CONFIG = Config(
-    model=ModelConfig(vocab=VOCAB, max_length=LENGTH, layers=4, hidden=64, heads=4, kv_heads=2, ffn=96),
-    data=DataConfig(seq_length=LENGTH),
-    objective=ObjectiveConfig(mask_schedule="uniform:0.3,0.7", head_chunk=16),
-    optimizer=OptimizerConfig(lr=1e-3),
-    train=TrainConfig(global_batch_size=ROWS, micro_batch_size=2),
-)
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2": (2, {"tensor": 2}),
@@ -39,36 +29,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def clean_rows(index: np.ndarray[Any, Any], position: BatchPosition) -> CleanBatch:
-    """Rows that are a function of their number; some end in padding, one in each batch has nothing to mask."""
-    tokens = np.stack([np.random.default_rng(int(g)).integers(4, VOCAB, LENGTH) for g in index])
-    is_maskable = np.arange(LENGTH)[None] < np.where(index % 8 == 5, 0, LENGTH - index % 3)[:, None]
-    return CleanBatch(tokens, is_maskable, index, position)
-
-
 def train(config: Config, steps: int) -> dict[str, Any]:
-    """Train on made-up rows; returns per-step figures and a layout-free digest of the final weights."""
-    from megatron_md import parallel
-    from megatron_md.diffusion.objective import build_objective
-    from megatron_md.model.build import build_model, settled_parameters, wrap_data_parallel
-    from megatron_md.train.optimizer import build_optimizer, set_hyperparameters
-    from megatron_md.train.step import Stepper
+    """Train on made-up rows; returns per-step figures and this rank's pieces of the final weights."""
+    from megatron_md.model.build import settled_parameters
 
-    with parallel.session(config) as world:
-        objective = build_objective(config.objective, seed=config.seed, mask_token_id=MASK)
-        model = build_model(config, world.device, causal=objective.causal, mask_token_id=MASK)
-        chunks = wrap_data_parallel(model, config)
-        optimizer = build_optimizer(config, chunks)
-        set_hyperparameters(optimizer, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
-        stepper = Stepper(config, world, chunks, optimizer, objective)
-        size, curve = config.train.micro_batch_size, []
-        for step in range(steps):
-            position = BatchPosition(step * ROWS, ROWS, step / steps)
-            slots = np.arange(ROWS).reshape(-1, world.data_size, size)[:, world.data_rank] + step * ROWS
-            report = stepper.train(stepper.corrupt([clean_rows(index, position) for index in slots]))
-            curve.append((report.loss, report.grad_norm, report.metrics["masked_ce"], report.metrics["mean_mask_rate"]))
-        with settled_parameters(chunks):
-            return {"curve": curve, "shards": shards(chunks)}
+    with small_run(config) as run:
+        curve = run.train(0, steps)
+        with settled_parameters(run.chunks):
+            return {"curve": curve, "shards": shards(run.chunks)}
 
 
 def shards(chunks: list[Any]) -> list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray[Any, Any]]]:
@@ -98,16 +66,7 @@ def assemble(runs: list[dict[str, Any]]) -> dict[str, np.ndarray[Any, Any]]:
 @cache
 def reference(objective: str, tied: bool = True) -> dict[str, Any]:
     """The single-process run that every layout must reproduce."""
-    return run_ranks(train, 1, variant(objective, tied), STEPS)[0]
-
-
-def variant(objective: str, tied: bool = True) -> Config:
-    return replace(
-        CONFIG,
-        objective=replace(CONFIG.objective, name=objective),
-        model=replace(CONFIG.model, tied=tied),
-        parallel=ParallelConfig(distributed_optimizer=False),
-    )
+    return run_ranks(train, 1, variant(objective={"name": objective}, model={"tied": tied}), STEPS)[0]
 
 
 def assert_same(runs: list[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -126,8 +85,7 @@ def assert_same(runs: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])
 def test_layout_reproduces_one_process(name: str, objective: str) -> None:
     size, layout = LAYOUTS[name]
-    config = replace(variant(objective), parallel=ParallelConfig(**layout))
-    runs = run_ranks(train, size, config, STEPS)
+    runs = run_ranks(train, size, variant(objective={"name": objective}, parallel=layout), STEPS)
     assert_same(runs, reference(objective))
 
 
@@ -135,8 +93,7 @@ def test_layout_reproduces_one_process(name: str, objective: str) -> None:
 @pytest.mark.parametrize("name", ["tensor2", "pipeline2", "tensor2xpipeline2"])
 def test_untied_embeddings_too(name: str) -> None:
     size, layout = LAYOUTS[name]
-    config = replace(variant("masked_diffusion", tied=False), parallel=ParallelConfig(**layout))
-    runs = run_ranks(train, size, config, STEPS)
+    runs = run_ranks(train, size, variant(model={"tied": False}, parallel=layout), STEPS)
     assert_same(runs, reference("masked_diffusion", tied=False))
 
 
@@ -144,34 +101,66 @@ def test_untied_embeddings_too(name: str) -> None:
 @pytest.mark.parametrize("micro_batch", [1, 4, 8])
 @pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])
 def test_micro_batches_do_not_matter(micro_batch: int, objective: str) -> None:
-    config = variant(objective)
-    config = replace(config, train=replace(config.train, micro_batch_size=micro_batch))
-    runs = run_ranks(train, 1, config, STEPS)
-    assert_same(runs, reference(objective))
+    config = variant(objective={"name": objective}, train={"micro_batch_size": micro_batch})
+    assert_same(run_ranks(train, 1, config, STEPS), reference(objective))
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_nothing(recompute: Any) -> None:
-    config = variant("masked_diffusion")
-    config = replace(config, train=replace(config.train, recompute=recompute))
-    assert_same(run_ranks(train, 1, config, STEPS), reference("masked_diffusion"))
+def test_recomputation_changes_nothing(recompute: str) -> None:
+    assert_same(run_ranks(train, 1, variant(train={"recompute": recompute}), STEPS), reference("masked_diffusion"))
 
 
 @pytest.mark.distributed
-def test_every_normalisation_is_a_global_count() -> None:
-    for normalise in ("masked", "sequences"):
-        config = variant("masked_diffusion")
-        config = replace(config, objective=replace(config.objective, normalise=normalise))
-        single = run_ranks(train, 1, config, 2)[0]
-        double = run_ranks(train, 2, config, 2)
-        assert_same(double, single)
+@pytest.mark.parametrize("normalise", ["masked", "sequences"])
+def test_every_normalisation_is_a_global_count(normalise: str) -> None:
+    config = variant(objective={"normalise": normalise})
+    assert_same(run_ranks(train, 2, config, 2), run_ranks(train, 1, config, 2)[0])
 
 
 @pytest.mark.distributed
 def test_bf16_follows_fp32() -> None:
-    config = variant("masked_diffusion")
-    config = replace(config, train=replace(config.train, precision="bf16"))
-    curve = np.array(run_ranks(train, 1, config, STEPS)[0]["curve"])
-    np.testing.assert_allclose(curve[:, 0], np.array(reference("masked_diffusion")["curve"])[:, 0], rtol=2e-2)
-    assert not np.array_equal(curve[:, 0], np.array(reference("masked_diffusion")["curve"])[:, 0])
+    losses = np.array(run_ranks(train, 1, variant(train={"precision": "bf16"}), STEPS)[0]["curve"])[:, 0]
+    expected = np.array(reference("masked_diffusion")["curve"])[:, 0]
+    np.testing.assert_allclose(losses, expected, rtol=2e-2)
+    assert not np.array_equal(losses, expected)
+
+
+def train_with_a_nan(config: Config) -> dict[str, Any]:
+    """Two steps, the first with a weight that is not a number on one rank's last micro-batch."""
+    import torch
+
+    with small_run(config) as run:
+        before = [parameter.detach().clone() for chunk in run.chunks for parameter in chunk.parameters()]
+        batches = run.stepper.corrupt(run.batches(0))
+        if run.world.data_rank == 0:
+            batches[-1].weights_M[0] = float("nan")
+        bad = run.stepper.train(batches)
+        after = [parameter.detach().clone() for chunk in run.chunks for parameter in chunk.parameters()]
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        good = run.stepper.train(run.stepper.corrupt(run.batches(1)))
+        return {"skipped": bad.skipped, "unchanged": unchanged, "then": good.skipped, "loss": good.loss}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"distributed_optimizer": True}])
+def test_a_nan_is_skipped_by_all_ranks_and_poisons_nothing(layout: dict[str, Any]) -> None:
+    for rank in run_ranks(train_with_a_nan, 2, variant(parallel=layout)):
+        assert rank["skipped"] and rank["unchanged"] and not rank["then"] and np.isfinite(rank["loss"])
+
+
+def weight_decays(config: Config) -> dict[str, float]:
+    """Weight decay that each parameter's group carries, by the parameter's name."""
+    with small_run(config) as run:
+        names = {id(p): name for chunk in run.chunks for name, p in chunk.named_parameters()}
+        return {
+            names[id(p)]: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]
+        }
+
+
+@pytest.mark.distributed
+def test_norms_and_biases_are_not_decayed() -> None:
+    (decays,) = run_ranks(weight_decays, 1, variant(model={"qkv_bias": True, "qk_norm": True}))
+    assert any("bias" in name for name in decays) and any("q_layernorm" in name for name in decays)
+    for name, decay in decays.items():
+        assert decay == (0.0 if "norm" in name or name.endswith("bias") else CONFIG.optimizer.weight_decay), name
