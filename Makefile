@@ -12,7 +12,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The stamp says where and with which torch the environment was made: one that was moved, cut short or broken is remade.
+# The stamp says where and with which torch the environment was made. One that was moved, cut short while it was made,
+# or does not start is made anew; another one is brought up to date.
 STAMP := .venv/.installed
 WANTED := $(CURDIR) $(TORCH)
 FOUND := $(shell .venv/bin/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)
@@ -33,14 +34,15 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo 'No python3 found: install Python 3.11 or newer, or say make PYTHON=/path/to/python' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo '$(PYTHON) is older than Python 3.11: say make PYTHON=python3.11' >&2; exit 1; }
-	@if [ -n "$(FOUND)" ] && [ "$(FOUND)" = "$(WANTED)" ]; then \
-		echo 'updating .venv'; rm -f $(STAMP); \
-	else \
+	@if [ -e .venv/.installing ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1 \
+			|| { [ -e $(STAMP) ] && ! grep -qF '$(CURDIR) ' $(STAMP); }; then \
 		echo 'making .venv with $(PYTHON) and $(TORCH)'; $(PYTHON) -m venv --clear .venv; \
 	fi
+	@touch .venv/.installing
 	.venv/bin/python -m pip install -q '$(TORCH)'
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@echo '$(WANTED)' > $(STAMP)
+	@rm .venv/.installing
 
 demo: $(STAMP)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/tiny/demo.sh

@@ -112,7 +112,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> set[Path_]:
-    """Set `section.key=value` overrides, in order, in a nested mapping.
+    """Set `section.key=value` overrides, in order, in a nested mapping; only its top level is changed in place.
 
     Returns:
         The paths of the keys that were set.
@@ -128,12 +128,12 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> set[Pa
             raise ConfigError([f"override {override!r}: must look like section.key=value"])
         section = mapping
         for depth, key in enumerate(keys[:-1]):
-            below = section.get(key)
-            if below is None:
-                below = section[key] = {}
+            below = section.get(key) or {}
             if not isinstance(below, dict):
                 raise ConfigError([f"override {override!r}: {'.'.join(keys[: depth + 1])} is no section"])
-            section = below
+            # A copy, since the caller (or a YAML alias) may hold the same mapping elsewhere.
+            section[key] = {**below}
+            section = section[key]
         section[keys[-1]] = parse_yaml(text, f"override {override!r}")
         changed.add(keys)
     return changed

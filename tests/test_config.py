@@ -85,7 +85,7 @@ def test_whole_numbers_serve_as_floats_but_not_the_other_way_round(tmp_path: Pat
         ("optimizer: {lr: .inf}", "optimizer.lr must be number > 0, got Infinity"),
         ("optimizer: {beta1: 1.0}", "optimizer.beta1 must be number >= 0 < 1, got 1.0"),
         ("train: {precision: fp16}", 'train.precision must be fp32 | bf16, got "fp16"'),
-        ("objective: {mask_schedule: 0.5}", "objective.mask_schedule must be text or mapping, got 0.5; put it in quotes"),
+        ("data: {train: 1e3}", "data.train must be text or null, got 1000.0; put it in quotes"),
         ("model: 3", "model must be mapping, got 3"),
         ("model: {preset: tinny}", "model.preset 'tinny' is unknown; did you mean 'tiny'? "
          "(known: tiny, 50m, 1b, 1b-aligned, 8b)"),
@@ -180,7 +180,7 @@ def test_yaml_round_trip_keeps_every_value(tmp_path: Path) -> None:
 
 def test_config_from_mapping_leaves_its_argument_alone() -> None:
     mapping = {"model": {"preset": "tiny"}}
-    config_from_mapping(mapping, ["train.steps=3", "seed=2"])
+    config_from_mapping(mapping, ["train.steps=3", "seed=2", "model.layers=2"])
     assert mapping == {"model": {"preset": "tiny"}}
 
 
@@ -213,3 +213,9 @@ def test_loading_and_checking_import_no_torch(tmp_path: Path) -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'sentencepiece')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_alias_is_overridden_in_one_place_only(tmp_path: Path) -> None:
+    path = write(tmp_path, "megatron: {ddp: &shared {a: 1}, optimizer: *shared}")
+    config = load_config(path, ["megatron.ddp.a=2"])
+    assert (config.megatron.ddp, config.megatron.optimizer) == ({"a": 2}, {"a": 1})
