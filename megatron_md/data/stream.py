@@ -1,0 +1,254 @@
+"""The stream of rows that a run trains on: row g of a corpus, micro-batches of a global batch, reading ahead."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array
+from megatron_md.data.packing import RowOrder, WindowLayout
+from megatron_md.data.shards import Manifest, ShardReader, load_manifest
+
+T = TypeVar("T")
+Int32Array = npt.NDArray[np.int32]
+
+WINDOW_SHARDS = 8
+VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows.
+
+    Attributes:
+        tokens_BL: token ids; a window's last row ends in padding.
+        is_maskable_BL: False on padding.
+        sample_index_B: g of each row.
+        cu_seqlens: per row the boundaries of its documents, from 0 to L ascending; padding counts as a last document.
+    """
+
+    tokens_BL: Int64Array
+    is_maskable_BL: BoolArray
+    sample_index_B: Int64Array
+    cu_seqlens: list[Int32Array]
+
+
+class SequenceStream:
+    """Rows of L tokens of a corpus, addressed by `sample_index` g = 0, 1, 2, …, without end.
+
+    Stateless: any g is served at once, in any order, at a memory cost of a few windows' indexes. The order is that
+    of `megatron_md.data.packing`. Not to be used from two threads at once.
+
+    Attributes:
+        manifest: the corpus.
+        seq_length: tokens per row (L).
+        tokens: tokens of one epoch, `<eos>` included.
+        rows_per_epoch: rows of the first epoch (later ones may differ by fewer rows than there are windows).
+    """
+
+    def __init__(
+        self,
+        manifest: str | Path | Manifest,
+        *,
+        seed: int,
+        seq_length: int,
+        window_shards: int = WINDOW_SHARDS,
+        verify: bool = True,
+    ) -> None:
+        """Open a corpus.
+
+        Args:
+            manifest: a loaded manifest, or where it lies.
+            seed: seed of the order.
+            seq_length: tokens per row (L).
+            window_shards: shards that are shuffled together (W).
+            verify: check the crc32 of every document when a window first uses it.
+
+        Raises:
+            ValueError: the corpus is missing or malformed.
+        """
+        self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
+        self.seq_length = seq_length
+        self._seed, self._window_shards, self._verify = seed, window_shards, verify
+        shard_tokens = np.array([shard.tokens + shard.documents for shard in self.manifest.shards], dtype=np.int64)
+        self._order = RowOrder(
+            shard_tokens, seq_length=seq_length, window_shards=window_shards, seed=seed, corpus=self.manifest.sha256
+        )
+        self.tokens = int(shard_tokens.sum())
+        self.rows_per_epoch = self._order.rows_of_epoch(0)
+        self._window = lru_cache(maxsize=2)(self._open_window)
+
+    def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
+        """The rows of these g, in this order.
+
+        Raises:
+            ShardError: a document that they need is damaged; names shard and document.
+        """
+        count = len(sample_index)
+        tokens_BL = np.full((count, self.seq_length), self.manifest.pad_id, dtype=np.int64)
+        is_maskable_BL = np.zeros((count, self.seq_length), dtype=np.bool_)
+        cu_seqlens = []
+        for b, g in enumerate(sample_index):
+            place = self._order.locate(int(g))
+            boundaries = self._window(place.epoch, place.window).fill(place.row, tokens_BL[b])
+            is_maskable_BL[b, : boundaries[-1]] = True
+            if boundaries[-1] < self.seq_length:
+                boundaries.append(self.seq_length)
+            cu_seqlens.append(np.array(boundaries, dtype=np.int32))
+        return Rows(tokens_BL, is_maskable_BL, np.asarray(sample_index, dtype=np.int64), cu_seqlens)
+
+    def state(self) -> dict[str, Any]:
+        """What the order depends on; equal states serve equal rows. There is nothing else to restore."""
+        return {
+            "corpus": self.manifest.sha256,
+            "seed": self._seed,
+            "seq_length": self.seq_length,
+            "window_shards": self._window_shards,
+        }
+
+    def _open_window(self, epoch: int, window: int) -> _Window:
+        shards = self._order.shards_of_window(epoch, window)
+        readers = [ShardReader(self.manifest, int(shard)) for shard in shards]
+        document_tokens = np.concatenate([reader.index["tokens"] for reader in readers]).astype(np.int64)
+        layout = WindowLayout(document_tokens, self.seq_length, *self._order.key, epoch, window)
+        return _Window(readers, layout, document_tokens, self.manifest.eos_id, self._verify)
+
+
+class _Window:
+    """The documents of one window, read through its layout."""
+
+    def __init__(
+        self, readers: list[ShardReader], layout: WindowLayout, document_tokens: Int64Array, eos_id: int, verify: bool
+    ) -> None:
+        self._readers, self._layout, self._eos_id = readers, layout, eos_id
+        self._document_tokens = document_tokens
+        self._first_documents = np.cumsum([0] + [len(reader.index) for reader in readers])
+        self._is_unchecked = np.full(len(document_tokens), verify)
+
+    def fill(self, row: int, tokens_L: Int64Array) -> list[int]:
+        """Write a row; returns the boundaries of its documents, from 0 to the end of its last token."""
+        boundaries = [0]
+        for piece in self._layout.pieces(row):
+            begin = boundaries[-1]
+            end = begin + piece.stop - piece.start
+            length = int(self._document_tokens[piece.document])
+            tokens_n = self._document(piece.document)[piece.start : piece.stop]
+            tokens_L[begin : begin + len(tokens_n)] = tokens_n
+            if piece.stop > length:
+                tokens_L[end - 1] = self._eos_id
+            boundaries.append(end)
+        return boundaries
+
+    def _document(self, document: int) -> npt.NDArray[np.unsignedinteger]:
+        shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
+        verify = bool(self._is_unchecked[document])
+        tokens_n = self._readers[shard].document(document - int(self._first_documents[shard]), verify=verify)
+        self._is_unchecked[document] = False
+        return tokens_n
+
+
+def validation_rows(manifest: str | Path | Manifest, seq_length: int, count: int) -> Rows:
+    """A fixed set of distinct rows: the first `count` of the corpus' first epoch, or all where it holds fewer."""
+    stream = SequenceStream(manifest, seed=VALIDATION_SEED, seq_length=seq_length)
+    return stream.rows(range(min(count, stream.rows_per_epoch)))
+
+
+def micro_batches(
+    stream: SequenceStream, position: BatchPosition, micro_batch_size: int, *, data_rank: int, data_size: int
+) -> list[CleanBatch]:
+    """This data-parallel rank's micro-batches of a global batch.
+
+    Micro-batch j of rank r takes the slots (j * data_size + r) * micro_batch_size onwards, so every split of a
+    global batch sees the same rows.
+
+    Raises:
+        ValueError: the global batch does not divide into micro-batches of this size over the ranks.
+    """
+    rows_per_round = micro_batch_size * data_size
+    if position.global_batch_size % rows_per_round:
+        raise ValueError(
+            f"train.global_batch_size {position.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{micro_batch_size} x data-parallel size {data_size}"
+        )
+    batches = []
+    for slot in range(data_rank * micro_batch_size, position.global_batch_size, rows_per_round):
+        first = position.first_sample_index + slot
+        rows = stream.rows(range(first, first + micro_batch_size))
+        batches.append(CleanBatch(rows.tokens_BL, rows.is_maskable_BL, rows.sample_index_B, position))
+    return batches
+
+
+class Prefetcher(Generic[T]):
+    """Iterates over another iterator that runs ahead in a background thread.
+
+    Items come out unchanged and in order, whatever the depth. An exception of the inner iterator is raised at the
+    place where its next item would have come. Close it when done: that ends the thread.
+    """
+
+    def __init__(self, items: Iterator[T], *, depth: int) -> None:
+        """Start reading.
+
+        Args:
+            items: what to read; used by the thread alone from here on.
+            depth: items that may wait; 0 reads in the caller's thread.
+        """
+        self._items = items
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._end: BaseException | None = None
+        self._thread = threading.Thread(target=self._read, name="prefetch", daemon=True) if depth else None
+        if self._thread is not None:
+            self._thread.start()
+
+    def __iter__(self) -> Prefetcher[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._stop.is_set():
+            raise ValueError("the prefetcher is closed")
+        if self._thread is None:
+            return next(self._items)
+        if self._end is None:
+            kind, item = self._queue.get()
+            if kind == "item":
+                return item
+            self._end = item
+        raise self._end
+
+    def close(self) -> None:
+        """End the thread and the inner iterator; waiting items are dropped. May be called twice."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        elif isinstance(self._items, Generator):
+            self._items.close()
+
+    def _read(self) -> None:
+        try:
+            for item in self._items:
+                self._put("item", item)
+                if self._stop.is_set():
+                    break
+            else:
+                self._put("end", StopIteration())
+        except BaseException as error:  # handed on to the consumer
+            self._put("end", error)
+        finally:
+            if isinstance(self._items, Generator):
+                self._items.close()
+
+    def _put(self, kind: str, item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put((kind, item), timeout=0.1)
+                return
+            except queue.Full:
+                continue

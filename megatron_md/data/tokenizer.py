@@ -1,0 +1,214 @@
+"""SentencePiece tokenizer that keeps every character of code: training, encoding, decoding."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_md.data.corpus import Document
+
+MASK, EOS, PAD, UNKNOWN = "<mask>", "<eos>", "<pad>", "<unk>"
+SPACE_PIECE = "\u2581"  # how SentencePiece spells a space; a literal one is encoded through its bytes
+TABS = ["\t" * count for count in range(1, 5)]  # SentencePiece cannot learn pieces with tabs: it reserves the character
+TRAINING_BYTES = 3_000_000
+EXCERPT_CHARACTERS = 4_000
+TRAINING_THREADS = 4  # fixed, whatever the machine: the model file depends on it
+
+
+class Tokenizer:
+    """A SentencePiece model with `<mask>`, `<eos>` and `<pad>` tokens.
+
+    Attributes:
+        path: the model file.
+        sha256: hash of the model file; it travels into shards, runs and checkpoints.
+        vocab_size: number of pieces.
+        mask_token_id, eos_token_id, pad_token_id: ids of the special tokens (no pad piece: `<eos>` pads).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Load a model file.
+
+        Raises:
+            ValueError: the file is missing, not a SentencePiece model, or lacks `<mask>` or an end-of-text piece.
+        """
+        import sentencepiece
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"{path}: no such tokenizer file; train one with `megatron-md tokenizer train`")
+        model = self.path.read_bytes()
+        sentencepiece.set_min_log_level(2)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a SentencePiece model") from error
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.mask_token_id = self._special(MASK)
+        self.eos_token_id: int = self._processor.eos_id()
+        if self.eos_token_id < 0:
+            raise ValueError(f"{path}: the tokenizer has no end-of-text piece, which separates documents")
+        self.pad_token_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_token_id
+        self._special_names = {
+            id: self._processor.id_to_piece(id) for id in range(self.vocab_size) if self._processor.is_control(id)
+        }
+        self._space_piece_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
+
+    def encode(self, text: str) -> npt.NDArray[np.int64]:
+        """Token ids [n] of a text, without any special token: `<mask>` in a text is six characters like any other.
+
+        Raises:
+            ValueError: the text holds lone surrogates, which have no UTF-8 form.
+        """
+        ids: list[int] = []
+        for number, part in enumerate(text.split(SPACE_PIECE)):
+            if number:
+                ids += self._space_piece_ids
+            try:
+                ids += self._processor.encode(part)
+            except RuntimeError as error:
+                raise ValueError("cannot encode a text with lone surrogates: it has no UTF-8 form") from error
+        return np.array(ids, dtype=np.int64)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer], *, show_special: bool = False) -> str:
+        """Text of token ids [n]; special tokens are left out, or spelt like `<mask>` under `show_special`."""
+        text: list[str] = []
+        run: list[int] = []
+        for id in np.asarray(ids, dtype=np.int64).tolist():
+            if id in self._special_names:
+                text.append(self._processor.decode(run))
+                text.append(self._special_names[id] if show_special else "")
+                run = []
+            else:
+                run.append(id)
+        text.append(self._processor.decode(run))
+        return "".join(text)
+
+    def check_round_trip(self, document: Document) -> None:
+        """Check that a document survives encoding.
+
+        Raises:
+            ValueError: it does not; names the document and the first place that differs.
+        """
+        decoded = self.decode(self.encode(document.text))
+        if decoded != document.text:
+            pairs = zip(decoded, document.text, strict=False)
+            shorter = min(len(decoded), len(document.text))
+            at = next((i for i, (one, other) in enumerate(pairs) if one != other), shorter)
+            raise ValueError(
+                f"{self.path}: the tokenizer does not keep the text of {document.name}: at character {at} "
+                f"{document.text[at : at + 20]!r} becomes {decoded[at : at + 20]!r}; train it without normalisation"
+            )
+
+    def _special(self, piece: str) -> int:
+        id: int = self._processor.piece_to_id(piece)
+        if self._processor.id_to_piece(id) != piece:
+            raise ValueError(
+                f"{self.path}: the tokenizer has no {piece} piece; train one with `megatron-md tokenizer train`"
+            )
+        return id
+
+
+def train_tokenizer(
+    documents: Iterable[Document], vocab_size: int, output: str | Path, *, training_bytes: int = TRAINING_BYTES
+) -> Tokenizer:
+    """Train a unigram SentencePiece model that keeps text exactly, and write it.
+
+    Identity normalisation, byte fallback, no dummy prefix; runs of spaces and pieces that end in newlines are
+    learned, since they carry the structure of code. The same documents give the same file.
+
+    Args:
+        documents: the corpus; a sample spread evenly over it is trained on.
+        vocab_size: number of pieces, the special tokens and the 256 byte pieces included.
+        output: model file to write.
+        training_bytes: size of the sample.
+
+    Returns:
+        The tokenizer, loaded from `output` and checked: 200 excerpts survive a round trip.
+
+    Raises:
+        ValueError: there is no text, it is too little for `vocab_size`, or the round trip fails.
+    """
+    import sentencepiece
+
+    sample = _sample(documents, training_bytes)
+    if not sample:
+        raise ValueError("no text to train a tokenizer on; give text files, folders of them, or 'embedded'")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(sample),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            max_sentence_length=1 << 30,
+            unk_id=0,
+            pad_id=1,
+            eos_id=2,
+            bos_id=-1,
+            unk_piece=UNKNOWN,
+            pad_piece=PAD,
+            eos_piece=EOS,
+            control_symbols=[MASK],
+            user_defined_symbols=TABS,
+            num_threads=TRAINING_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"cannot train {vocab_size} pieces on this text: {' '.join(str(error).split())}") from error
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    partial.write_bytes(model.getvalue())
+    tokenizer = Tokenizer(partial)
+    for excerpt in sample[:: max(1, len(sample) // 200)]:
+        tokenizer.check_round_trip(excerpt)
+    os.replace(partial, output)
+    return Tokenizer(output)
+
+
+def _sample(documents: Iterable[Document], size: int) -> list[Document]:
+    """Excerpts of about `size` characters in all, spread evenly over the corpus, in bounded memory."""
+    sample: list[Document] = []
+    stride, held = 1, 0
+    for number, excerpt in enumerate(_excerpts(documents)):
+        if number % stride == 0:
+            sample.append(excerpt)
+            held += len(excerpt.text)
+        if held > 2 * size and len(sample) > 1:
+            sample, stride = sample[::2], stride * 2
+            held = sum(len(kept.text) for kept in sample)
+    count = max(1, round(len(sample) * min(1.0, size / max(1, held))))
+    return [sample[i * len(sample) // count] for i in range(count)] if sample else []
+
+
+def _excerpts(documents: Iterable[Document]) -> Iterator[Document]:
+    """Documents cut before line starts into excerpts of bounded length."""
+    for document in documents:
+        start = 0
+        while start < len(document.text):
+            end = start + EXCERPT_CHARACTERS
+            if end < len(document.text):
+                line_start = document.text.rfind("\n", start + 1, end)
+                end = line_start if line_start > start else end
+            yield Document(document.name, document.text[start:end])
+            start = end
+
+
+def _sentences(sample: Iterable[Document]) -> Iterator[str]:
+    """What SentencePiece trains on: it skips sentences that hold a tab."""
+    for excerpt in sample:
+        yield from (part for part in excerpt.text.split("\t") if part)
