@@ -108,11 +108,11 @@ def mask_at_rate(
         mask_rate_B: t of each row.
         is_maskable_BL: positions that may be masked.
     """
-    is_masked_BL = np.empty_like(is_maskable_BL)
-    for row, g in enumerate(sample_index_B):
-        u_L = uniforms(seed, "is_masked", int(g), is_maskable_BL.shape[1])
-        is_masked_BL[row] = is_below_rate(u_L[None], mask_rate_B[row : row + 1], is_maskable_BL[row : row + 1])[0]
-    return is_masked_BL
+    length = is_maskable_BL.shape[1]
+    u_BL = np.empty(is_maskable_BL.shape)
+    for row, g in enumerate(sample_index_B.tolist()):
+        u_BL[row] = uniforms(seed, "is_masked", g, length)
+    return is_below_rate(u_BL, mask_rate_B, is_maskable_BL)
 
 
 def mask_exact_count(

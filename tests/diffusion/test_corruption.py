@@ -38,7 +38,6 @@ def test_words_are_a_fixed_function_of_seed_purpose_and_index() -> None:
     np.testing.assert_array_equal(uniforms(1234, "is_masked", 7, 3), [(word >> 11) / 2**53 for word in GOLDEN_WORDS])
 
 
-
 def test_any_part_of_a_stream_is_found_without_the_rest() -> None:
     whole = random_words(5, "x", (3, 2), 40)
     for start in range(12):

@@ -80,7 +80,7 @@ def test_paired_stderr_is_the_spread_of_repeated_estimates() -> None:
     # The spread of 400 draws is known within 1 / sqrt(2 * 400) = 3.5 %: three of that. Pairs straddle neighbouring
     # strata and so err upwards, by a little at 64 rows.
     assert mean_paired == pytest.approx(spread, rel=0.11)
-    assert math.sqrt(np.mean(naive)) > 1.5 * spread
+    assert math.sqrt(np.mean(naive)) > 1.15 * spread  # the formula that ignores the strata
 
 
 def test_re_randomised_passes_have_their_own_stderr() -> None:

@@ -18,7 +18,10 @@ SCHEDULES: list[Any] = [
     "uniform:0,1",
     "beta:2,3",
     "point:0.3",
-    {"name": "curriculum", "stages": [{"until": 0.5, "schedule": "uniform:0,1"}, {"until": 1, "schedule": "point:0.4"}]},
+    {
+        "name": "curriculum",
+        "stages": [{"until": 0.5, "schedule": "uniform:0,1"}, {"until": 1, "schedule": "point:0.4"}],
+    },
 ]
 
 

@@ -58,7 +58,9 @@ def test_beta_inverts_its_closed_forms() -> None:
     for shape in (0.25, 1.0, 2.0, 7.5):
         one_minus = -np.expm1(np.log1p(-u[:-1]) / shape)
         np.testing.assert_allclose(parse_schedule(f"beta:1,{shape}").inverse_cdf(u[:-1]), one_minus, rtol=2e-12)
-        np.testing.assert_allclose(parse_schedule(f"beta:{shape},1").inverse_cdf(u), u ** (1 / shape), rtol=2e-13, atol=1e-30)
+        np.testing.assert_allclose(
+            parse_schedule(f"beta:{shape},1").inverse_cdf(u), u ** (1 / shape), rtol=2e-13, atol=1e-30
+        )
     t = np.linspace(0, 1, 1001)
     beta = parse_schedule("beta:2,2")
     np.testing.assert_allclose(beta.cdf(t), t * t * (3 - 2 * t), atol=1e-15)
