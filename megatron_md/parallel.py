@@ -58,6 +58,18 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
+# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
+_PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s that an MFU is measured against; None where it is not known (CPU, fp32, other devices)."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
+
+
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -170,6 +171,7 @@ class CheckpointManager:
         dist.barrier()
         return target
 
+    @torch.no_grad()
     def load(self, chunks: list[Any], optimizer: MegatronOptimizer, checkpoint: Path) -> Progress:
         """Read a checkpoint into model and optimizer; every rank calls this.
 

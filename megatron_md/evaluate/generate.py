@@ -1,0 +1,93 @@
+"""`megatron-md generate`: denoise a canvas of mask tokens after a prompt and print the text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
+    parser.add_argument("--prompt", default="", help="text to continue (default: none)")
+    parser.add_argument("--length", type=int, default=64, help="tokens to generate (default: 64)")
+    parser.add_argument("--steps", type=int, default=None, help="denoising steps (default: one per token)")
+    parser.add_argument("--block", type=int, default=None, help="tokens per block, filled left to right (default: all)")
+    parser.add_argument("--strategy", default="low_confidence", help="low_confidence | random | ancestral")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default: 0)")
+    parser.add_argument("--samples", type=int, default=1, help="how many texts, with seeds that follow each other")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    parser.add_argument("--output", metavar="FILE.jsonl", default=None, help="also write the texts as JSON lines")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, print, and write `--output`.
+
+    Raises:
+        ValueError: bad input, with the way out.
+    """
+    # Everything that can be wrong is checked before torch is imported and the model is loaded.
+    from megatron_md.data.tokenizer import Tokenizer
+
+    if args.samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {args.samples}")
+    if args.output and not Path(args.output).parent.is_dir():
+        raise ValueError(f"--output {args.output}: the folder {Path(args.output).parent} does not exist")
+
+    import torch
+
+    from megatron_md import parallel
+    from megatron_md.diffusion.sampler import SamplerConfig, sample
+    from megatron_md.evaluate.load import LoadedDenoiser, open_run
+
+    saved = open_run(args.run, world_size=int(os.environ.get("WORLD_SIZE", "1")), device=args.device)
+    tokenizer = Tokenizer(saved.tokenizer)
+    prompt = tokenizer.encode(args.prompt) if args.prompt else []
+    limit = saved.config.model.max_length or saved.config.data.seq_length
+    if len(prompt) + args.length > limit:
+        raise ValueError(
+            f"the prompt's {len(prompt)} tokens and --length {args.length} exceed the model's {limit} positions"
+        )
+    settings = [
+        SamplerConfig(
+            length=args.length,
+            steps=args.steps or args.length,
+            block=args.block,
+            strategy=args.strategy,
+            temperature=args.temperature,
+            seed=args.seed + number,
+        )
+        for number in range(args.samples)
+    ]
+    with parallel.session(saved.config) as world:
+        denoiser = LoadedDenoiser(saved, world, tokenizer)
+        prompt_BP = torch.tensor([list(prompt)], dtype=torch.int64, device=world.device)
+        lines = []
+        for setting in settings:
+            start = time.perf_counter()
+            result = sample(denoiser, prompt_BP, setting, mask_token_id=tokenizer.mask_token_id)
+            tokens = result.tokens_BL[0].tolist()
+            record = {
+                "prompt": args.prompt,
+                "text": tokenizer.decode(tokens[len(prompt) :]),
+                "seed": setting.seed,
+                "forward_passes": result.forward_passes,
+                "seconds": time.perf_counter() - start,
+            }
+            lines.append(json.dumps(record))
+            if world.is_main:
+                print(args.prompt + str(record["text"]))
+                print(
+                    f"[{args.length} tokens, {result.forward_passes} forward passes, {record['seconds']:.1f} s, "
+                    f"step {saved.step} of {args.run}]",
+                    file=sys.stderr,
+                )
+        if args.output and world.is_main:
+            Path(args.output).write_text("".join(line + "\n" for line in lines))
+    return 0

@@ -1,0 +1,190 @@
+"""Pretraining from a configuration: builds every part and runs the loop."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_md import config as configuration
+from megatron_md import estimates, parallel
+from megatron_md.checkpoint.callback import Checkpointing
+from megatron_md.checkpoint.manager import CheckpointManager, latest_checkpoint
+from megatron_md.config import Config
+from megatron_md.data.shards import Manifest, load_manifest, unigram_entropy
+from megatron_md.data.stream import SequenceStream, validation_rows
+from megatron_md.diffusion.objective import Objective, build_objective
+from megatron_md.model.build import build_model, count_parameters, wrap_data_parallel
+from megatron_md.parallel import World
+from megatron_md.train.callback import Callback
+from megatron_md.train.metrics import MetricsWriter, append_event, environment, write_json
+from megatron_md.train.optimizer import build_optimizer
+from megatron_md.train.profile import Profiler
+from megatron_md.train.resilience import EXIT_DONE, EXIT_STOPPED, StopRequest
+from megatron_md.train.step import Stepper
+from megatron_md.train.trainer import Trainer
+from megatron_md.train.validation import NelboEvaluator, Validation, ValidationRows, nelbo_record
+
+ENTROPY_TOKENS = 1_000_000_000  # a larger corpus is not read through just for its unigram entropy
+
+
+def pretrain(config: Config) -> int:
+    """Train as `config` says, in this process's place in the job.
+
+    Returns:
+        The exit code: 0 when all steps are done, 75 when the run was asked to stop and has saved.
+
+    Raises:
+        ValueError: bad input that only a started run can notice, such as a device that is not there.
+    """
+    for module in config.imports:
+        importlib.import_module(module)
+    assert config.data.train is not None, "checked before"
+    manifest = load_manifest(config.data.train)
+    config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifest.vocab_size))
+    with parallel.session(config) as world:
+        run = Run.build(config, world, manifest)
+        if run.resume():
+            run.fit()
+        return EXIT_STOPPED if run.trainer.stopped_by else EXIT_DONE
+
+
+@dataclass
+class Run:
+    """The parts of a run that the loop does not need to know of each other."""
+
+    config: Config
+    world: World
+    directory: Path
+    manifest: Manifest
+    trainer: Trainer
+    manager: CheckpointManager
+    metrics: MetricsWriter
+    validation: Validation | None
+
+    @classmethod
+    def build(cls, config: Config, world: World, manifest: Manifest) -> Run:
+        """Build model, optimizer, data and callbacks."""
+        directory = Path(config.run_dir)
+        objective = build_objective(
+            config.objective, seed=config.seed, mask_token_id=manifest.mask_id, eos_token_id=manifest.eos_id
+        )
+        chunks = build_model(config, world.device, causal=objective.causal, mask_token_id=manifest.mask_id)
+        chunks = wrap_data_parallel(chunks, config)
+        optimizer = build_optimizer(config, chunks)
+        stepper = Stepper(config, world, chunks, optimizer, objective)
+        stream = SequenceStream(
+            manifest, seed=config.seed, seq_length=config.data.seq_length, window_shards=config.data.window_shards
+        )
+        manager = CheckpointManager(
+            directory, keep_last=config.checkpoint.keep_last, resolved_config=configuration.to_yaml(config)
+        )
+        metrics = _metrics_writer(config, world, directory)
+        validation = _validation(config, world, stepper, manifest)
+        checkpointing = Checkpointing(manager, every_steps=config.checkpoint.every_steps, metrics=metrics)
+        # The record is written before the checkpoint, so that a resumed run finds every line up to its step.
+        callbacks: list[Callback] = [Profiler(config.train.profile, directory), metrics, checkpointing]
+        if validation is not None:
+            callbacks.insert(0, validation)
+        trainer = Trainer(config, world, stream, stepper, optimizer, callbacks, StopRequest())
+        return cls(config, world, directory, manifest, trainer, manager, metrics, validation)
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint, if there is one; False if the run is finished already.
+
+        Raises:
+            ValueError: there are checkpoints and `checkpoint.resume` is never.
+        """
+        checkpoint = latest_checkpoint(self.directory)
+        if checkpoint is None:
+            return True
+        if self.config.checkpoint.resume == "never":
+            raise ValueError(
+                f"{self.directory} holds checkpoints and checkpoint.resume is never: "
+                "choose another run_dir, remove it, or set checkpoint.resume=auto"
+            )
+        self.trainer.progress = self.manager.load(self.trainer.stepper.chunks, self.trainer.optimizer, checkpoint)
+        finished = self.trainer.progress.step >= self.config.train.steps
+        if self.world.is_main:
+            state = "finished, nothing to do" if finished else "continues"
+            print(f"{self.directory}: {state} at step {self.trainer.progress.step}", file=sys.stderr)
+        return not finished
+
+    def fit(self) -> None:
+        """Run the loop, and keep RUN's files true about how it went."""
+        start = time.time()
+        if self.world.is_main:
+            self._open()
+        try:
+            self.trainer.fit()
+        except BaseException as error:
+            if self.world.is_main:
+                self._close("failed", start, error=f"{type(error).__name__}: {error}")
+            raise
+        if self.world.is_main:
+            self._close("stopped" if self.trainer.stopped_by else "finished", start)
+
+    def _open(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "config.yaml").write_text(configuration.to_yaml(self.config))
+        write_json(self.directory / "env.json", environment(self.world.size))
+        write_json(self.directory / "summary.json", {"status": "running"})
+        append_event(self.directory, "started", step=self.trainer.progress.step, world_size=self.world.size)
+
+    def _close(self, status: str, start: float, **details: Any) -> None:
+        progress = self.trainer.progress
+        summary: dict[str, Any] = {
+            "status": status,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "parameters": _parameters(self.config),
+            "tokens_per_second": self.metrics.tokens_per_second,
+            "seconds": time.time() - start,
+            **details,
+        }
+        if self.trainer.stopped_by:
+            summary["stopped_by"] = self.trainer.stopped_by
+        if self.validation is not None and self.validation.newest is not None:
+            summary.update(nelbo_record(self.validation.newest))
+        if status == "finished" and self.manifest.tokens <= ENTROPY_TOKENS:
+            summary["unigram_entropy"] = unigram_entropy(self.manifest)
+        write_json(self.directory / "summary.json", summary)
+        append_event(self.directory, status, step=progress.step, **details)
+        if self.trainer.stopped_by:
+            print(
+                f"stopped by {self.trainer.stopped_by} at step {progress.step}, saved: the same command resumes",
+                file=sys.stderr,
+            )
+
+
+def _parameters(config: Config) -> int:
+    assert config.model.vocab is not None
+    return estimates.parameter_count(config.model, config.model.vocab, config.model.max_length or config.data.seq_length)
+
+
+def _metrics_writer(config: Config, world: World, directory: Path) -> MetricsWriter:
+    assert config.model.vocab is not None
+    return MetricsWriter(
+        config,
+        directory,
+        flops_per_token=estimates.training_flops_per_token(config, config.model.vocab),
+        peak_flops=parallel.peak_flops(world.device, config.train.precision),
+    )
+
+
+def _validation(config: Config, world: World, stepper: Stepper, manifest: Manifest) -> Validation | None:
+    if not config.validation.sequences or config.data.valid is None:
+        return None
+    rows = validation_rows(load_manifest(config.data.valid), config.data.seq_length, config.validation.sequences)
+    evaluator = NelboEvaluator(
+        ValidationRows(rows.tokens_BL, rows.is_maskable_BL),
+        stepper,
+        world,
+        seed=config.validation.seed,
+        mask_token_id=manifest.mask_id,
+        rate_bins=config.validation.rate_bins,
+    )
+    return Validation(config, evaluator)
