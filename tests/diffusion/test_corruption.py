@@ -73,9 +73,10 @@ def test_strata_are_permuted_anew_in_every_batch_and_jitter_belongs_to_the_row()
     a, b, c = stratified_uniforms(3, 0, size), stratified_uniforms(3, size, size), stratified_uniforms(4, 0, size)
     strata = [np.floor(u * size) for u in (a, b, c)]
     assert not np.array_equal(strata[0], strata[1]) and not np.array_equal(strata[0], strata[2])
-    # Row 64..95 drawn in a batch of 32 (a batch ramp) keep their jitter; only the strata change.
+    # Rows 64..127 keep their jitter in a batch of another size or start (a batch ramp); only the strata change.
     jitter = (b * size) % 1.0
     np.testing.assert_allclose((stratified_uniforms(3, size, 32) * 32) % 1.0, jitter[:32], atol=1e-13)
+    np.testing.assert_allclose((stratified_uniforms(3, 0, 2 * size) * 2 * size)[size:] % 1.0, jitter, atol=1e-13)
     # Neither batch order nor position in the batch says anything about the stratum.
     means = np.mean([stratified_uniforms(3, size * k, size) for k in range(400)], axis=0)
     assert np.abs(means - 0.5).max() < 4.5 * np.sqrt(1 / 12 / 400)

@@ -124,6 +124,16 @@ def test_uniform_model_has_loss_log_v_on_average(schedule: Any, weight: Any) -> 
     assert np.std(losses) < 0.05
 
 
+def test_importance_divides_by_the_density_of_the_rate_as_drawn() -> None:
+    components = [{"weight": 1, "schedule": "uniform:0,0.05"}, {"weight": 1, "schedule": "uniform:0,1"}]
+    mixture = {"name": "mixture", "components": components}
+    corrupted = build(mask_schedule=mixture, importance=True, min_mask_rate=0.1).corrupt(rows(0, 400))
+    weight_of_row = dict(zip((corrupted.positions_M // 40).tolist(), corrupted.weights_M.tolist(), strict=True))
+    at_floor = [weight for row, weight in weight_of_row.items() if corrupted.mask_rate_B[row] == np.float32(0.1)]
+    # The density is 10.5 below 0.05 and 0.5 above, and rates below 0.1 mask as 0.1.
+    assert {round(weight, 4) for weight in at_floor} == {round(10 / 10.5, 4), round(10 / 0.5, 4)}
+
+
 def test_corruption_follows_the_curriculum_and_the_seed() -> None:
     objective = build(mask_schedule=SCHEDULES[-1])
     late = objective.corrupt(rows(0, 8, progress=0.75))
