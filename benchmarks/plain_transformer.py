@@ -22,6 +22,7 @@ class Block(torch.nn.Module):
         self.down = torch.nn.Linear(model.ffn, model.hidden, bias=False)
 
     def forward(self, x_BLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Attention, then SwiGLU, each around the residual stream."""
         rows, length, width = x_BLD.shape
         qkv = self.qkv(self.norm1(x_BLD)).view(rows, length, 3, self.heads, width // self.heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
@@ -51,6 +52,7 @@ class PlainTransformer(torch.nn.Module):
                 torch.nn.init.normal_(parameter, std=model.init_std)
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [B, L, D]."""
         frequencies = self.theta ** (-torch.arange(0, self.width, 2) / self.width)
         angles = torch.outer(torch.arange(tokens_BL.shape[1]).float(), frequencies).repeat(1, 2)
         cos, sin = angles.cos(), angles.sin()

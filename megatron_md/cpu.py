@@ -73,7 +73,7 @@ def activate() -> None:
     from megatron.core.tensor_parallel import random as core_random
 
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
-    torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
     # Recomputation saves and restores the CPU generator by itself; there is no second one here.
     core_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.empty(0)

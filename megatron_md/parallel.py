@@ -112,7 +112,7 @@ def initialize(config: Config) -> World:
         create_gloo_process_groups=False,
     )
     torch.manual_seed(config.seed)
-    # No layer draws random numbers (there is no dropout), so the tracker that needs no CUDA generator serves everywhere.
+    # No layer draws random numbers (there is no dropout): the tracker that needs no CUDA generator serves everywhere.
     model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=True, force_reset_rng=True)
     return World(
         rank=dist.get_rank(),

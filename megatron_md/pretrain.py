@@ -16,8 +16,8 @@ from megatron_md.checkpoint.manager import CheckpointManager, latest_checkpoint
 from megatron_md.config import Config
 from megatron_md.data.shards import Manifest, load_manifest, unigram_entropy
 from megatron_md.data.stream import SequenceStream, validation_rows
-from megatron_md.diffusion.objective import Objective, build_objective
-from megatron_md.model.build import build_model, count_parameters, wrap_data_parallel
+from megatron_md.diffusion.objective import build_objective
+from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback
 from megatron_md.train.metrics import MetricsWriter, append_event, environment, write_json
@@ -162,7 +162,9 @@ class Run:
 
 def _parameters(config: Config) -> int:
     assert config.model.vocab is not None
-    return estimates.parameter_count(config.model, config.model.vocab, config.model.max_length or config.data.seq_length)
+    return estimates.parameter_count(
+        config.model, config.model.vocab, config.model.max_length or config.data.seq_length
+    )
 
 
 def _metrics_writer(config: Config, world: World, directory: Path) -> MetricsWriter:

@@ -104,7 +104,9 @@ def _several_buckets(chunks: list[Any]) -> bool:
     denoiser = chunks[0].module
     while hasattr(denoiser, "module"):
         denoiser = denoiser.module
-    tied_over_pipeline = denoiser.share_embeddings_and_output_weights and denoiser.config.pipeline_model_parallel_size > 1
+    tied_over_pipeline = (
+        denoiser.share_embeddings_and_output_weights and denoiser.config.pipeline_model_parallel_size > 1
+    )
     return bool(chunks[0].ddp_config.overlap_grad_reduce or tied_over_pipeline)
 
 

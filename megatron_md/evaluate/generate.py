@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("run", metavar="RUN", help="run directory or checkpoint")
+    parser.add_argument("run_path", metavar="RUN", help="run directory or checkpoint")
     parser.add_argument("--prompt", default="", help="text to continue (default: none)")
     parser.add_argument("--length", type=int, default=64, help="tokens to generate (default: 64)")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps (default: one per token)")
@@ -46,9 +45,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_md.diffusion.sampler import SamplerConfig, sample
     from megatron_md.evaluate.load import LoadedDenoiser, open_run
 
-    saved = open_run(args.run, world_size=int(os.environ.get("WORLD_SIZE", "1")), device=args.device)
+    saved = open_run(args.run_path, world_size=int(os.environ.get("WORLD_SIZE", "1")), device=args.device)
     tokenizer = Tokenizer(saved.tokenizer)
-    prompt = tokenizer.encode(args.prompt) if args.prompt else []
+    prompt: list[int] = tokenizer.encode(args.prompt).tolist() if args.prompt else []
     limit = saved.config.model.max_length or saved.config.data.seq_length
     if len(prompt) + args.length > limit:
         raise ValueError(
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     with parallel.session(saved.config) as world:
         denoiser = LoadedDenoiser(saved, world, tokenizer)
-        prompt_BP = torch.tensor([list(prompt)], dtype=torch.int64, device=world.device)
+        prompt_BP = torch.tensor([prompt], dtype=torch.int64, device=world.device)
         lines = []
         for setting in settings:
             start = time.perf_counter()
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
                 print(args.prompt + str(record["text"]))
                 print(
                     f"[{args.length} tokens, {result.forward_passes} forward passes, {record['seconds']:.1f} s, "
-                    f"step {saved.step} of {args.run}]",
+                    f"step {saved.step} of {args.run_path}]",
                     file=sys.stderr,
                 )
         if args.output and world.is_main:

@@ -1,10 +1,10 @@
-"""A trained denoiser, ready to be called: from a run directory or one of its checkpoints, on any number of processes."""
+"""A trained denoiser, ready to be called: from a run directory or a checkpoint, on any number of processes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,8 @@ from megatron_md.config import Config, ParallelConfig, load_config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.model.build import build_model
 from megatron_md.parallel import World
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class SavedRun:
     tokenizer: Path
 
 
-def open_run(path: str | Path, *, world_size: int = 1, device: str = "auto") -> SavedRun:
+def open_run(path: str | Path, *, world_size: int = 1, device: Device = "auto") -> SavedRun:
     """Find the newest complete checkpoint of a run directory, or take a checkpoint directory itself.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Core attention for the local layer spec: torch's scaled-dot-product attention (flash kernels where torch has them)."""
+"""Core attention of the local layer spec: torch's scaled-dot-product attention (flash kernels where it has them)."""
 
 from __future__ import annotations
 

@@ -223,7 +223,7 @@ def build_model(
     return chunks
 
 
-def wrap_data_parallel(chunks: list[torch.nn.Module], config: Config) -> list[torch.nn.Module]:
+def wrap_data_parallel(chunks: list[Any], config: Config) -> list[Any]:
     """Wrap model chunks in megatron-core's data-parallel module and tell the pipeline schedule about it."""
     layout = config.parallel
     fields: dict[str, Any] = dict(

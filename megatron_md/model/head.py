@@ -67,7 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """sum_m w_m * CE(softmax(h_m W^T), target_m) with W split by rows over `tp_group`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_MH: torch.Tensor,
         weight_VH: torch.Tensor,
@@ -106,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return torch.dot(weights_M, nll_M), nll_M
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # Each is used once, so it is scaled in place.
         return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None, None, None

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 _BLOCK = 1 << 20  # elements drawn at a time: keeps the float64 temporaries small
 
@@ -73,7 +73,7 @@ def _fill(shard: ShardedTensor, seed: int, std: float) -> None:
 
 @torch.no_grad()
 def initialize_weights(
-    chunks: Sequence[torch.nn.Module], *, seed: int, std: float, output_std: float, metadata: dict[str, Any]
+    chunks: Sequence[Any], *, seed: int, std: float, output_std: float, metadata: dict[str, Any]
 ) -> None:
     """Fill every matrix of the model with normal numbers, norms with 1 and biases with 0.
 

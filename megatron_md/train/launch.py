@@ -70,7 +70,9 @@ def launch(
         rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
         if failure.exitcode in (EXIT_BAD_INPUT, EXIT_STOPPED):
             return int(failure.exitcode)
-        print(f"megatron-md: rank {rank} ended with exit code {failure.exitcode}; its message is above", file=sys.stderr)
+        print(
+            f"megatron-md: rank {rank} ended with exit code {failure.exitcode}; its message is above", file=sys.stderr
+        )
         return EXIT_ERROR
     except (SignalException, KeyboardInterrupt):
         return _after_signal(Path(run_dir))

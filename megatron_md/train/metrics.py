@@ -33,7 +33,7 @@ def append_event(run_dir: Path, name: str, **details: Any) -> None:
 
 def environment(world_size: int) -> dict[str, Any]:
     """Versions and hardware, for RUN/env.json."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "megatron-core", "numpy", "sentencepiece", "transformer-engine", "apex"):
         try:
             versions[package] = metadata.version(package)
@@ -166,7 +166,11 @@ class Console:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), console=RichConsole(stderr=True)
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                console=RichConsole(stderr=True),
             )
             self.task = self.bar.add_task("train", total=total, completed=done)
             self.bar.start()
@@ -178,10 +182,8 @@ class Console:
 
     def line(self, record: Record) -> None:
         """Print the record's main figures."""
-        text = (
-            f"step {record['step']:>6}  loss {record['loss']:.4f}  masked_ce {record.get('masked_ce', float('nan')):.4f}"
-            f"  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
-        )
+        masked_ce = record.get("masked_ce", float("nan"))
+        text = f"step {record['step']:>6}  loss {record['loss']:.4f}  masked_ce {masked_ce:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
         if "mfu" in record:
             text += f"  mfu {record['mfu']:.1%}"
         if record["skipped"]:

@@ -1,4 +1,4 @@
-"""AdamW inside megatron-core's (distributed) optimizer, with learning rate and weight decay as functions of the step."""
+"""AdamW inside megatron-core's (distributed) optimizer; learning rate and weight decay as functions of the step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AdamW(torch.optim.Optimizer):
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._allocate()
-        self.register_load_state_dict_post_hook(AdamW._drop_parameter_steps)
+        self.register_load_state_dict_post_hook(lambda optimizer: self._drop_parameter_steps())
 
     @classmethod
     def in_place_of(cls, other: torch.optim.AdamW) -> AdamW:
@@ -104,7 +104,7 @@ def learning_rate(keys: OptimizerKeys, step: int, total_steps: int) -> float:
     """
     shape = keys.lr_schedule
     warmup = min(1.0, (step + 1) / shape.warmup_steps) if shape.warmup_steps else 1.0
-    if shape.name == "constant" or step < shape.warmup_steps and shape.name != "piecewise":
+    if shape.name == "constant" or (step < shape.warmup_steps and shape.name != "piecewise"):
         return keys.lr * warmup
     if shape.name == "cosine":
         length = max(1, (shape.decay_steps or total_steps) - shape.warmup_steps)

@@ -76,7 +76,7 @@ class NelboEvaluator:
 
     def _batches(self) -> Iterator[CleanBatch]:
         """This rank's micro-batches; the last ones are filled up with rows that hold nothing to score."""
-        count, length = self.rows.tokens_RL.shape
+        count = len(self.rows.tokens_RL)
         size = self.stepper.micro_batch_size
         for number in range(math.ceil(count / (size * self.world.data_size))):
             start = (number * self.world.data_size + self.world.data_rank) * size

@@ -92,9 +92,7 @@ def cold_start(config: Config, checkpoint: Path) -> Curve:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("first", "then"), [(PIPELINE2, TENSOR2), (TENSOR2, PIPELINE2)])
-def test_what_core_cannot_move_is_refused_by_name(
-    first: dict[str, Any], then: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_core_cannot_move_is_refused_by_name(first: dict[str, Any], then: dict[str, Any], tmp_path: Path) -> None:
     run_ranks(leg, 2, variant(parallel={**first, **SHARDED}), tmp_path, 0, 1, True)
     with pytest.raises(RankError, match="resume with the layout that wrote it"):
         run_ranks(leg, 2, variant(parallel={**then, **SHARDED}), tmp_path, 1, 2, False)

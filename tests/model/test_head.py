@@ -108,7 +108,7 @@ def vocabulary_parallel(counts: list[int]) -> list[tuple[torch.Tensor, torch.Ten
             hidden, weight, prediction = example(count)
             part = weight[start : start + rows].clone().requires_grad_()
             hidden.requires_grad_()
-            excluded = EXCLUDED[(EXCLUDED >= start) & (EXCLUDED < start + rows)] - start
+            excluded = EXCLUDED[(start <= EXCLUDED) & (start + rows > EXCLUDED)] - start
             got = masked_cross_entropy(
                 hidden, part, prediction, first_token=start, excluded=excluded, chunk=4, tp_group=dist.group.WORLD
             )

@@ -60,7 +60,9 @@ def assemble(runs: list[dict[str, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         for name, shape, offset, data in run["shards"]:
             target = whole.setdefault(name, np.full(shape, np.nan, dtype=np.float32))
             target[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))] = data
-    return {name: value[:VOCAB] if "embedding" in name or "output_layer" in name else value for name, value in whole.items()}
+    return {
+        name: value[:VOCAB] if "embedding" in name or "output_layer" in name else value for name, value in whole.items()
+    }
 
 
 @cache
@@ -153,9 +155,7 @@ def weight_decays(config: Config) -> dict[str, float]:
     """Weight decay that each parameter's group carries, by the parameter's name."""
     with small_run(config) as run:
         names = {id(p): name for chunk in run.chunks for name, p in chunk.named_parameters()}
-        return {
-            names[id(p)]: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]
-        }
+        return {names[id(p)]: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
 
 
 @pytest.mark.distributed
