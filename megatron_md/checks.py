@@ -83,7 +83,9 @@ def vocabulary(config: Config) -> int:
         if config.data.train is not None:
             return load_manifest(config.data.train).vocab_size
     except ValueError as error:
-        raise ConfigError([f"model.vocab is null, so the tokenizer or the shards must tell it: {error}"]) from None
+        raise ConfigError(
+            [f"model.vocab is null, so the tokenizer or the shards must tell it: {error}; or set model.vocab"]
+        ) from None
     raise ConfigError(["model.vocab is null, and neither data.tokenizer nor data.train tells it: set one of them"])
 
 

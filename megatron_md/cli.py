@@ -58,7 +58,6 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=summary, description=summary, epilog=epilog, formatter_class=raw)
         if module is not None:
             module.add_arguments(sub)
-            sub.set_defaults(run=module.run)
     return parser
 
 
@@ -84,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown argument(s) {' '.join(rest)}")
         args.overrides += rest
     try:
-        return int(args.run(args))
+        module = importlib.import_module(COMMANDS[args.command][0])
+        return int(module.run(args))
     except ValueError as error:
         if not is_deliberate(error):
             raise

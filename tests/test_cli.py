@@ -1,0 +1,231 @@
+"""The command line: exit codes, one-line refusals, who prints them, and what it imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_md import __version__, cli
+from megatron_md.config import Config
+
+TINY = "model: {preset: tiny, vocab: 300}\n"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{TINY}run_dir: {tmp_path}/run\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MEGATRON_MD_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def main(*words: object) -> int:
+    try:
+        return cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
+def test_every_command_has_help_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(*command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "megatron-md" in text.split("examples:")[1]
+
+
+def test_train_help_explains_every_section(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", "--help") == 0
+    text = capsys.readouterr().out
+    assert "objective.mask_schedule: text or mapping = uniform:0,1" in text
+    assert "train.batch_ramp.increment: whole number > 0 (required)" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("--version") == 0
+    assert capsys.readouterr().out == f"megatron-md {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "required: CONFIG.yaml"),
+        (["train", "none.yaml"], "none.yaml: no such file"),
+        (["train", "none.yaml", "--dry"], "none.yaml: no such file"),
+        (["train", "none.yaml", "--nproc", "0"], "0 is below 1"),
+        (["train", "none.yaml", "--unknown"], "unknown argument(s) --unknown"),
+        (["plot", "none"], "none/metrics.jsonl: no such file"),
+    ],
+)
+def test_bad_words_get_one_line_and_exit_code_2(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(*words) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert output.err.startswith("megatron-md")
+    assert expected in output.err
+
+
+def test_bad_config_lines_name_the_file(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", config_file, "--dry-run", "parallel.tensor=3", "objective.mask_schedule=uniform:1,0"]
+    assert main(*words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4  # heads, kv_heads and ffn are not divided by 3; the window is empty
+    assert all(line.startswith(f"megatron-md: {config_file}: ") for line in lines)
+
+
+def test_overrides_may_come_before_and_after_options(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", config_file, "seed=1", "--dry-run", "train.steps=7", "--world-size", "2", "log.every_steps=3"]
+    assert main(*words) == 0
+    text = capsys.readouterr().out
+    for expected in ("seed: 1\n", "steps: 7\n", "every_steps: 3\n", "2 = tensor 1 x pipeline 1 x context 1 x data 2"):
+        assert expected in text
+
+
+def test_dry_run_reports_and_mentions_missing_corpora(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", config_file, "--dry-run", "parallel.tensor=2", "data.train=none.json") == 0
+    output = capsys.readouterr()
+    assert "2 = tensor 2 x" in output.out  # the smallest job that fits, where no size is given
+    assert "830,080" in output.out
+    assert "note: training would stop here: data.train: none.json: no such file" in output.err
+    assert not (config_file.parent / "run").exists()
+
+
+def test_dry_run_without_a_vocabulary_says_what_to_set(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("train", config_file, "--dry-run", "model.vocab=null") == 2
+    assert "model.vocab is null" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--world-size", "4"], "--world-size belongs to --dry-run"),
+        (["--nnodes", "2"], "--nnodes above 1 needs --rdzv-endpoint"),
+        (["--nproc-per-node", "3"], "no multiple of 24"),
+        (["parallel.tensor=2"], "the layout needs 2 processes"),
+        ([], "data.train is not set"),
+    ],
+)
+def test_training_is_refused_before_anything_starts(
+    config_file: Path, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("train", config_file, *words) == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Puts recorders in place of the training itself, and takes the corpora for granted."""
+    calls: dict[str, Any] = {}
+
+    def pretrain(config: Config) -> int:
+        calls["pretrain"] = config
+        return 75
+
+    def launch(*args: Any, **keys: Any) -> int:
+        calls["launch"] = (args, keys)
+        return 0
+
+    monkeypatch.setitem(sys.modules, "megatron_md.pretrain", types.SimpleNamespace(pretrain=pretrain))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "megatron_md.train.launch", types.SimpleNamespace(launch=launch))  # type: ignore[arg-type]
+    monkeypatch.setattr("megatron_md.checks.missing_files", lambda config: [])
+    return calls
+
+
+def test_one_process_trains_here_and_its_exit_code_is_ours(config_file: Path, started: dict[str, Any]) -> None:
+    assert main("train", config_file, "train.steps=3") == 75
+    assert started["pretrain"].train.steps == 3
+    assert "launch" not in started
+
+
+def test_several_processes_are_launched(config_file: Path, started: dict[str, Any]) -> None:
+    words = ["--nproc-per-node", 2, "--nnodes", 2, "--rdzv-endpoint", "a:1", "seed=3", "parallel.tensor=2"]
+    assert main("train", config_file, *words) == 0
+    (path, overrides, run_dir), keys = started["launch"]
+    assert (path, overrides, run_dir) == (
+        str(config_file),
+        ["seed=3", "parallel.tensor=2"],
+        f"{config_file.parent}/run",
+    )
+    assert keys == {"nproc_per_node": 2, "nnodes": 2, "node_rank": None, "rdzv_endpoint": "a:1"}
+
+
+def test_inside_a_job_it_is_a_worker(
+    config_file: Path, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main("train", config_file, "parallel.tensor=2") == 75
+    assert started["pretrain"].parallel.tensor == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "printed"), [("0", "0", True), ("1", "1", False), ("8", "0", True), ("9", "1", False)]
+)
+def test_one_process_per_machine_prints_the_refusal(
+    rank: str,
+    local_rank: str,
+    printed: bool,
+    config_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    assert main("train", config_file, "parallel.tensor=3") == 2
+    assert bool(capsys.readouterr().err) == printed
+
+
+def test_faults_keep_their_traceback(
+    config_file: Path, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretrain(config: Config) -> int:
+        return int("no number")
+
+    monkeypatch.setattr(sys.modules["megatron_md.pretrain"], "pretrain", pretrain)
+    with pytest.raises(ValueError, match="invalid literal"):
+        main("train", config_file)
+
+
+def test_deliberate_errors_are_those_raised_in_this_package() -> None:
+    from megatron_md.config_loader import read_yaml
+
+    def caught(function: Any, *args: Any) -> ValueError:
+        with pytest.raises(ValueError) as info:
+            function(*args)
+        return info.value
+
+    assert cli.is_deliberate(caught(read_yaml, "none.yaml"))
+    assert not cli.is_deliberate(caught(int, "x"))
+    assert not cli.is_deliberate(caught(json.loads, "{"))
+
+
+def test_refusal_takes_no_torch(config_file: Path) -> None:
+    code = (
+        "import sys\nfrom megatron_md.cli import main\n"
+        f"code = main(['train', {str(config_file)!r}, 'train.step=3'])\n"
+        "sys.exit(code if 'torch' not in sys.modules else 99)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "megatron-md: command line: unknown key train.step; did you mean train.steps?\n"
+
+
+def test_module_entry_point_returns_the_exit_code(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "megatron_md", "train", "none.yaml"], check=False, capture_output=True)
+    assert (done.returncode, done.stderr) == (2, b"megatron-md: none.yaml: no such file\n")
