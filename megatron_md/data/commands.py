@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_md.data.builder import SHARD_TOKENS, BuildProgress, build_shards
+from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import EMBEDDED, documents
 from megatron_md.data.shards import Manifest, document_lengths, load_manifest, unigram_entropy, verify
+from megatron_md.data.writer import SHARD_TOKENS, BuildProgress
 
 LINE_SECONDS = 10.0
 EXAMPLES = """examples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"cannot train {vocab_size} pieces on this text: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot train {vocab_size} pieces on this text: {_advice(error)}") from error
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
@@ -178,6 +179,17 @@ def train_tokenizer(
         tokenizer.check_round_trip(excerpt)
     os.replace(partial, output)
     return Tokenizer(output)
+
+
+def _advice(error: RuntimeError) -> str:
+    """SentencePiece's complaint without its source location, with the way out."""
+    most = re.search(r"size too high .*<= (\d+)", str(error))
+    least = re.search(r"smaller than required_chars.* vs (\d+)", str(error))
+    if most is not None:
+        return f"it yields {most[1]} at most; ask for fewer or give more text"
+    if least is not None:
+        return f"its characters and the byte pieces alone take {least[1]}; ask for more"
+    return " ".join(str(error).split())
 
 
 def _sample(documents: Iterable[Document], size: int) -> list[Document]:

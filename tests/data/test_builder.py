@@ -1,0 +1,70 @@
+"""Building shards: same bytes always, nothing lost, readable by stock webdataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import webdataset
+
+from megatron_md.data.builder import build_shards
+from megatron_md.data.corpus import Document, Rejection
+from megatron_md.data.shards import verify
+from megatron_md.data.tokenizer import Tokenizer
+from tests.data.small_corpus import all_documents
+
+SIZES = {"shard_tokens": 3000, "block_bytes": 2000}
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_same_bytes_for_any_number_of_workers(tokenizer: Tokenizer, code: list[Document], tmp_path: Path) -> None:
+    # Enough text for several batches, so that two workers do run side by side.
+    corpus = [Document(f"{copy}/{document.name}", document.text) for copy in range(8) for document in code]
+    one = build_shards(corpus, tokenizer.path, tmp_path / "one", workers=1, **SIZES)
+    two = build_shards(corpus, tokenizer.path, tmp_path / "two", workers=2, **SIZES)
+    assert len(one.shards) > 3 and one.sha256 == two.sha256
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_documents_come_back_and_totals_agree(tokenizer: Tokenizer, code: list[Document], tmp_path: Path) -> None:
+    manifest = build_shards(code, tokenizer.path, tmp_path / "out", **SIZES)
+    assert [tokenizer.decode(tokens) for tokens in all_documents(manifest)] == [document.text for document in code]
+    assert manifest.documents == len(code)
+    assert manifest.tokens == sum(len(tokens) for tokens in all_documents(manifest))
+    assert manifest.text_bytes == sum(len(document.text.encode()) for document in code)
+    assert (manifest.tokenizer_sha256, manifest.vocab_size) == (tokenizer.sha256, 330)
+    assert verify(manifest) == []
+
+
+def test_stock_webdataset_sees_the_same_documents(tokenizer: Tokenizer, code: list[Document], tmp_path: Path) -> None:
+    manifest = build_shards(code, tokenizer.path, tmp_path / "out", **SIZES)
+    urls = [str(tmp_path / "out" / shard.name) for shard in manifest.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    found = []
+    for sample in samples:
+        tokens = np.frombuffer(sample["tokens.bin"], dtype=manifest.token_dtype)
+        ends = np.cumsum(np.frombuffer(sample["lengths.bin"], dtype="<u4"))
+        assert ends[-1] == len(tokens)
+        found += [part.tolist() for part in np.split(tokens, ends[:-1])]
+    assert found == all_documents(manifest)
+    assert len({sample["__key__"] for sample in samples}) == len(samples) > len(urls)
+
+
+def test_documents_in_are_written_or_rejected(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    corpus = [
+        Document("a", "x = 1"),
+        Document("b", ""),
+        Rejection("c", "not decodable"),
+        Document("d", "\ud800"),
+        Document("e", ""),
+    ]
+    manifest = build_shards(corpus, tokenizer.path, tmp_path / "out")
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [entry["name"] for entry in rejected] == ["b", "c", "d", "e"]
+    assert manifest.source["rejected"] == {"empty": 2, "not decodable": 1, "not encodable as UTF-8": 1}
+    assert manifest.documents + len(rejected) == len(corpus)

@@ -1,0 +1,153 @@
+"""Reading shards: contradictions and damage are named; statistics agree with closed forms."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_md.data.shards import (
+    ShardError,
+    ShardReader,
+    content_hash,
+    document_lengths,
+    load_manifest,
+    token_counts,
+    unigram_cross_entropy,
+    unigram_entropy,
+    verify,
+)
+from tests.data.small_corpus import EOS, WriteCorpus, random_documents
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    """Change keys of a manifest and give it a fitting hash again."""
+    content = {**json.loads((folder / "manifest.json").read_text()), **changes}
+    content["sha256"] = content_hash(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_manifest_is_found_by_folder_and_file(write_tokens: WriteCorpus, tmp_path: Path) -> None:
+    manifest = write_tokens([[5, 6], [7]])
+    assert load_manifest(tmp_path / "corpus") == manifest == load_manifest(tmp_path / "corpus" / "manifest.json")
+
+
+def test_missing_empty_and_malformed_manifests(write_tokens: WriteCorpus, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere: no such manifest"):
+        load_manifest(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty/manifest\.json: no such manifest"):
+        load_manifest(tmp_path / "empty")
+    write_tokens([[5]])
+    file = tmp_path / "corpus" / "manifest.json"
+    sound = file.read_text()
+    file.write_text(sound[:-20])
+    with pytest.raises(ValueError, match="malformed JSON"):
+        load_manifest(file)
+    file.write_text(sound.replace('"tokens": 1', '"tokens": 2', 1))
+    with pytest.raises(ValueError, match="does not match its own hash"):
+        load_manifest(file)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="not a manifest of megatron-md-shards"):
+        load_manifest(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version: Input should be 1"),
+        ({"eos_id": 1000}, "eos_id lies outside the vocabulary of 1000"),
+        ({"tokens": 17}, "tokens is not the sum over the shards"),
+        ({"surprise": 1}, "surprise: Unexpected keyword argument"),
+        ({"vocab_size": "1000"}, "vocab_size: Input should be a valid integer"),
+    ],
+)
+def test_contradictions_are_named(write_tokens: WriteCorpus, tmp_path: Path, changes: Any, message: str) -> None:
+    write_tokens([[5, 6]])
+    edit_manifest(tmp_path / "corpus", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_manifest(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "a/../../x.tar", ""])
+def test_shard_names_stay_beneath_the_manifest(write_tokens: WriteCorpus, tmp_path: Path, name: str) -> None:
+    manifest = write_tokens([[5, 6]])
+    shard = {**vars(manifest.shards[0]), "name": name}
+    edit_manifest(tmp_path / "corpus", shards=[shard])
+    with pytest.raises(ValueError, match="must be relative and beneath the manifest"):
+        load_manifest(tmp_path / "corpus")
+
+
+def test_missing_and_cut_shards(write_tokens: WriteCorpus, tmp_path: Path) -> None:
+    write_tokens(random_documents(20), shard_tokens=200)
+    path = tmp_path / "corpus" / "shard-000001.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[:-512])
+    with pytest.raises(ShardError, match=rf"shard-000001\.tar: {len(data) - 512} bytes instead of {len(data)}"):
+        load_manifest(tmp_path / "corpus")
+    manifest = load_manifest(tmp_path / "corpus", check_files=False)
+    with pytest.raises(ShardError, match=r"shard-000001\.tar"):
+        ShardReader(manifest, 1)
+    assert len(verify(manifest)) == 1
+    path.unlink()
+    with pytest.raises(ShardError, match=r"shard-000001\.tar: missing shard"):
+        load_manifest(tmp_path / "corpus")
+
+
+def test_every_flipped_byte_of_a_tar_is_noticed(write_tokens: WriteCorpus, tmp_path: Path) -> None:
+    manifest = write_tokens([[5, 6, 7], [8, 9]])
+    path = tmp_path / "corpus" / "shard-000000.tar"
+    sound = path.read_bytes()
+    start = int(ShardReader(manifest, 0).index["offset"][0])
+    for offset in [0, 300, start, start + 5, start + 6, start + 9, start + 10, start + 512 + 40, len(sound) - 1]:
+        flip_byte(path, offset)
+        problems = verify(manifest)
+        assert len(problems) == 1
+        if start <= offset < start + 10:
+            assert f"shard-000000.tar: document {0 if offset < start + 6 else 1} " in problems[0]
+        else:
+            assert "its sha256 differs" in problems[0]
+        path.write_bytes(sound)
+    assert verify(manifest) == []
+
+
+def test_damaged_index_is_named(write_tokens: WriteCorpus, tmp_path: Path) -> None:
+    manifest = write_tokens([[5, 6, 7], [8, 9]])
+    flip_byte(tmp_path / "corpus" / "shard-000000.index.npy", 140)
+    with pytest.raises(ShardError, match=r"shard-000000\.index\.npy: the index does not match its hash"):
+        ShardReader(manifest, 0)
+
+
+def test_counts_and_lengths(write_tokens: WriteCorpus) -> None:
+    documents = random_documents(50)
+    manifest = write_tokens(documents, shard_tokens=300, block_bytes=100)
+    expected = np.bincount([token for tokens in documents for token in [*tokens, EOS]], minlength=1000)
+    np.testing.assert_array_equal(token_counts(manifest), expected)
+    assert document_lengths(manifest).tolist() == [len(tokens) for tokens in documents]
+
+
+def test_unigram_entropy_of_a_uniform_corpus_is_the_logarithm(write_tokens: WriteCorpus) -> None:
+    # Seven tokens and <eos>, each once per document: eight equally frequent tokens.
+    manifest = write_tokens([list(range(10, 17))] * 5)
+    assert unigram_entropy(manifest) == pytest.approx(math.log(8), abs=1e-12)
+
+
+def test_cross_entropy_is_entropy_plus_divergence(write_tokens: WriteCorpus) -> None:
+    train = write_tokens([[10] * 2000 + [11] * 1000] * 20, name="train", vocab_size=20)
+    valid = write_tokens([[10] * 1000 + [11] * 2000] * 3, name="valid", vocab_size=20)
+    p = token_counts(train) + 1
+    q = token_counts(valid) / token_counts(valid).sum()
+    seen = q > 0
+    divergence = (q[seen] * np.log(q[seen] / (p / p.sum())[seen])).sum()
+    assert unigram_cross_entropy(valid, train) == pytest.approx(unigram_entropy(valid) + divergence, rel=1e-12)
+    assert unigram_cross_entropy(train, train) == pytest.approx(unigram_entropy(train), rel=1e-3)

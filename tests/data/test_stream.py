@@ -1,0 +1,225 @@
+"""The stream: every token once per epoch, one order for any layout and restart, damage named, reading ahead."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_md.batch import BatchPosition
+from megatron_md.data.shards import Manifest, ShardError, ShardReader
+from megatron_md.data.stream import Prefetcher, SequenceStream, micro_batches, validation_rows
+from tests.data.small_corpus import EOS, PAD, WriteCorpus, random_documents
+
+L = 32
+
+
+def stream(manifest: Manifest, **keys: int) -> SequenceStream:
+    return SequenceStream(manifest, **{"seed": 11, "seq_length": L, "window_shards": 3, **keys})
+
+
+def many_windows(write_tokens: WriteCorpus) -> Manifest:
+    manifest = write_tokens(random_documents(300), shard_tokens=700, block_bytes=500)
+    assert len(manifest.shards) > 9
+    return manifest
+
+
+CORPORA = {
+    "many windows": (random_documents(300), {"shard_tokens": 700, "block_bytes": 500}),
+    "one document per shard": ([d for d in random_documents(30) if d], {"shard_tokens": 1}),
+    "documents longer than L": (random_documents(8, longest=20 * L, seed=1), {"shard_tokens": 400}),
+    "documents of one token": ([[number] for number in range(10, 150)], {"shard_tokens": 40}),
+    "with empty documents": ([[], [7], [], [], list(range(10, 90)), []], {}),
+    "fewer shards than a window": (random_documents(40), {}),
+    "large vocabulary": (random_documents(40, vocab_size=100_000), {"vocab_size": 100_000, "shard_tokens": 200}),
+    "one row in all": ([[5, 6, 7]], {}),
+}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_every_document_appears_exactly_once_per_epoch(write_tokens: WriteCorpus, name: str) -> None:
+    documents, sizes = CORPORA[name]
+    manifest = write_tokens(documents, **sizes)
+    rows = stream(manifest).rows(range(stream(manifest).rows_per_epoch))
+    served = rows.tokens_BL[rows.is_maskable_BL]
+    assert Counter(served.tolist()) == Counter(itertools.chain(*documents, [EOS] * len(documents)))
+    assert (rows.tokens_BL[~rows.is_maskable_BL] == PAD).all()
+    assert len(served) == stream(manifest).tokens
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_boundaries_mark_the_documents(write_tokens: WriteCorpus, name: str) -> None:
+    documents, sizes = CORPORA[name]
+    manifest = write_tokens(documents, **sizes)
+    rows = stream(manifest).rows(range(2 * stream(manifest).rows_per_epoch))
+    for tokens, is_maskable, cu_seqlens in zip(rows.tokens_BL, rows.is_maskable_BL, rows.cu_seqlens, strict=True):
+        used = int(is_maskable.sum())
+        assert is_maskable[:used].all()
+        after_eos = np.flatnonzero(tokens[:used] == EOS) + 1
+        assert cu_seqlens.tolist() == sorted({0, *after_eos.tolist(), used, L})
+
+
+def test_whole_documents_stand_in_the_rows_as_they_were_written(write_tokens: WriteCorpus) -> None:
+    documents = [[10 + number] * 3 + list(range(10, 10 + number)) for number in range(12)]
+    rows = stream(write_tokens(documents), seq_length=400).rows([0])
+    cuts = rows.cu_seqlens[0].tolist()
+    found = [rows.tokens_BL[0, a:b].tolist() for a, b in itertools.pairwise(cuts)][: len(documents)]
+    assert sorted(found) == sorted([*tokens, EOS] for tokens in documents)
+    assert found != [[*tokens, EOS] for tokens in documents]
+
+
+def test_epochs_and_seeds_have_other_orders(write_tokens: WriteCorpus) -> None:
+    manifest = many_windows(write_tokens)
+    epoch = stream(manifest).rows_per_epoch
+    first = stream(manifest).rows(range(50)).tokens_BL
+    assert (first != stream(manifest, seed=12).rows(range(50)).tokens_BL).mean() > 0.9
+    assert (first != stream(manifest).rows(range(epoch, epoch + 50)).tokens_BL).mean() > 0.9
+    np.testing.assert_array_equal(first, stream(manifest).rows(range(50)).tokens_BL)
+
+
+def digest(manifest: Manifest, data_size: int, micro_batch_size: int, first: int, batches: int) -> list[str]:
+    """One hash per global batch of 16 rows, put together from the ranks' micro-batches, each rank with its stream."""
+    ranks = [stream(manifest) for _ in range(data_size)]
+    digests = []
+    for number in range(batches):
+        position = BatchPosition(first + 16 * number, 16)
+        parts = [
+            micro_batches(s, position, micro_batch_size, data_rank=r, data_size=data_size) for r, s in enumerate(ranks)
+        ]
+        # Slot order: micro-batch j of rank 0, of rank 1, …, then micro-batch j + 1.
+        ordered = [part for group in zip(*parts, strict=True) for part in group]
+        assert np.concatenate([part.sample_index_B for part in ordered]).tolist() == [
+            *range(first + 16 * number, first + 16 * number + 16)
+        ]
+        assert all(part.position == position for part in ordered)
+        tokens, is_maskable = (
+            np.concatenate([getattr(p, k) for p in ordered]) for k in ("tokens_BL", "is_maskable_BL")
+        )
+        digests.append(hashlib.sha256(tokens.tobytes() + is_maskable.tobytes()).hexdigest())
+    return digests
+
+
+def test_global_batches_are_the_same_for_any_layout_and_restart(write_tokens: WriteCorpus) -> None:
+    manifest = many_windows(write_tokens)
+    reference = digest(manifest, 1, 16, first=0, batches=50)
+    assert len(set(reference)) == 50 and 2 * stream(manifest).rows_per_epoch < 50 * 16
+    for data_size, micro_batch_size in [(1, 2), (2, 8), (2, 1), (4, 4), (8, 1)]:
+        assert digest(manifest, data_size, micro_batch_size, first=0, batches=50) == reference
+    for step in [1, 7, 33]:
+        assert digest(manifest, 2, 4, first=16 * step, batches=50 - step) == reference[step:]
+
+
+def test_indivisible_global_batch_is_refused(write_tokens: WriteCorpus) -> None:
+    with pytest.raises(ValueError, match=r"global_batch_size 12 is not a multiple of train.micro_batch_size 4 x .* 2"):
+        micro_batches(stream(write_tokens([[5]])), BatchPosition(0, 12), 4, data_rank=0, data_size=2)
+
+
+def test_state_tells_streams_apart(write_tokens: WriteCorpus) -> None:
+    manifest = write_tokens([[5]])
+    assert stream(manifest).state() == stream(manifest).state()
+    for keys in [{"seed": 12}, {"seq_length": 8}, {"window_shards": 4}]:
+        assert stream(manifest).state() != stream(manifest, **keys).state()
+    assert stream(manifest).state() != stream(write_tokens([[6]], name="other")).state()
+
+
+def test_validation_rows_are_fixed_and_distinct(write_tokens: WriteCorpus) -> None:
+    manifest = many_windows(write_tokens)
+    few, every = validation_rows(manifest, L, 20), validation_rows(manifest, L, 10**9)
+    np.testing.assert_array_equal(few.tokens_BL, every.tokens_BL[:20])
+    assert int(every.is_maskable_BL.sum()) == manifest.tokens + manifest.documents
+    assert len(np.unique(every.sample_index_B)) == len(every.tokens_BL)
+
+
+def test_damaged_document_is_named_when_a_row_needs_it(write_tokens: WriteCorpus, tmp_path: Path) -> None:
+    manifest = write_tokens([[10] * 8, [11] * 8, [12] * 8], shard_tokens=16)
+    offset = int(ShardReader(manifest, 0).index["offset"][1])
+    path = tmp_path / "corpus" / "shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[offset + 3] ^= 1
+    path.write_bytes(data)
+    epoch = range(stream(manifest, seq_length=9).rows_per_epoch)
+    with pytest.raises(ShardError, match=r"shard-000000\.tar: document 1 \(bytes \d+ to \d+\) is damaged"):
+        stream(manifest, seq_length=9).rows(epoch)
+    damaged = 0
+    for g in epoch:
+        try:
+            stream(manifest, seq_length=9).rows([g])
+        except ShardError:
+            damaged += 1
+    assert damaged == 1
+    unchecked = SequenceStream(manifest, seed=11, seq_length=9, verify=False)
+    assert unchecked.rows(epoch).is_maskable_BL.sum() == 27
+
+
+def test_shard_cut_after_opening_is_named(write_tokens: WriteCorpus, tmp_path: Path) -> None:
+    opened = stream(many_windows(write_tokens))
+    for path in (tmp_path / "corpus").glob("*.tar"):
+        path.write_bytes(path.read_bytes()[:-1024])
+    with pytest.raises(ShardError, match=r"shard-\d+\.tar: \d+ bytes instead of \d+"):
+        opened.rows([0])
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 100])
+def test_prefetcher_keeps_the_order(depth: int) -> None:
+    prefetcher = Prefetcher(iter(range(50)), depth=depth)
+    assert list(prefetcher) == list(range(50))
+    with pytest.raises(StopIteration):
+        next(prefetcher)
+    prefetcher.close()
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_prefetcher_raises_in_the_right_place(depth: int) -> None:
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise ShardError("damaged")
+
+    prefetcher = Prefetcher(items(), depth=depth)
+    assert [next(prefetcher) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ShardError, match="damaged"):
+        next(prefetcher)
+    prefetcher.close()
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_closing_a_prefetcher_ends_thread_and_source(depth: int) -> None:
+    closed = threading.Event()
+
+    def items() -> Iterator[int]:
+        try:
+            yield from itertools.count()
+        finally:
+            closed.set()
+
+    threads = threading.active_count()
+    prefetcher = Prefetcher(items(), depth=depth)
+    assert next(prefetcher) == 0
+    prefetcher.close()
+    prefetcher.close()
+    assert closed.is_set() and threading.active_count() == threads
+    with pytest.raises(ValueError, match="closed"):
+        next(prefetcher)
+
+
+def test_prefetcher_reads_no_further_than_its_depth() -> None:
+    taken: list[int] = []
+    reached = threading.Event()
+
+    def items() -> Iterator[int]:
+        for number in itertools.count():
+            taken.append(number)
+            if number == 4:
+                reached.set()
+            yield number
+
+    prefetcher = Prefetcher(items(), depth=3)
+    next(prefetcher)
+    assert reached.wait(10)
+    prefetcher.close()
+    assert len(taken) == 5
