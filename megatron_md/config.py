@@ -123,8 +123,9 @@ class ObjectiveConfig:
     ] = "elbo"
     importance: Annotated[bool, Doc("also divide by the schedule's density: unbiased full-range NELBO")] = False
     normalise: Annotated[
-        Literal["maskable", "masked", "sequences"], Doc("global count that the loss sum is divided by")
-    ] = "maskable"
+        Literal["maskable", "masked", "sequences"] | None,
+        Doc("global count that the loss sum is divided by; null: the objective's own (maskable; sequences for SFT)"),
+    ] = None
     mask_logit: Annotated[Literal["exclude", "keep"], Doc("may the mask token itself be predicted (LLaDA: keep)")] = (
         "exclude"
     )

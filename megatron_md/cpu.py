@@ -7,7 +7,9 @@ holds the knobs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import queue
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +72,7 @@ def activate() -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("CPU stand-ins were asked for in a process that already uses CUDA")
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as core_random
 
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
@@ -78,8 +81,23 @@ def activate() -> None:
     # Recomputation saves and restores the CPU generator by itself; there is no second one here.
     core_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.empty(0)
     core_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None
+    # A save writes from forked processes and hears of them in this one: no manager process (3 s to spawn) is needed.
+    filesystem_async._results_queue = queue.Queue()
     _mode = _CudaLiteralsOnCpu()
     _mode.__enter__()
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Within it, torch's literals mean what they say again (for code that knows nothing of megatron-core)."""
+    if _mode is None:
+        yield
+        return
+    _mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _mode.__enter__()
 
 
 def assert_safe_transformer_config(config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -132,6 +133,9 @@ class Run:
         (self.directory / "config.yaml").write_text(configuration.to_yaml(self.config))
         write_json(self.directory / "env.json", environment(self.world.size))
         write_json(self.directory / "summary.json", {"status": "running"})
+        if self.config.data.tokenizer is not None:
+            # A run carries its tokenizer: it can be moved, evaluated and converted without the corpus.
+            shutil.copyfile(self.config.data.tokenizer, self.directory / "tokenizer.model")
         append_event(self.directory, "started", step=self.trainer.progress.step, world_size=self.world.size)
 
     def _close(self, status: str, start: float, **details: Any) -> None:

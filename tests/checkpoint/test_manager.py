@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import RankError, run_ranks
-from small_run import Curve, small_run, variant
 
 from megatron_md.checkpoint.manager import CheckpointManager, checkpoint_name, latest_checkpoint, read_progress
 from megatron_md.config import Config
 from megatron_md.train.progress import Progress
+from tests.ranks import RankError, run_ranks
+from tests.small_run import Curve, small_run, variant
 
 ONE: dict[str, Any] = {"distributed_optimizer": False}
 TENSOR2, PIPELINE2, DATA2 = {"tensor": 2}, {"pipeline": 2}, {"distributed_optimizer": True}

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
 
 from megatron_md.model.head import Prediction, masked_cross_entropy, select_hidden
+from tests.ranks import run_ranks
 
 VOCAB, WIDTH = 37, 8
 

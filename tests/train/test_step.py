@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import run_ranks
-from small_run import CONFIG, VOCAB, small_run, variant
 
 from megatron_md.config import Config
+from tests.ranks import run_ranks
+from tests.small_run import CONFIG, VOCAB, small_run, variant
 
 STEPS = 5
 

@@ -1,0 +1,173 @@
+"""Tokens per second of one optimizer step: ours (through megatron-core) against a plain PyTorch loop, side by side.
+
+    python benchmarks/train_step.py 50m --threads 2 --repeats 8
+
+Three loops take turns, so that a noisy machine is noisy for all of them: our step, a plain loop that computes logits
+at every position, and the same plain loop with our head at the masked positions. Same shapes, data, masks and optimizer
+settings, fp32, one process, CPU. With --memory each loop runs in a process of its own and the peak is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from plain_transformer import PlainTransformer
+
+from megatron_md import cpu, parallel
+from megatron_md.batch import BatchPosition, CleanBatch
+from megatron_md.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, TrainConfig
+
+MASK = 3
+SHAPES = {
+    "tiny": (ModelConfig(vocab=8192), 256, 8),
+    "50m": (ModelConfig(vocab=32000, layers=8, hidden=512, heads=8, kv_heads=8, ffn=1376), 512, 4),
+}
+LOOPS = ("ours", "plain, full logits", "plain, our head")
+
+
+def build(shape: str) -> tuple[dict[str, Callable[[], None]], int]:
+    """The three loops' steps, and the tokens of one step."""
+    model, length, rows = SHAPES[shape]
+    config = Config(
+        model=model,
+        data=DataConfig(seq_length=length),
+        objective=ObjectiveConfig(mask_schedule="uniform:0.45,0.55"),
+        parallel=ParallelConfig(distributed_optimizer=False),
+        train=TrainConfig(global_batch_size=rows, micro_batch_size=rows, device="cpu"),
+    )
+    world = parallel.initialize(config)
+    from megatron_md.diffusion.objective import build_objective
+    from megatron_md.model.build import build_model, wrap_data_parallel
+    from megatron_md.model.head import Prediction, masked_cross_entropy
+    from megatron_md.train.optimizer import build_optimizer, set_hyperparameters
+    from megatron_md.train.step import Stepper
+
+    vocab, keys = model.vocab or 0, config.optimizer
+    tokens = np.random.default_rng(0).integers(MASK + 1, vocab, (rows, length))
+    clean = CleanBatch(tokens, np.ones_like(tokens, dtype=bool), np.arange(rows), BatchPosition(0, rows))
+    objective = build_objective(config.objective, seed=0, mask_token_id=MASK)
+    batch = objective.corrupt(clean)
+    chunks = wrap_data_parallel(build_model(config, world.device, causal=False, mask_token_id=MASK), config)
+    optimizer = build_optimizer(config, chunks)
+    set_hyperparameters(optimizer, lr=keys.lr, weight_decay=keys.weight_decay)
+    stepper = Stepper(config, world, chunks, optimizer, objective)
+
+    plain = PlainTransformer(model, vocab)
+    adamw = torch.optim.AdamW(
+        plain.parameters(), keys.lr, (keys.beta1, keys.beta2), keys.eps, keys.weight_decay, fused=True
+    )
+    inputs, positions = torch.from_numpy(batch.tokens_BL), torch.from_numpy(batch.positions_M)
+    targets, weights = torch.from_numpy(batch.targets_M), torch.from_numpy(batch.weights_M)
+    excluded = torch.tensor([MASK])
+
+    def full_logits(hidden_BLD: torch.Tensor) -> torch.Tensor:
+        logits_BLV = hidden_BLD @ plain.embedding.weight.t()
+        nll_M = F.cross_entropy(logits_BLV.view(-1, vocab)[positions], targets, reduction="none")
+        return (nll_M * weights).sum()
+
+    def our_head(hidden_BLD: torch.Tensor) -> torch.Tensor:
+        hidden_MD = hidden_BLD.reshape(-1, model.hidden).index_select(0, positions)
+        prediction = Prediction(positions, targets, weights)
+        return masked_cross_entropy(
+            hidden_MD, plain.embedding.weight, prediction, first_token=0, excluded=excluded, chunk=1024
+        ).loss
+
+    def plain_step(head: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with cpu.suspended():  # the yardstick pays nothing for our stand-ins
+            adamw.zero_grad()
+            (head(plain(inputs)) / batch.denominator).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), keys.clip_grad)
+            adamw.step()
+
+    def our_step() -> None:
+        stepper.train([objective.corrupt(clean)])
+
+    steps = (our_step, lambda: plain_step(full_logits), lambda: plain_step(our_head))
+    return dict(zip(LOOPS, steps, strict=True)), rows * length
+
+
+def timed(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def peak_memory(args: argparse.Namespace) -> dict[str, float]:
+    """Peak resident GiB of each loop in a process of its own, less what building all of them takes."""
+    peaks = {}
+    for number, name in enumerate(LOOPS):
+        command = [sys.executable, __file__, args.shape, "--threads", str(args.threads), "--only", str(number)]
+        peaks[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return peaks
+
+
+def memory_of(step: Callable[[], None]) -> float:
+    """GiB by which the resident set grows at its peak during two steps."""
+    process, peak, done = psutil.Process(), 0, threading.Event()
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(2):
+        step()
+    done.set()
+    watcher.join()
+    return (peak - before) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--memory", action="store_true", help="also compare peak memory")
+    parser.add_argument("--profile", action="store_true", help="print where our step spends its time")
+    parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    steps, tokens = build(args.shape)
+    torch.set_num_threads(args.threads)
+    if args.only is not None:
+        print(memory_of(steps[LOOPS[args.only]]))
+        return
+    seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
+    for repeat in range(args.repeats + 1):
+        for name, step in steps.items():
+            elapsed = timed(step)
+            if repeat:  # the first round warms up
+                seconds[name].append(elapsed)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(f"{args.shape}: {args.threads} threads, {platform.processor() or platform.machine()}, commit {commit}")
+    ours = seconds["ours"]
+    for name, values in seconds.items():
+        ratio = statistics.median(v / o for v, o in zip(values, ours, strict=True))
+        median = statistics.median(values)
+        print(f"  {name:20s} {tokens / median:8,.0f} tokens/s  {median:6.3f} s   ours is {ratio:.2f}x as fast")
+    if args.memory:
+        peaks = peak_memory(args)
+        for name, peak in peaks.items():
+            print(f"  {name:20s} peak {peak:5.2f} GiB above the built models   {peak / peaks['ours']:.2f}x ours")
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            steps["ours"]()
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
+
+
+if __name__ == "__main__":
+    main()
