@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -182,8 +183,15 @@ class Console:
 
     def line(self, record: Record) -> None:
         """Print the record's main figures."""
-        masked_ce = record.get("masked_ce", float("nan"))
-        text = f"step {record['step']:>6}  loss {record['loss']:.4f}  masked_ce {masked_ce:.4f}  grad {record['grad_norm']:.3f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
+        figures = [
+            f"step {record['step']:>6}",
+            f"loss {record['loss']:.4f}",
+            f"masked_ce {record.get('masked_ce', math.nan):.4f}",
+            f"grad {record['grad_norm']:.3f}",
+            f"lr {record['lr']:.2e}",
+            f"{record['tokens_per_second']:,.0f} tok/s",
+        ]
+        text = "  ".join(figures)
         if "mfu" in record:
             text += f"  mfu {record['mfu']:.1%}"
         if record["skipped"]:
