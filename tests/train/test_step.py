@@ -164,3 +164,12 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert any("bias" in name for name in decays) and any("q_layernorm" in name for name in decays)
     for name, decay in decays.items():
         assert decay == (0.0 if "norm" in name or name.endswith("bias") else CONFIG.optimizer.weight_decay), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["data2-overlap", "pipeline2", "tensor2xpipeline2"])
+def test_a_micro_batch_without_anything_to_predict(name: str) -> None:
+    # Micro-batches of one row: row 5 has nothing to mask, and the number of head chunks varies from one to the next.
+    size, layout = LAYOUTS[name]
+    runs = run_ranks(train, size, variant(train={"micro_batch_size": 1}, parallel=layout), STEPS)
+    assert_same(runs, reference("masked_diffusion"))

@@ -1,0 +1,60 @@
+"""What is written about a run: cut back on resume, never half written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_md.train.metrics import Console, append_event, truncate_metrics, write_json
+
+
+def test_metrics_are_cut_back_to_the_resumed_step_and_a_torn_line_goes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0 / step}) for step in (1, 2, 3)]
+    path.write_text("\n".join(lines) + '\n{"step": 2, "lo')
+    truncate_metrics(path, 2)
+    assert path.read_text().splitlines() == lines[:2]
+    truncate_metrics(path, 0)
+    assert path.read_text() == ""
+    truncate_metrics(tmp_path / "absent.jsonl", 3)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_events_are_appended_with_their_time(tmp_path: Path) -> None:
+    append_event(tmp_path, "started", step=0)
+    append_event(tmp_path, "saved", step=5, path="x")
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", "saved"] and events[1]["path"] == "x"
+    assert events[0]["time"] <= events[1]["time"]
+
+
+def test_console_prints_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {
+        "step": 7,
+        "loss": 1.25,
+        "masked_ce": 2.5,
+        "grad_norm": 0.5,
+        "lr": 1e-3,
+        "tokens_per_second": 1234.6,
+        "skipped": 2,
+        "val_nelbo": 3.5,
+        "val_nelbo_stderr": 0.25,
+        "mfu": 0.4,
+    }
+    console = Console(10, 0)
+    console.line(record)
+    console.advance(8)
+    console.close()
+    line = capsys.readouterr().err
+    for part in ("step      7", "loss 1.2500", "1,235 tok/s", "mfu 40.0%", "SKIPPED 2", "val_nelbo 3.5000 ± 0.2500"):
+        assert part in line
