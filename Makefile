@@ -1,10 +1,14 @@
-# make demo, make test: each makes .venv when there is none, or when what it was made from has changed.
+# make demo, make test: each makes .venv when there is none, and renews it when what it was made from has changed.
 #
 #   make test PYTHON=python3.12                 another Python (3.11 or newer)
 #   make test TORCH='torch==2.13.0+cpu'         another build of torch: give pip its index by PIP_INDEX_URL or
 #                                               PIP_EXTRA_INDEX_URL, or a wheel file instead of a version
 
-PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3,$(shell command -v $(python) 2>/dev/null)))
+# The first Python outside of .venv that is new enough and can make environments.
+PYTHON ?= $(shell for python in $$(type -aP python3.11 python3.12 python3); do \
+	case $$python in ($(CURDIR)/.venv/*) continue;; esac; \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
+	done)
 TORCH ?= torch==2.13.0
 
 SHELL := /bin/bash
@@ -16,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # or does not start is made anew; another one is brought up to date.
 STAMP := .venv/.installed
 WANTED := $(CURDIR) $(TORCH)
-FOUND := $(shell .venv/bin/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)
+FOUND := $(shell test ! -e .venv/.installing && .venv/bin/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)
 
 .PHONY: help demo test test-slow lint clean
 ifneq ($(FOUND),$(WANTED))
@@ -31,9 +35,7 @@ help:
 	@echo 'make clean       remove .venv, caches and build outputs (runs/ and corpus/ stay)'
 
 $(STAMP): pyproject.toml setup.py constraints.txt
-	@test -n "$(PYTHON)" || { echo 'No python3 found: install Python 3.11 or newer, or say make PYTHON=/path/to/python' >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo '$(PYTHON) is older than Python 3.11: say make PYTHON=python3.11' >&2; exit 1; }
+	@test -n '$(PYTHON)' || { echo 'No Python 3.11 or newer with venv found: say make PYTHON=/path/to/python' >&2; exit 1; }
 	@if [ -e .venv/.installing ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1 \
 			|| { [ -e $(STAMP) ] && ! grep -qF '$(CURDIR) ' $(STAMP); }; then \
 		echo 'making .venv with $(PYTHON) and $(TORCH)'; $(PYTHON) -m venv --clear .venv; \
