@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -282,7 +281,7 @@ def test_versions_are_those_that_are_tested() -> None:
 def test_exit_codes_are_those_of_the_code() -> None:
     from megatron_md.train import resilience
 
-    codes: Any = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)}
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)}
     assert codes == {
         resilience.EXIT_DONE,
         resilience.EXIT_BAD_INPUT,
