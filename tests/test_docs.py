@@ -169,9 +169,9 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
     (tmp_path / "docs/configuration.py").symlink_to(ROOT / "docs/configuration.py")
     for document in DOCUMENTS:
         for body in blocks(document, "yaml"):
-            name = re.match(r"# ([\w/.-]+\.yaml)\n", body)
-            if name is not None:
-                (tmp_path / name[1]).write_text(body)
+            heading = re.match(r"# ([\w/.-]+\.yaml)\n", body)
+            if heading is not None:
+                (tmp_path / heading[1]).write_text(body)
     yield Runner(tmp_path)
 
 
