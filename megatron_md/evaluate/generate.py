@@ -9,6 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+EXAMPLES = """examples:
+  megatron-md generate runs/demo --prompt 'def main(' --length 64
+  megatron-md generate runs/demo --length 128 --steps 32 --strategy ancestral --temperature 1 --samples 4
+  megatron-md generate runs/demo --length 128 --steps 64 --block 32 --output samples.jsonl
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
