@@ -6,6 +6,7 @@ A check yields one line for each thing that is wrong; `check_config` raises all 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True) -> La
         *_check_learning_rate(config),
         *_check_objective(config),
         *_check_run_dir(config),
+        *_check_wandb(config),
     ]
     if corpora:
         lines += [*missing_files(config), *corpus_problems(config)]
@@ -236,6 +238,11 @@ def _check_objective(config: Config) -> Iterator[str]:
             f"objective.importance needs a density above 0 on all of [0, 1], which {objective.mask_schedule} lacks: "
             "use a mixture with uniform:0,1, or set objective.importance=false"
         )
+
+
+def _check_wandb(config: Config) -> Iterator[str]:
+    if config.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        yield "log.wandb_project is set, but wandb is not installed: pip install wandb, or leave the key out"
 
 
 def _check_run_dir(config: Config) -> Iterator[str]:

@@ -204,7 +204,9 @@ class TrainConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], Doc("auto takes CUDA where there is one")] = "auto"
     recompute: Annotated[Literal["none", "selective", "full"], Doc("activation recomputation")] = "none"
     deterministic: Annotated[bool, Doc("deterministic kernels only")] = False
-    hang_timeout: Annotated[PositiveFloat, Doc("seconds without a step after which a rank is taken for hung")] = 600.0
+    hang_timeout: Annotated[
+        PositiveFloat, Doc("seconds without a step, validation or save after which a rank prints its stacks and ends")
+    ] = 600.0
     profile: Annotated[ProfileConfig, Doc("profiler window")] = field(default_factory=ProfileConfig)
 
 

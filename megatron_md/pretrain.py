@@ -6,7 +6,7 @@ import importlib
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_md.diffusion.objective import build_objective
 from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback
+from megatron_md.train.logs import logger, open_rank_log
 from megatron_md.train.metrics import MetricsWriter, append_event, environment, write_json
 from megatron_md.train.optimizer import build_optimizer
 from megatron_md.train.profile import Profiler
@@ -81,7 +82,10 @@ class Run:
             manifest, seed=config.seed, seq_length=config.data.seq_length, window_shards=config.data.window_shards
         )
         manager = CheckpointManager(
-            directory, keep_last=config.checkpoint.keep_last, resolved_config=configuration.to_yaml(config)
+            directory,
+            keep_last=config.checkpoint.keep_last,
+            resolved_config=configuration.to_yaml(config),
+            identity={**stream.state(), **_shape(config)},
         )
         metrics = _metrics_writer(config, world, directory)
         validation = _validation(config, world, stepper, manifest)
@@ -117,11 +121,13 @@ class Run:
     def fit(self) -> None:
         """Run the loop, and keep RUN's files true about how it went."""
         start = time.time()
+        open_rank_log(self.directory, self.world)
         if self.world.is_main:
             self._open()
         try:
             self.trainer.fit()
         except BaseException as error:
+            logger.exception("the run failed at step %d", self.trainer.progress.step)
             if self.world.is_main:
                 self._close("failed", start, error=f"{type(error).__name__}: {error}")
             raise
@@ -162,6 +168,12 @@ class Run:
                 f"stopped by {self.trainer.stopped_by} at step {progress.step}, saved: the same command resumes",
                 file=sys.stderr,
             )
+
+
+def _shape(config: Config) -> dict[str, Any]:
+    """The keys of the model that its weights depend on, under their names in the config."""
+    free = {"preset", "init_std", "scaled_init"}
+    return {f"model.{key}": value for key, value in asdict(config.model).items() if key not in free}
 
 
 def _parameters(config: Config) -> int:

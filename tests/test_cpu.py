@@ -38,9 +38,7 @@ def test_a_second_activation_changes_nothing(world: World) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"deallocate_pipeline_outputs": True}, {"overlap_p2p_comm": False}])
-def test_settings_that_corrupt_silently_are_refused(
-    small_config: Config, world: World, wrong: dict[str, bool]
-) -> None:
+def test_settings_that_corrupt_silently_are_refused(small_config: Config, world: World, wrong: dict[str, bool]) -> None:
     interleaved = replace(small_config, parallel=replace(small_config.parallel, pipeline=2, virtual_pipeline=2))
     core = transformer_config(replace(interleaved, model=replace(interleaved.model, layers=4)), world.device)
     for key, value in wrong.items():

@@ -137,7 +137,18 @@ def _check_loadable(checkpoint: Path, chunks: list[Any], saved_kind: str | None)
 class CheckpointManager:
     """Writes, prunes and reads the checkpoints of one run."""
 
-    def __init__(self, run_dir: Path, *, keep_last: int, resolved_config: str) -> None:
+    def __init__(
+        self, run_dir: Path, *, keep_last: int, resolved_config: str, identity: dict[str, Any] | None = None
+    ) -> None:
+        """Take charge of RUN/checkpoints; nothing is written yet.
+
+        Args:
+            run_dir: the run's directory.
+            keep_last: newest checkpoints that are kept.
+            resolved_config: text of `config.yaml` in every checkpoint.
+            identity: what a checkpoint must agree on to be resumed (JSON values by name): corpus, seed, model shape.
+        """
+        self.identity = identity or {}
         self.directory = run_dir / "checkpoints"
         self.run_dir = run_dir
         self.keep_last = keep_last
@@ -162,7 +173,12 @@ class CheckpointManager:
             content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
             dist_checkpointing.save(state, str(partial), content_metadata=content)
         if dist.get_rank() == 0:
-            record = {"format": FORMAT_VERSION, "progress": asdict(progress), "layout": _layout()}
+            record = {
+                "format": FORMAT_VERSION,
+                "progress": asdict(progress),
+                "layout": _layout(),
+                "identity": self.identity,
+            }
             _write_synced(partial / "config.yaml", self.resolved_config)
             _write_synced(partial / "progress.json", json.dumps(record, indent=1))
             shutil.rmtree(target, ignore_errors=True)
@@ -178,9 +194,10 @@ class CheckpointManager:
         """Read a checkpoint into model and optimizer; every rank calls this.
 
         Raises:
-            ValueError: it is incomplete, or holds optimizer state that this layout cannot take.
+            ValueError: it is incomplete, belongs to another run, or holds optimizer state that this layout cannot take.
         """
         progress = read_progress(checkpoint)
+        self._check_identity(checkpoint)
         saved = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
         _check_loadable(checkpoint, chunks, saved.get("distrib_optim_sharding_type"))
         metadata = {**sharding_metadata(chunks, optimizer), **saved}
@@ -190,6 +207,16 @@ class CheckpointManager:
         load_model_state(chunks, state)
         optimizer.load_state_dict(state["optimizer"])
         return progress
+
+    def _check_identity(self, checkpoint: Path) -> None:
+        saved = json.loads((checkpoint / "progress.json").read_text())["identity"]
+        now = json.loads(json.dumps(self.identity))
+        lines = [f"{key}: {saved.get(key)} there, {value} now" for key, value in now.items() if saved.get(key) != value]
+        if lines:
+            raise ValueError(
+                f"{checkpoint} belongs to another run ({'; '.join(lines)}): "
+                "choose another run_dir, or put these keys back to what it was trained with"
+            )
 
     def _prune(self) -> None:
         complete = sorted(self.directory.glob("step_*"))

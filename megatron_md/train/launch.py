@@ -5,6 +5,7 @@ The workers run `python -m megatron_md train …` exactly as under torchrun.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -51,6 +53,12 @@ def launch(
     # One thread per core over all workers, unless the user knows better.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc_per_node)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    # Older releases of torch lack one or both; without them a stop is less patient, or not heard.
+    wanted: dict[str, Any] = {
+        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+    }
     config = LaunchConfig(
         min_nodes=nnodes,
         max_nodes=nnodes,
@@ -60,8 +68,7 @@ def launch(
         rdzv_endpoint=rdzv_endpoint or "127.0.0.1:0",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-        shutdown_timeout=SHUTDOWN_SECONDS,
+        **{key: value for key, value in wanted.items() if key in known},
     )
     command = ("-m", "megatron_md", "train", config_path, *overrides)
     try:

@@ -219,8 +219,6 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 
 def _start_wandb(project: str, run_dir: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("log.wandb_project is set, but wandb is not installed: pip install wandb") from error
+    import wandb
+
     return wandb.init(project=project, dir=str(run_dir), name=run_dir.name, resume="allow")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+import sys
 from types import FrameType
 
 import torch
@@ -12,6 +14,25 @@ import torch.distributed as dist
 EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Watchdog:
+    """Ends this process, its Python stacks printed, when nothing has happened for too long.
+
+    A rank that hangs makes its peers wait in a collective, so all ranks print where they stand at about the same time.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def alive(self) -> None:
+        """Something has been done: start waiting anew."""
+        # pytest and the like replace sys.stderr by objects without a file descriptor.
+        faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__ or 2)
+
+    def stop(self) -> None:
+        """Wait no longer."""
+        faulthandler.cancel_dump_traceback_later()
 
 
 class StopRequest:

@@ -113,6 +113,19 @@ class Stepper:
             return None
         return [output.nll_M.cpu().numpy() for output in outputs]
 
+    def sum_over_ranks(self, figures: torch.Tensor) -> torch.Tensor:
+        """Sum over data-parallel ranks of what the last pipeline stages hold, given to every rank (on the CPU)."""
+        figures = figures.to(self.world.device)
+        if self.world.is_last_stage:
+            dist.all_reduce(figures, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            dist.broadcast(
+                figures,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return figures.cpu()
+
     def _run(self, batches: Sequence[CorruptedBatch], *, forward_only: bool) -> list[PredictionLoss]:
         """Forward (and backward) over all micro-batches; the last pipeline stage gets their outputs."""
         rows, length = batches[0].tokens_BL.shape
@@ -162,14 +175,7 @@ class Stepper:
                 for number, name in enumerate(names):
                     sums[2 + 2 * number] += pairs[name][0]
                     sums[3 + 2 * number] += pairs[name][1]
-            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            dist.broadcast(
-                sums,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
-        loss_sum, count, *pairs_flat = sums.tolist()
+        loss_sum, count, *pairs_flat = self.sum_over_ranks(sums).tolist()
         metrics = {
             name: pairs_flat[2 * i] / pairs_flat[2 * i + 1] if pairs_flat[2 * i + 1] else math.nan
             for i, name in enumerate(names)

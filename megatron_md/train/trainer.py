@@ -16,7 +16,7 @@ from megatron_md.parallel import World
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.optimizer import learning_rate, set_hyperparameters
 from megatron_md.train.progress import Progress
-from megatron_md.train.resilience import StopRequest
+from megatron_md.train.resilience import StopRequest, Watchdog
 from megatron_md.train.step import Stepper
 
 
@@ -44,15 +44,19 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until `train.steps` steps are done or a signal asks to stop."""
+        watchdog = Watchdog(self.config.train.hang_timeout)
         for callback in self.callbacks:
             callback.on_start(self)
         with closing(Prefetcher(self._global_batches(), depth=self.config.data.prefetch)) as batches:
             while self.progress.step < self.config.train.steps and self.stopped_by is None:
+                watchdog.alive()
                 record = self.train_step(batches)
                 for callback in self.callbacks:
+                    watchdog.alive()
                     callback.after_step(self, record)
                 if self.stop_request is not None and self.stop_request.agreed(self.world.device):
                     self.stopped_by = self.stop_request.signal_name or "another rank's signal"
+        watchdog.stop()
         for callback in self.callbacks:
             callback.on_end(self)
 

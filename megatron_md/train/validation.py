@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, CorruptedBatch, Int64Array
 from megatron_md.config import Config
@@ -65,7 +63,7 @@ class NelboEvaluator:
                 index = torch.from_numpy(batch.sample_index_B[is_real_B])
                 table_2R[0, index] = torch.from_numpy(row_values(nll_M, masked)[is_real_B])
                 table_2R[1, index] = torch.from_numpy(masked.mask_rate_B[is_real_B].astype(np.float64))
-        values_R, rate_R = self._gather(table_2R).numpy()
+        values_R, rate_R = self.stepper.sum_over_ranks(table_2R).numpy()
         return estimate(
             values_R,
             self.rows.is_maskable_RL.sum(axis=1).astype(np.int64),
@@ -101,18 +99,6 @@ class NelboEvaluator:
             batch.position,
         )
         return exact_count_corruption(inside, seed=self.seed, mask_token_id=self.mask_token_id)
-
-    def _gather(self, table: torch.Tensor) -> torch.Tensor:
-        table = table.to(self.world.device)
-        if self.world.is_last_stage:
-            dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            dist.broadcast(
-                table,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
-        return table.cpu()
 
 
 def nelbo_record(result: NelboEstimate) -> Record:

@@ -46,7 +46,9 @@ def test_attention_looks_where_it_should(small_config: Config, world: World, cau
     changed[0, 8] = 90
     positions = torch.arange(16)[None]
     with torch.no_grad():
-        difference = (model(tokens, positions, None) - model(changed, positions, None)).nan_to_num().abs().amax(dim=2)[0]
+        difference = (
+            (model(tokens, positions, None) - model(changed, positions, None)).nan_to_num().abs().amax(dim=2)[0]
+        )
     assert torch.all(difference[8:] > 0)
     assert torch.all(difference[:8] == 0) if causal else torch.all(difference[:8] > 0)
 
@@ -87,4 +89,6 @@ def test_unknown_core_field_is_refused_by_name(small_config: Config, world: Worl
 def test_known_core_field_is_passed_on(small_config: Config, world: World) -> None:
     known = replace(small_config, megatron=replace(small_config.megatron, transformer={"layernorm_epsilon": 0.25}))
     assert transformer_config(known, world.device).layernorm_epsilon == 0.25
-    assert apply_overrides({"num_layers": 2}, {}, type(transformer_config(known, world.device)), "x") == {"num_layers": 2}
+    assert apply_overrides({"num_layers": 2}, {}, type(transformer_config(known, world.device)), "x") == {
+        "num_layers": 2
+    }
