@@ -27,6 +27,7 @@ COMMANDS = {
     "data": ("megatron_md.data.commands", "build, verify and show tokenised corpora"),
     "generate": ("megatron_md.evaluate.generate", "write text with a trained model"),
     "plot": ("megatron_md.evaluate.plot", "draw a run's losses"),
+    "compare": ("megatron_md.evaluate.compare", "say where two runs' figures part"),
 }
 
 EXAMPLES = """examples:

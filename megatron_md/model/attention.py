@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,11 +12,50 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
+@lru_cache(maxsize=8)
+def rotary_tables(length: int, width: int, base: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cos and sin of `position * base^(-2j / width)`, fp32 [L, 1, 1, width / 2] each (Su et al. 2021)."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), base**-exponents)
+    return angles.cos()[:, None, None], angles.sin()[:, None, None]
+
+
+def _rotated(x_LBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    out_LBHD = torch.empty_like(x_LBHD)
+    half = x_LBHD.shape[-1] // 2
+    first, second = x_LBHD[..., :half], x_LBHD[..., half:]
+    torch.mul(first, cos, out=out_LBHD[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out_LBHD[..., half:]).addcmul_(first, sin, value=sign)
+    return out_LBHD
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotate-half position encoding in fp32; its gradient is the rotation back, so nothing is kept but the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, x_LBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.tables = cos, sin
+        return _rotated(x_LBHD.float(), cos, sin, 1.0).to(x_LBHD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_LBHD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.tables
+        return _rotated(grad_LBHD.float(), cos, sin, -1.0).to(grad_LBHD.dtype), None, None
+
+
+def apply_rotary(x_LBHD: torch.Tensor, base: float) -> torch.Tensor:
+    """Rotate pairs (j, j + d/2) of each head of x [L, B, heads, d] by their position's angles."""
+    tables = rotary_tables(x_LBHD.shape[0], x_LBHD.shape[-1], base, x_LBHD.device)
+    rotated: torch.Tensor = _Rotary.apply(x_LBHD, *tables)
+    return rotated
+
+
 class SDPACoreAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d)) v for the heads of one tensor-parallel rank; bidirectional or causal.
 
     Drop-in for megatron-core's `DotProductAttention` in a layer spec; it holds no parameters. Which of the two masks
-    applies is fixed by the spec (`attn_mask_type`), never by a call.
+    applies is fixed by the spec (`attn_mask_type`), never by a call. With `rotary_base` it also encodes positions:
+    megatron-core's unfused rotary embedding costs several passes over queries and keys, and rounds to bf16.
     """
 
     def __init__(
@@ -25,6 +65,7 @@ class SDPACoreAttention(torch.nn.Module):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        rotary_base: float | None = None,
         **unused: Any,
     ) -> None:
         super().__init__()
@@ -32,6 +73,7 @@ class SDPACoreAttention(torch.nn.Module):
             raise ValueError(f"attention supports no_mask and causal, not {attn_mask_type}")
         assert config.attention_dropout == 0.0, "the SDPA core attention has no dropout"
         assert config.context_parallel_size == 1, "the SDPA core attention does not split the sequence"
+        self.rotary_base = rotary_base
         self.is_causal = attn_mask_type is AttnMaskType.causal
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
 
@@ -61,6 +103,8 @@ class SDPACoreAttention(torch.nn.Module):
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         length, rows, heads, width = query.shape
+        if self.rotary_base is not None:
+            query, key = apply_rotary(query, self.rotary_base), apply_rotary(key, self.rotary_base)
         context = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

@@ -43,6 +43,11 @@ class Denoiser(GPTModel):
         self.excluded_rows = sorted(t - self.first_token for t in never if 0 <= t - self.first_token < rows)
         self.excluded_tokens = excluded_tokens
         self._excluded: torch.Tensor | None = None
+        if self.post_process:
+            # The head runs inside the output layer's own call, so that megatron-core's hooks around that layer fire:
+            # with overlapped parameter gathers they are what waits for its weight.
+            self._project = self.output_layer.forward
+            self.output_layer.forward = self._head
 
     def _excluded_on(self, device: torch.device) -> torch.Tensor:
         if self._excluded is None or self._excluded.device != device:
@@ -52,23 +57,24 @@ class Denoiser(GPTModel):
     def _postprocess(
         self, *, hidden_states: torch.Tensor, labels: Prediction | None = None, **unused: Any
     ) -> torch.Tensor | PredictionLoss:
-        if not self.post_process:
-            return hidden_states
+        return self.output_layer(hidden_states, labels) if self.post_process else hidden_states
+
+    def _head(self, hidden_LBH: torch.Tensor, prediction: Prediction | None) -> torch.Tensor | PredictionLoss:
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        if labels is None:
-            logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=True)
+        if prediction is None:
+            logits, _ = self._project(hidden_LBH, weight=weight, runtime_gather_output=True)
             logits_BLV = logits.transpose(0, 1)[..., : self.real_vocab].float()
             never = torch.tensor(self.excluded_tokens, dtype=torch.int64, device=logits.device)
             return logits_BLV.index_fill(2, never, float("-inf"))
         tp = self.pg_collection.tp
         hidden_MH = select_hidden(
-            hidden_states, labels.positions_M, sequence_parallel=self.config.sequence_parallel, tp_group=tp
+            hidden_LBH, prediction.positions_M, sequence_parallel=self.config.sequence_parallel, tp_group=tp
         )
         return masked_cross_entropy(
             hidden_MH,
             weight,
-            labels,
+            prediction,
             first_token=self.first_token,
             excluded=self._excluded_on(hidden_MH.device),
             chunk=self.head_chunk,
@@ -173,17 +179,25 @@ def _build_chunk(
 ) -> Denoiser:
     vp_stage = stage if config.parallel.virtual_pipeline > 1 else None
     assert config.model.vocab is not None
+    transformer_engine = use_transformer_engine(device)
+    # Transformer Engine has a fused rotary embedding of its own; our core attention applies it otherwise.
+    in_attention = config.model.position == "rope" and not transformer_engine
+    encoding = {"learned": "learned_absolute", "rope": "none" if in_attention else "rope"}[config.model.position]
     return Denoiser(
         config=core,
         transformer_layer_spec=block_spec(
-            core, causal=causal, transformer_engine=use_transformer_engine(device), vp_stage=vp_stage
+            core,
+            causal=causal,
+            transformer_engine=transformer_engine,
+            rotary_base=config.model.rope_theta if in_attention else None,
+            vp_stage=vp_stage,
         ),
         vocab_size=padded_vocab(config),
         max_sequence_length=config.model.max_length or config.data.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=config.model.tied,
-        position_embedding_type="learned_absolute" if config.model.position == "learned" else "rope",
+        position_embedding_type=encoding,
         rotary_base=config.model.rope_theta,
         vp_stage=vp_stage,
         real_vocab=config.model.vocab,

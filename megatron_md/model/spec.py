@@ -35,13 +35,16 @@ def use_transformer_engine(device: torch.device) -> bool:
     return bool(gpt_layer_specs.HAVE_TE) and device.type == "cuda"
 
 
-def layer_spec(config: TransformerConfig, *, causal: bool, transformer_engine: bool) -> ModuleSpec:
+def layer_spec(
+    config: TransformerConfig, *, causal: bool, transformer_engine: bool, rotary_base: float | None
+) -> ModuleSpec:
     """Spec of one transformer layer.
 
     Args:
         config: the transformer's shape.
         causal: causal attention (the autoregressive baseline) instead of bidirectional.
         transformer_engine: build it from Transformer Engine's modules.
+        rotary_base: base of the rotary frequencies that our core attention applies; None where the model does it.
     """
     if transformer_engine:
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -50,7 +53,7 @@ def layer_spec(config: TransformerConfig, *, causal: bool, transformer_engine: b
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
         attention = spec.submodules.self_attention.submodules
-        attention.core_attention = SDPACoreAttention
+        attention.core_attention = ModuleSpec(module=SDPACoreAttention, params={"rotary_base": rotary_base})
         if config.qk_layernorm:
             attention.q_layernorm = RMSNorm
             attention.k_layernorm = RMSNorm
@@ -59,10 +62,15 @@ def layer_spec(config: TransformerConfig, *, causal: bool, transformer_engine: b
 
 
 def block_spec(
-    config: TransformerConfig, *, causal: bool, transformer_engine: bool, vp_stage: int | None
+    config: TransformerConfig,
+    *,
+    causal: bool,
+    transformer_engine: bool,
+    rotary_base: float | None,
+    vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """Spec of this pipeline stage's layers and, on the last stage, of the final norm."""
-    spec = layer_spec(config, causal=causal, transformer_engine=transformer_engine)
+    spec = layer_spec(config, causal=causal, transformer_engine=transformer_engine, rotary_base=rotary_base)
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_md.config import Config
-from megatron_md.model.attention import SDPACoreAttention
+from megatron_md.model.attention import SDPACoreAttention, apply_rotary
 from megatron_md.model.build import transformer_config
 from megatron_md.parallel import World
 
@@ -36,3 +37,29 @@ def test_other_masks_are_refused(small_config: Config, world: World) -> None:
     core = transformer_config(small_config, world.device)
     with pytest.raises(ValueError, match="no_mask and causal"):
         SDPACoreAttention(core, layer_number=1, attn_mask_type=AttnMaskType.padding, attention_type="self")
+
+
+def test_rotary_equals_megatron_cores_and_its_gradient(world: World) -> None:
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding, apply_rotary_pos_emb
+
+    core = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2, apply_rope_fusion=False)
+    angles = RotaryEmbedding(kv_channels=8, rotary_percent=1.0, rotary_base=500, use_cpu_initialization=True)(7)
+    ours, theirs = (torch.randn(7, 3, 2, 8, generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    ours.requires_grad_(), theirs.requires_grad_()
+    first, second = apply_rotary(ours, 500.0), apply_rotary_pos_emb(theirs, angles, core)
+    torch.testing.assert_close(first, second)
+    weight = torch.randn(first.shape)
+    (first * weight).sum().backward()
+    (second * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_rotary_scores_depend_on_distance_only_and_stay_exact_in_bf16(world: World) -> None:
+    query, key = torch.randn(1, 1, 1, 64), torch.randn(1, 1, 1, 64)
+    scores = (
+        apply_rotary(query.expand(50, 1, 1, 64), 1e4) * apply_rotary(key.expand(50, 1, 1, 64), 1e4).roll(3, 0)
+    ).sum(-1)
+    torch.testing.assert_close(scores[3:], scores[3:4].expand(47, 1, 1), rtol=1e-4, atol=1e-4)
+    x = torch.randn(200, 2, 2, 64)
+    rounded = apply_rotary(x.bfloat16(), 1e4)
+    torch.testing.assert_close(rounded, apply_rotary(x.bfloat16().float(), 1e4).bfloat16(), rtol=0, atol=0)

@@ -14,7 +14,10 @@ from tests.small_run import CONFIG, VOCAB, small_run, variant
 
 STEPS = 5
 
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+# Processes and layout; all with the distributed optimizer except where it says so.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "distributed-optimizer-alone": (1, {}),
     "tensor2": (2, {"tensor": 2}),
     "tensor2+sequence": (2, {"tensor": 2, "sequence_parallel": True}),
     "pipeline2": (2, {"pipeline": 2}),
@@ -22,11 +25,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline2-interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "data2-plain": (2, {"distributed_optimizer": False}),
     "data2": (2, {}),
-    "data2-overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "data2-overlap": (2, OVERLAP),
     "tensor2xpipeline2": (4, {"tensor": 2, "pipeline": 2}),
     "tensor2+sequence-xdata2": (4, {"tensor": 2, "sequence_parallel": True}),
+    "pipeline2xdata2-overlap": (4, {"pipeline": 2, **OVERLAP}),
+    "interleaved-xdata2-overlap": (4, {"pipeline": 2, "virtual_pipeline": 2, **OVERLAP}),
     "padded-vocabulary": (2, {"tensor": 2, "vocab_multiple": 64}),
 }
+LAYOUTS = {name: (size, {"distributed_optimizer": True, **layout}) for name, (size, layout) in LAYOUTS.items()}
 
 
 def train(config: Config, steps: int) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def test_layout_reproduces_one_process(name: str, objective: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["tensor2", "pipeline2", "tensor2xpipeline2"])
+@pytest.mark.parametrize("name", ["tensor2", "pipeline2", "tensor2xpipeline2", "data2-overlap"])
 def test_untied_embeddings_too(name: str) -> None:
     size, layout = LAYOUTS[name]
     runs = run_ranks(train, size, variant(model={"tied": False}, parallel=layout), STEPS)
