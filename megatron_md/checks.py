@@ -100,7 +100,7 @@ def import_plugins(config: Config) -> None:
     for name in config.imports:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except Exception as error:  # whatever the module itself does wrong
             raise ConfigError(
                 [f"imports: module {name!r} cannot be imported ({error}); is it on PYTHONPATH?"]
             ) from None

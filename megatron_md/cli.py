@@ -91,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         report_bad_input(error)
         return EXIT_BAD_INPUT
+    except (IsADirectoryError, NotADirectoryError, PermissionError, FileNotFoundError) as error:
+        # A path on the command line that is not what it should be; in training such an error is a fault.
+        if args.command == "train" or error.filename is None:
+            raise
+        print(f"megatron-md: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("megatron-md: interrupted", file=sys.stderr)
         return EXIT_ERROR
@@ -112,8 +118,13 @@ def is_deliberate(error: ValueError) -> bool:
 
 
 def report_bad_input(error: ValueError) -> None:
-    """Print an error's lines on stderr; of several processes only the first one of each machine does."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    """Print an error's lines on stderr; of several processes only the first one of each machine does.
+
+    An error that one rank alone may meet (its class says `of_one_rank`) is printed by that rank.
+    """
+    if getattr(error, "of_one_rank", False) and "RANK" in os.environ:
+        prefix = f"megatron-md rank {os.environ['RANK']}: "
+    elif int(os.environ.get("RANK", "0")) == 0:
         prefix = "megatron-md: "
     elif os.environ.get("LOCAL_RANK") == "0":
         prefix = f"megatron-md on {socket.gethostname()}: "

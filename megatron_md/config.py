@@ -205,7 +205,12 @@ class TrainConfig:
     recompute: Annotated[Literal["none", "selective", "full"], Doc("activation recomputation")] = "none"
     deterministic: Annotated[bool, Doc("deterministic kernels only")] = False
     hang_timeout: Annotated[
-        PositiveFloat, Doc("seconds without a step, validation or save after which a rank prints its stacks and ends")
+        float,
+        Field(
+            gt=0.0,
+            le=1e6,
+            description="seconds without a step, validation or save after which a rank prints its stacks and ends",
+        ),
     ] = 600.0
     profile: Annotated[ProfileConfig, Doc("profiler window")] = field(default_factory=ProfileConfig)
 
@@ -262,7 +267,9 @@ class Config:
     __pydantic_config__ = STRICT
 
     run_dir: Annotated[str, Doc("directory of the run: config, metrics, checkpoints")] = "runs/default"
-    seed: Annotated[NonNegativeInt, Doc("seed of the data order, the corruption and the initial weights")] = 1234
+    seed: Annotated[
+        int, Field(ge=0, lt=2**63, description="seed of the data order, the corruption and the initial weights")
+    ] = 1234
     model: Annotated[ModelConfig, Doc("the denoiser")] = field(default_factory=ModelConfig)
     parallel: Annotated[ParallelConfig, Doc("parallel layout")] = field(default_factory=ParallelConfig)
     data: Annotated[DataConfig, Doc("corpus and tokenizer")] = field(default_factory=DataConfig)

@@ -40,22 +40,21 @@ class World:
         return self.rank == 0
 
 
-def world_size_from_env() -> int:
-    """Number of processes that torchrun (or srun through MASTER_ADDR/WORLD_SIZE) has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def select_device(name: str) -> torch.device:
     """Device for `train.device`: auto takes this process's CUDA device where there is one.
 
     Raises:
-        ValueError: cuda is asked for and there is none.
+        ValueError: cuda is asked for and there is none, or there are more processes on this node than devices.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device is cuda, but torch sees no CUDA device: use train.device=auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count > 1:
+        raise ValueError(f"this node has {count} CUDA devices and more processes than that: start one per device")
+    # A scheduler may show each process its own device only.
+    return torch.device("cuda", local_rank if count > 1 else 0)
 
 
 # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets.
@@ -96,7 +95,16 @@ def initialize(config: Config) -> World:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
         torch.use_deterministic_algorithms(True)
+    if device.type == "cpu":
+        from megatron.core import optimizer as core_optimizer
+
+        if not core_optimizer.USING_PYTORCH_OPTIMIZER:
+            raise ValueError(
+                "train.device is cpu, but megatron-core found Transformer Engine or apex, whose optimizer knows CUDA "
+                "only: run on a CUDA device, or in an environment without them"
+            )
     timeout = timedelta(seconds=config.parallel.timeout_seconds)
     _init_process_group(device, timeout)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import shutil
 import sys
 import time
@@ -14,6 +14,7 @@ from megatron_md import config as configuration
 from megatron_md import estimates, parallel
 from megatron_md.checkpoint.callback import Checkpointing
 from megatron_md.checkpoint.manager import CheckpointManager, latest_checkpoint
+from megatron_md.checks import import_plugins
 from megatron_md.config import Config
 from megatron_md.data.shards import Manifest, load_manifest, unigram_entropy
 from megatron_md.data.stream import SequenceStream, validation_rows
@@ -42,8 +43,7 @@ def pretrain(config: Config) -> int:
     Raises:
         ValueError: bad input that only a started run can notice, such as a device that is not there.
     """
-    for module in config.imports:
-        importlib.import_module(module)
+    import_plugins(config)
     assert config.data.train is not None, "checked before"
     manifest = load_manifest(config.data.train)
     config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifest.vocab_size))
@@ -85,7 +85,7 @@ class Run:
             directory,
             keep_last=config.checkpoint.keep_last,
             resolved_config=configuration.to_yaml(config),
-            identity={**stream.state(), **_shape(config)},
+            identity={**stream.state(), **_shape(config), "objective is causal": objective.causal},
         )
         metrics = _metrics_writer(config, world, directory)
         validation = _validation(config, world, stepper, manifest)
@@ -116,6 +116,8 @@ class Run:
         if self.world.is_main:
             state = "finished, nothing to do" if finished else "continues"
             print(f"{self.directory}: {state} at step {self.trainer.progress.step}", file=sys.stderr)
+            if finished:
+                self._close_late()
         return not finished
 
     def fit(self) -> None:
@@ -133,6 +135,15 @@ class Run:
             raise
         if self.world.is_main:
             self._close("stopped" if self.trainer.stopped_by else "finished", start)
+
+    def _close_late(self) -> None:
+        """Say that the run is finished where it was cut off between its last save and its summary."""
+        path = self.directory / "summary.json"
+        summary = json.loads(path.read_text()) if path.is_file() else {}
+        if summary.get("status") != "finished":
+            progress = self.trainer.progress
+            write_json(path, {**summary, "status": "finished", "step": progress.step, "tokens": progress.tokens})
+            append_event(self.directory, "finished", step=progress.step)
 
     def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -162,6 +173,8 @@ class Run:
         if status == "finished" and self.manifest.tokens <= ENTROPY_TOKENS:
             summary["unigram_entropy"] = unigram_entropy(self.manifest)
         write_json(self.directory / "summary.json", summary)
+        if self.trainer.stopped_by:
+            details["signal"] = self.trainer.stopped_by
         append_event(self.directory, status, step=progress.step, **details)
         if self.trainer.stopped_by:
             print(

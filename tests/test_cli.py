@@ -162,7 +162,7 @@ def test_several_processes_are_launched(config_file: Path, started: dict[str, An
         ["seed=3", "parallel.tensor=2"],
         f"{config_file.parent}/run",
     )
-    assert keys == {"nproc_per_node": 2, "nnodes": 2, "node_rank": None, "rdzv_endpoint": "a:1"}
+    assert keys == {"nproc_per_node": 2, "nnodes": 2, "rdzv_endpoint": "a:1"}
 
 
 def test_inside_a_job_it_is_a_worker(

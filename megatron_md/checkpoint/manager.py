@@ -31,12 +31,21 @@ def checkpoint_name(step: int) -> str:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    pointer = run_dir / "checkpoints" / "latest"
-    if not pointer.is_file():
-        return None
-    path = pointer.parent / pointer.read_text().strip()
-    return path if (path / "progress.json").is_file() else None
+    """The newest complete checkpoint of a run: the one that `latest` names or, if it is gone, the newest there is.
+
+    Raises:
+        ValueError: there are checkpoint directories, and none is complete.
+    """
+    directory = run_dir / "checkpoints"
+    pointer = directory / "latest"
+    named = [directory / pointer.read_text().strip()] if pointer.is_file() else []
+    found = sorted(directory.glob("step_*"), reverse=True)
+    for path in [*named, *found]:
+        if (path / "progress.json").is_file():
+            return path
+    if found:
+        raise ValueError(f"{directory}: none of its {len(found)} checkpoints is complete; remove them to start anew")
+    return None
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -118,13 +127,24 @@ def _layout() -> dict[str, int]:
     }
 
 
-def _check_loadable(checkpoint: Path, chunks: list[Any], saved_kind: str | None) -> None:
+def _optimizer_kind(optimizer: MegatronOptimizer) -> str:
+    """Class and arithmetic of megatron-core's optimizer: their states differ."""
+    return "/".join(sorted({type(part).__name__ for part in optimizer.chained_optimizers}))
+
+
+def _check_loadable(checkpoint: Path, chunks: list[Any], optimizer: MegatronOptimizer, saved_kind: str | None) -> None:
     """Refuse by name what megatron-core would load wrongly or not at all.
 
     Raises:
         ValueError: the checkpoint's optimizer state cannot move to this layout.
     """
-    saved = json.loads((checkpoint / "progress.json").read_text())["layout"]
+    record = json.loads((checkpoint / "progress.json").read_text())
+    saved, was, now = record["layout"], record["optimizer"], _optimizer_kind(optimizer)
+    if was != now:
+        raise ValueError(
+            f"{checkpoint}: its state belongs to megatron-core's {was}, this run has {now}: put "
+            "parallel.distributed_optimizer and train.precision back to what it was trained with"
+        )
     if saved == _layout():
         return
     if saved_kind == "dp_reshardable" or _several_buckets(chunks):
@@ -177,6 +197,7 @@ class CheckpointManager:
                 "format": FORMAT_VERSION,
                 "progress": asdict(progress),
                 "layout": _layout(),
+                "optimizer": _optimizer_kind(optimizer),
                 "identity": self.identity,
             }
             _write_synced(partial / "config.yaml", self.resolved_config)
@@ -199,7 +220,7 @@ class CheckpointManager:
         progress = read_progress(checkpoint)
         self._check_identity(checkpoint)
         saved = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
-        _check_loadable(checkpoint, chunks, saved.get("distrib_optim_sharding_type"))
+        _check_loadable(checkpoint, chunks, optimizer, saved.get("distrib_optim_sharding_type"))
         metadata = {**sharding_metadata(chunks, optimizer), **saved}
         template = model_state(chunks, metadata)
         template["optimizer"] = optimizer.sharded_state_dict(template, is_loading=True, metadata=metadata)
@@ -220,8 +241,10 @@ class CheckpointManager:
 
     def _prune(self) -> None:
         complete = sorted(self.directory.glob("step_*"))
+        newest = (self.directory / "latest").read_text()
         for old in complete[: -self.keep_last]:
-            shutil.rmtree(old)
+            if old.name != newest:
+                shutil.rmtree(old)
 
 
 def _write_synced(path: Path, text: str) -> None:

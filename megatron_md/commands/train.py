@@ -9,7 +9,6 @@ import sys
 from megatron_md.checks import (
     check_config,
     corpus_problems,
-    import_plugins,
     missing_files,
     smallest_world,
     vocabulary,
@@ -42,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world-size", type=_positive, metavar="N", help="processes that --dry-run assumes")
     parser.add_argument("--nproc-per-node", type=_positive, metavar="N", help="processes on this machine (default 1)")
     parser.add_argument("--nnodes", type=_positive, default=1, metavar="N", help="machines of the job (default 1)")
-    parser.add_argument("--node-rank", type=int, metavar="N", help="number of this machine")
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; needed for several")
 
 
@@ -65,6 +63,14 @@ def run(args: argparse.Namespace) -> int:
     world = int(os.environ["WORLD_SIZE"]) if is_worker else nproc * args.nnodes
     if args.world_size is not None and not args.dry_run:
         raise ConfigError(["--world-size belongs to --dry-run; to train, give --nproc-per-node and --nnodes"])
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and not is_worker and args.nnodes == 1 and not args.dry_run:
+        raise ConfigError(
+            [
+                f"srun started {tasks} tasks without RANK and WORLD_SIZE: {tasks} runs in one directory; "
+                "start one task per node with --nnodes and --rdzv-endpoint, as examples/8b/train.sbatch does"
+            ]
+        )
     if args.nnodes > 1 and args.rdzv_endpoint is None and not is_worker and not args.dry_run:
         raise ConfigError(["--nnodes above 1 needs --rdzv-endpoint HOST:PORT, the same on every machine"])
     try:
@@ -77,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
     if is_worker or world == 1:
         from megatron_md.pretrain import pretrain
 
-        import_plugins(config)
         return pretrain(config)
     from megatron_md.train.launch import launch
 
@@ -87,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
         config.run_dir,
         nproc_per_node=nproc,
         nnodes=args.nnodes,
-        node_rank=args.node_rank,
         rdzv_endpoint=args.rdzv_endpoint,
     )
 

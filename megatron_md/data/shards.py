@@ -38,6 +38,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class ShardError(ValueError):
     """A shard or its index is damaged; the message names the file and, where known, the document."""
 
+    of_one_rank = True  # other ranks read other documents
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -66,7 +66,7 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *, rtol: float) -> dict[s
 
 
 def _compare(key: str, steps: list[tuple[int, dict[str, Any], dict[str, Any]]], rtol: float) -> Difference | None:
-    pairs = [(step, float(a[key]), float(b[key])) for step, a, b in steps if key in a and key in b]
+    pairs = [(step, _number(a[key]), _number(b[key])) for step, a, b in steps if key in a and key in b]
     if not pairs:
         return None
     differences = [relative_difference(x, y) for _, x, y in pairs]
@@ -74,6 +74,11 @@ def _compare(key: str, steps: list[tuple[int, dict[str, Any], dict[str, Any]]], 
     return Difference(
         len(pairs), max(differences), beyond[0] if beyond else None, (beyond[1], beyond[2]) if beyond else None
     )
+
+
+def _number(value: float | None) -> float:
+    """metrics.jsonl has null for what is not finite."""
+    return math.nan if value is None else float(value)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -42,6 +42,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.samples < 1:
         raise ValueError(f"--samples must be at least 1, got {args.samples}")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {args.steps}")
+    if args.output and Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is a folder: name a file")
     if args.output and not Path(args.output).parent.is_dir():
         raise ValueError(f"--output {args.output}: the folder {Path(args.output).parent} does not exist")
 

@@ -82,20 +82,37 @@ class Denoiser(GPTModel):
         )
 
 
+# Fields of megatron-core's configs that other keys of ours decide, so that nothing else goes by a wrong value.
+RESERVED = {
+    "num_layers": "model.layers", "hidden_size": "model.hidden", "num_attention_heads": "model.heads",
+    "num_query_groups": "model.kv_heads", "kv_channels": "model.head_dim", "ffn_hidden_size": "model.ffn",
+    "qk_layernorm": "model.qk_norm", "add_qkv_bias": "model.qkv_bias", "layernorm_epsilon": "model.norm_eps",
+    "tensor_model_parallel_size": "parallel.tensor", "pipeline_model_parallel_size": "parallel.pipeline",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline", "context_parallel_size": "parallel.context",
+    "sequence_parallel": "parallel.sequence_parallel", "use_distributed_optimizer": "parallel.distributed_optimizer",
+    "overlap_grad_reduce": "parallel.overlap_grad_reduce", "overlap_param_gather": "parallel.overlap_param_gather",
+    "bf16": "train.precision", "fp16": "train.precision", "params_dtype": "train.precision",
+    "deterministic_mode": "train.deterministic", "lr": "optimizer.lr", "clip_grad": "optimizer.clip_grad",
+    "weight_decay": "optimizer.weight_decay", "calculate_per_token_loss": "objective.normalise",
+}  # fmt: skip
+
+
 def apply_overrides(fields: dict[str, Any], overrides: dict[str, Any], target: type, section: str) -> dict[str, Any]:
     """Merge a user's `megatron.*` keys into the fields of one of megatron-core's dataclasses.
 
     Raises:
-        ValueError: a key is not a field of `target`.
+        ValueError: a key is not a field of `target`, or another key of ours decides it.
     """
     known = {f.name for f in dataclasses.fields(target)}
     for key in overrides:
         if key not in known:
             raise ValueError(f"megatron.{section}.{key}: megatron-core's {target.__name__} has no such field")
+        if key in RESERVED:
+            raise ValueError(f"megatron.{section}.{key}: set {RESERVED[key]} instead")
     return {**fields, **overrides}
 
 
-def transformer_config(config: Config, device: torch.device, *, inference: bool = False) -> TransformerConfig:
+def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
     """megatron-core's transformer configuration for a run.
 
     Raises:
@@ -129,7 +146,7 @@ def transformer_config(config: Config, device: torch.device, *, inference: bool 
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         context_parallel_size=layout.context,
-        sequence_parallel=layout.sequence_parallel and not inference,
+        sequence_parallel=layout.sequence_parallel,
         num_layers_in_first_pipeline_stage=layout.first_stage_layers,
         num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         overlap_p2p_comm=interleaved,
@@ -141,6 +158,7 @@ def transformer_config(config: Config, device: torch.device, *, inference: bool 
         calculate_per_token_loss=True,
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
+        apply_rope_fusion=use_transformer_engine(device),
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         deterministic_mode=config.train.deterministic,
@@ -151,7 +169,11 @@ def transformer_config(config: Config, device: torch.device, *, inference: bool 
         fields |= dict(recompute_granularity="selective")
     if device.type == "cpu":
         fields |= cpu.CPU_TRANSFORMER_CONFIG
-    core = TransformerConfig(**apply_overrides(fields, config.megatron.transformer, TransformerConfig, "transformer"))
+    fields = apply_overrides(fields, config.megatron.transformer, TransformerConfig, "transformer")
+    try:
+        core = TransformerConfig(**fields)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"megatron-core refuses this model: {error}") from error
     if device.type == "cpu":
         cpu.assert_safe_transformer_config(core)
     return core

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +34,6 @@ def launch(
     *,
     nproc_per_node: int,
     nnodes: int = 1,
-    node_rank: int | None = None,
     rdzv_endpoint: str | None = None,
 ) -> int:
     """Run the workers of this node to their end.
@@ -43,16 +44,15 @@ def launch(
         run_dir: the run's directory, whose summary tells how the workers ended after a signal.
         nproc_per_node: workers on this node.
         nnodes: nodes of the job.
-        node_rank: unused by torch's c10d rendezvous, which numbers nodes itself; accepted for torchrun's sake.
         rdzv_endpoint: host:port where the nodes meet; needed for more than one node.
 
     Returns:
         The exit code that `megatron-md train` promises.
     """
-    del node_rank
     # One thread per core over all workers, unless the user knows better.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc_per_node)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    started = time.time()
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
     # Older releases of torch lack one or both; without them a stop is less patient, or not heard.
     wanted: dict[str, Any] = {
@@ -70,6 +70,8 @@ def launch(
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         **{key: value for key, value in wanted.items() if key in known},
     )
+    if "signals_to_handle" not in known:
+        signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     command = ("-m", "megatron_md", "train", config_path, *overrides)
     try:
         elastic_launch(config, sys.executable)(*command)
@@ -82,16 +84,19 @@ def launch(
         )
         return EXIT_ERROR
     except (SignalException, KeyboardInterrupt):
-        return _after_signal(Path(run_dir))
+        return _after_signal(Path(run_dir), started)
     return EXIT_DONE
 
 
-def _after_signal(run_dir: Path) -> int:
+def _after_signal(run_dir: Path, started: float) -> int:
     """Exit code after a signal; ends workers that a second signal has left behind."""
+    summary = run_dir / "summary.json"
     for child in psutil.Process().children(recursive=True):
         child.kill()
     try:
-        status = json.loads((run_dir / "summary.json").read_text())["status"]
+        # A summary from before this start says nothing about it.
+        is_ours = summary.stat().st_mtime >= started
+        status = json.loads(summary.read_text())["status"] if is_ours else "failed"
     except (OSError, json.JSONDecodeError, KeyError):
         status = "failed"
     return {"finished": EXIT_DONE, "stopped": EXIT_STOPPED}.get(status, EXIT_ERROR)

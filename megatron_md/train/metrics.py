@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -22,14 +23,19 @@ from megatron_md.train.trainer import Trainer
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that readers see the old or the new file, never a part."""
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n")
+    temporary.write_text(json.dumps(without_nan(value), indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def without_nan(value: dict[str, Any]) -> dict[str, Any]:
+    """The same figures with null for what is not a finite number, which JSON does not know."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in value.items()}
 
 
 def append_event(run_dir: Path, name: str, **details: Any) -> None:
     """Append a line to RUN/events.jsonl: starts, saves, signals, skips."""
     with (run_dir / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "event": name, **details}) + "\n")
+        file.write(json.dumps(without_nan({"time": time.time(), "event": name, **details})) + "\n")
 
 
 def environment(world_size: int) -> dict[str, Any]:
@@ -146,7 +152,7 @@ class MetricsWriter(Callback):
 
     def _write(self, record: Record) -> None:
         with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(without_nan(record)) + "\n")
         scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
         if self._tensorboard is not None:
             for name, value in scalars.items():
@@ -221,4 +227,6 @@ def _peak_memory_gib(device: torch.device) -> float:
 def _start_wandb(project: str, run_dir: Path) -> Any:
     import wandb
 
-    return wandb.init(project=project, dir=str(run_dir), name=run_dir.name, resume="allow")
+    # One W&B run per run directory, also after a restart.
+    identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, dir=str(run_dir), name=run_dir.name, id=identity, resume="allow")

@@ -66,6 +66,7 @@ class Stepper:
         self.world = world
         self.clip_grad = config.optimizer.clip_grad
         self.micro_batch_size = config.train.micro_batch_size
+        self.round_micro_batches = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
         self._schedule = get_forward_backward_func()
         core = chunks[0].config
         core.finalize_model_grads_func = finalize_model_grads
@@ -155,7 +156,7 @@ class Stepper:
 
     def _loss(self, denominator: int, output: PredictionLoss) -> tuple[torch.Tensor, torch.Tensor, PredictionLoss]:
         """(loss sum, its share of the global count, report): megatron-core divides gradients by the global count."""
-        count = torch.tensor(denominator, dtype=torch.int, device=output.loss.device)
+        count = torch.full((), denominator, dtype=torch.int, device=output.loss.device)
         # The report must not keep the graph, nor be the tensor that the schedule goes on to change.
         return output.loss, count, PredictionLoss(output.loss.detach().clone(), output.nll_M)
 

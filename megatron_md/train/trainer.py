@@ -47,6 +47,15 @@ class Trainer:
         watchdog = Watchdog(self.config.train.hang_timeout)
         for callback in self.callbacks:
             callback.on_start(self)
+        try:
+            self._loop(watchdog)
+            for callback in self.callbacks:
+                watchdog.alive()
+                callback.on_end(self)
+        finally:
+            watchdog.stop()
+
+    def _loop(self, watchdog: Watchdog) -> None:
         with closing(Prefetcher(self._global_batches(), depth=self.config.data.prefetch)) as batches:
             while self.progress.step < self.config.train.steps and self.stopped_by is None:
                 watchdog.alive()
@@ -54,11 +63,9 @@ class Trainer:
                 for callback in self.callbacks:
                     watchdog.alive()
                     callback.after_step(self, record)
-                if self.stop_request is not None and self.stop_request.agreed(self.world.device):
+                is_last = self.progress.step >= self.config.train.steps
+                if self.stop_request is not None and not is_last and self.stop_request.agreed(self.world.device):
                     self.stopped_by = self.stop_request.signal_name or "another rank's signal"
-        watchdog.stop()
-        for callback in self.callbacks:
-            callback.on_end(self)
 
     def train_step(self, batches: Iterator[list[CorruptedBatch]]) -> Record:
         """One optimizer step on the next global batch; returns its record."""

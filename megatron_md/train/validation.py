@@ -76,7 +76,10 @@ class NelboEvaluator:
         """This rank's micro-batches; the last ones are filled up with rows that hold nothing to score."""
         count = len(self.rows.tokens_RL)
         size = self.stepper.micro_batch_size
-        for number in range(math.ceil(count / (size * self.world.data_size))):
+        rounds = math.ceil(count / (size * self.world.data_size))
+        # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
+        rounds = -(-rounds // self.stepper.round_micro_batches) * self.stepper.round_micro_batches
+        for number in range(rounds):
             start = (number * self.world.data_size + self.world.data_rank) * size
             index_B = np.arange(start, start + size)
             is_real_B = index_B < count

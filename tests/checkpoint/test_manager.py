@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,30 @@ def test_the_last_ones_are_kept_and_latest_names_the_newest(tmp_path: Path) -> N
     assert (newest / "config.yaml").read_text() == "seed: 1\n"
 
 
+@pytest.mark.distributed
+def test_state_of_another_optimizer_is_refused_by_name(tmp_path: Path) -> None:
+    run_ranks(leg, 1, variant(parallel=SHARDED), tmp_path, 0, 1, True)
+    with pytest.raises(RankError, match="DistributedOptimizer, this run has FP32Optimizer"):
+        run_ranks(leg, 1, variant(parallel=ONE), tmp_path, 1, 2, False)
+
+
+@pytest.mark.distributed
+def test_the_one_before_is_taken_where_the_newest_is_gone(tmp_path: Path) -> None:
+    run_ranks(save_many, 1, variant(parallel=SHARDED), tmp_path)
+    directory = tmp_path / "checkpoints"
+    shutil.rmtree(directory / checkpoint_name(4))
+    assert latest_checkpoint(tmp_path) == directory / checkpoint_name(3)
+    (directory / checkpoint_name(3) / "progress.json").unlink()
+    with pytest.raises(ValueError, match="none of its 1 checkpoints is complete"):
+        latest_checkpoint(tmp_path)
+
+
 def test_an_incomplete_directory_is_never_taken(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     broken = tmp_path / "checkpoints" / checkpoint_name(5)
     broken.mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text(broken.name)
-    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match="none of its 1 checkpoints is complete"):
+        latest_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         read_progress(broken)

@@ -86,9 +86,20 @@ def test_unknown_core_field_is_refused_by_name(small_config: Config, world: Worl
         transformer_config(wrong, world.device)
 
 
+def test_a_core_field_that_a_key_of_ours_decides_is_refused(small_config: Config, world: World) -> None:
+    layers = replace(small_config, megatron=replace(small_config.megatron, transformer={"num_layers": 3}))
+    with pytest.raises(ValueError, match=r"megatron\.transformer\.num_layers: set model\.layers instead"):
+        transformer_config(layers, world.device)
+    odd = replace(small_config, megatron=replace(small_config.megatron, transformer={"recompute_granularity": "odd"}))
+    with pytest.raises(ValueError, match="megatron-core refuses this model"):
+        transformer_config(odd, world.device)
+
+
 def test_known_core_field_is_passed_on(small_config: Config, world: World) -> None:
-    known = replace(small_config, megatron=replace(small_config.megatron, transformer={"layernorm_epsilon": 0.25}))
-    assert transformer_config(known, world.device).layernorm_epsilon == 0.25
+    known = replace(
+        small_config, megatron=replace(small_config.megatron, transformer={"attention_softmax_in_fp32": False})
+    )
+    assert transformer_config(known, world.device).attention_softmax_in_fp32 is False
     assert apply_overrides({"num_layers": 2}, {}, type(transformer_config(known, world.device)), "x") == {
         "num_layers": 2
     }

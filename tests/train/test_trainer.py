@@ -160,6 +160,31 @@ def test_validation_is_the_same_on_every_layout(
         assert two[key] == pytest.approx(one[key], rel=1e-5)
 
 
+@pytest.mark.distributed
+def test_validation_fills_up_whole_rounds_of_an_interleaved_pipeline(tmp_path: Path, corpora: dict[str, str]) -> None:
+    # 9 rows make 5 micro-batches of 2, which megatron-core's interleaved schedule would refuse.
+    keys = {"validation": {"sequences": 9}, "train": {"steps": 2}}
+    run_ranks(pretrain, 1, config_for(tmp_path / "one", corpora, **keys))
+    run_ranks(
+        pretrain, 2, config_for(tmp_path / "two", corpora, **keys, parallel={"pipeline": 2, "virtual_pipeline": 2})
+    )
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert two["val_nelbo"] == pytest.approx(one["val_nelbo"], rel=1e-5)
+
+
+@pytest.mark.distributed
+def test_a_summary_that_was_cut_off_is_mended_by_the_next_start(tmp_path: Path, corpora: dict[str, str]) -> None:
+    config = config_for(tmp_path / "run", corpora, train={"steps": 2})
+    run_ranks(pretrain, 1, config)
+    (tmp_path / "run" / "summary.json").write_text('{"status": "running"}')
+    assert run_ranks(pretrain, 1, config) == [0]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {
+        "status": "finished",
+        "step": 2,
+        "tokens": 2 * 8 * LENGTH,
+    }
+
+
 def interrupt_self_during(config: Config, number: int) -> tuple[int, int]:
     """Train while a signal arrives after the third step has been logged; returns the exit code and the last step."""
     metrics_file = Path(config.run_dir) / "metrics.jsonl"
