@@ -14,6 +14,8 @@ from pathlib import Path
 
 from megatron_md.config import Config
 from megatron_md.config_loader import ConfigError, nearest
+from megatron_md.data.cache import Cache
+from megatron_md.data.remote import is_url
 from megatron_md.data.shards import MANIFEST_NAME, Manifest, load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.schedule import parse_schedule
@@ -83,7 +85,7 @@ def vocabulary(config: Config) -> int:
         if config.data.tokenizer is not None:
             return Tokenizer(config.data.tokenizer).vocab_size
         if config.data.train is not None:
-            return load_manifest(config.data.train).vocab_size
+            return load_manifest(config.data.train, cache=Cache.of(config.data)).vocab_size
     except ValueError as error:
         raise ConfigError(
             [f"model.vocab is null, so the tokenizer or the shards must tell it: {error}; or set model.vocab"]
@@ -265,6 +267,8 @@ def missing_files(config: Config) -> list[str]:
             elif name == "valid" and config.validation.sequences:
                 lines.append("data.valid is not set, and validation needs it (or set validation.sequences=0)")
             continue
+        if name != "tokenizer" and is_url(value):
+            continue  # fetched, or refused, when it is opened
         path = Path(value)
         if name != "tokenizer" and path.is_dir():
             path = path / MANIFEST_NAME
@@ -287,7 +291,7 @@ def corpus_problems(config: Config) -> Iterator[str]:
         path = getattr(config.data, name)
         try:
             if path is not None and f"data.{name}:" not in missing:
-                manifests[name] = load_manifest(path)
+                manifests[name] = load_manifest(path, cache=Cache.of(config.data))
         except ValueError as error:
             yield f"data.{name}: {error}"
     for name, manifest in manifests.items():

@@ -103,6 +103,10 @@ class DataConfig:
     seq_length: Annotated[PositiveInt, Doc("tokens per row (L)")] = 256
     window_shards: Annotated[PositiveInt, Doc("shards that are shuffled together (W)")] = 8
     prefetch: Annotated[NonNegativeInt, Doc("global batches prepared ahead by a background thread")] = 2
+    cache_dir: Annotated[
+        str | None, Doc("folder on a disk of the node for shards at URLs; megatron-md in the user's cache if null")
+    ] = None
+    cache_bytes: Annotated[PositiveInt, Doc("most bytes that the cache may hold")] = 20_000_000_000
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megatron_md import estimates, parallel
 from megatron_md.checkpoint.callback import Checkpointing
 from megatron_md.checkpoint.manager import CheckpointManager, latest_checkpoint
 from megatron_md.config import Config
+from megatron_md.data.cache import Cache
 from megatron_md.data.shards import Manifest, load_manifest, unigram_entropy
 from megatron_md.data.stream import SequenceStream, validation_rows
 from megatron_md.diffusion.objective import build_objective
@@ -45,7 +46,7 @@ def pretrain(config: Config) -> int:
     for module in config.imports:
         importlib.import_module(module)
     assert config.data.train is not None, "checked before"
-    manifest = load_manifest(config.data.train)
+    manifest = load_manifest(config.data.train, cache=Cache.of(config.data))
     config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifest.vocab_size))
     with parallel.session(config) as world:
         run = Run.build(config, world, manifest)
@@ -196,7 +197,8 @@ def _metrics_writer(config: Config, world: World, directory: Path) -> MetricsWri
 def _validation(config: Config, world: World, stepper: Stepper, manifest: Manifest) -> Validation | None:
     if not config.validation.sequences or config.data.valid is None:
         return None
-    rows = validation_rows(load_manifest(config.data.valid), config.data.seq_length, config.validation.sequences)
+    valid = load_manifest(config.data.valid, cache=Cache.of(config.data))
+    rows = validation_rows(valid, config.data.seq_length, config.validation.sequences)
     evaluator = NelboEvaluator(
         ValidationRows(rows.tokens_BL, rows.is_maskable_BL),
         stepper,

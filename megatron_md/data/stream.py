@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array
+from megatron_md.data.cache import WindowFetcher
 from megatron_md.data.packing import RowOrder, WindowLayout
 from megatron_md.data.shards import Manifest, ShardReader, load_manifest
 
@@ -84,6 +85,8 @@ class SequenceStream:
         )
         self.tokens = int(shard_tokens.sum())
         self.rows_per_epoch = self._order.rows_of_epoch(0)
+        remote = self.manifest.remote
+        self._fetcher = WindowFetcher(self.manifest.remote_files, remote.cache) if remote is not None else None
         self._window = lru_cache(maxsize=2)(self._open_window)
 
     def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
@@ -116,6 +119,8 @@ class SequenceStream:
 
     def _open_window(self, epoch: int, window: int) -> _Window:
         shards = self._order.shards_of_window(epoch, window)
+        if self._fetcher is not None:
+            self._fetcher.bring(self._order, epoch, window)
         readers = [ShardReader(self.manifest, int(shard)) for shard in shards]
         document_tokens = np.concatenate([reader.index["tokens"] for reader in readers]).astype(np.int64)
         layout = WindowLayout(document_tokens, self.seq_length, *self._order.key, epoch, window)
