@@ -18,7 +18,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from megatron_md.config import DataConfig
+from megatron_md.checks import corpus_problems, missing_files, vocabulary
+from megatron_md.config import DataConfig, config_from_mapping
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache, _exclusive, default_directory
 from megatron_md.data.remote import RemoteError, RemoteFile
@@ -335,3 +336,15 @@ def test_the_config_chooses_the_cache(tmp_path: Path, monkeypatch: pytest.Monkey
     assert default_directory() == tmp_path / "megatron-md"
     assert Cache.of(DataConfig()) == Cache() == Cache(tmp_path / "megatron-md", DataConfig.cache_bytes)
     assert Cache.of(DataConfig(cache_dir="/scratch/x", cache_bytes=5)) == Cache(Path("/scratch/x"), 5)
+
+
+def test_a_config_with_urls_is_checked_through_its_cache(manifest: Manifest, tmp_path: Path) -> None:
+    for path in manifest.directory.iterdir():
+        fsspec.filesystem("memory").pipe(f"/checked/{path.name}", path.read_bytes())
+    folder = tmp_path / "checked"
+    sound = {"train": "memory://checked", "valid": "memory://checked", "cache_dir": str(folder), "seq_length": L}
+    config = config_from_mapping({"data": sound})
+    assert missing_files(config) == [] and list(corpus_problems(config)) == []
+    assert vocabulary(config) == manifest.vocab_size
+    (problem,) = corpus_problems(config_from_mapping({"data": {**sound, "valid": "memory://nowhere"}}))
+    assert problem.startswith("data.valid: memory://nowhere/manifest.json: cannot be fetched")
