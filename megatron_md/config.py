@@ -7,7 +7,7 @@ This module imports neither torch nor Megatron, so that a bad config is refused 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -92,12 +92,33 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class CorpusConfig:
+    """One corpus of a mixture."""
+
+    __pydantic_config__ = STRICT
+
+    manifest: Annotated[str, Doc("manifest of its shards")]
+    weight: Annotated[
+        NonNegativeFloat | list[tuple[NonNegativeInt, NonNegativeFloat]],
+        Doc("its share of the rows next to the others' weights; [[g, weight], ...] from row g of the run on"),
+    ]
+    name: Annotated[str, Doc("what messages call it; the manifest's folder if empty")] = ""
+
+    def points(self) -> list[tuple[int, float]]:
+        """From which row of the run on it has which weight."""
+        return self.weight if isinstance(self.weight, list) else [(0, self.weight)]
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from."""
 
     __pydantic_config__ = STRICT
 
-    train: Annotated[str | None, Doc("manifest of the training shards")] = None
+    train: Annotated[
+        str | list[CorpusConfig] | None,
+        Doc("manifest of the training shards; or a mixture: [{manifest: ..., weight: ..., name: ...}, ...]"),
+    ] = None
     valid: Annotated[str | None, Doc("manifest of the validation shards")] = None
     tokenizer: Annotated[str | None, Doc("SentencePiece model file")] = None
     seq_length: Annotated[PositiveInt, Doc("tokens per row (L)")] = 256
@@ -107,6 +128,24 @@ class DataConfig:
         str | None, Doc("folder on a disk of the node for shards at URLs; megatron-md in the user's cache if null")
     ] = None
     cache_bytes: Annotated[PositiveInt, Doc("most bytes that the cache may hold")] = 20_000_000_000
+    random_length_fraction: Annotated[
+        Fraction, Doc("share of global batches whose rows are cut to one random length (LLaDA: 0.01)")
+    ] = 0.0
+    max_quarantined: Annotated[
+        NonNegativeInt, Doc("damaged documents that a run goes on without; it stops when there are more")
+    ] = 100
+
+    def corpora(self) -> list[CorpusConfig]:
+        """The training corpora, each with its name; a single manifest is a mixture of one."""
+        if self.train is None:
+            return []
+        given = [CorpusConfig(self.train, 1.0)] if isinstance(self.train, str) else self.train
+        return [replace(corpus, name=corpus.name or _folder_name(corpus.manifest)) for corpus in given]
+
+
+def _folder_name(manifest: str) -> str:
+    path = Path(manifest)
+    return path.parent.name if path.suffix == ".json" else path.name
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`megatron-md data build | verify | show`."""
+"""`megatron-md data build | verify`; `megatron_md.commands.data` adds `show`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import EMBEDDED, documents
-from megatron_md.data.shards import Manifest, document_lengths, load_manifest, unigram_entropy, verify
+from megatron_md.data.shards import Manifest, load_manifest, verify
 from megatron_md.data.writer import SHARD_TOKENS, BuildProgress
 
 LINE_SECONDS = 10.0
@@ -21,12 +20,11 @@ EXAMPLES = """examples:
   megatron-md data build --input embedded --split train --tokenizer corpus/tokenizer.model --output corpus/train
   megatron-md data build --input books/ notes.jsonl --tokenizer tokenizer.model --output corpus/books --workers 8
   megatron-md data verify corpus/train
-  megatron-md data show corpus/train
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Declare the arguments; returns argparse's collection of actions, to which others can be added."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     raw = argparse.RawDescriptionHelpFormatter
     summary = "tokenise text into shards"
@@ -44,17 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens per shard (%(default)s)"
     )
     build.add_argument("--verify", action="store_true", help="check every hash afterwards")
-    for name, summary in (("verify", "check every hash and crc32"), ("show", "print totals and lengths")):
-        action = actions.add_parser(name, help=summary, description=summary, epilog=EXAMPLES, formatter_class=raw)
-        action.add_argument("manifest", nargs="+", metavar="MANIFEST", help="manifest.json or its folder")
+    summary = "check every hash and crc32"
+    action = actions.add_parser("verify", help=summary, description=summary, epilog=EXAMPLES, formatter_class=raw)
+    action.add_argument("manifest", nargs="+", metavar="MANIFEST", help="manifest.json or its folder")
+    return actions
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the action that was asked for."""
     if args.action == "build":
         return _build(args)
-    action = {"verify": _verify, "show": _show}[args.action]
-    return max(action(load_manifest(path)) for path in args.manifest)
+    return max(_verify(load_manifest(path)) for path in args.manifest)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -89,28 +87,8 @@ def _verify(manifest: Manifest) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     verdict = f"{len(problems)} problem(s)" if problems else "sound"
-    print(f"{manifest.directory}: {len(manifest.shards)} shard(s), {manifest.documents} documents: {verdict}")
+    print(f"{manifest.location}: {len(manifest.shards)} shard(s), {manifest.documents} documents: {verdict}")
     return 1 if problems else 0
-
-
-def _show(manifest: Manifest) -> int:
-    lengths = document_lengths(manifest)
-    quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).round().astype(int)
-    print(f"{manifest.directory}")
-    print(f"  sha256           {manifest.sha256}")
-    print(f"  source           {manifest.source}")
-    print(f"  tokenizer        sha256 {manifest.tokenizer_sha256[:12]}, {manifest.vocab_size} pieces, {manifest.dtype}")
-    print(f"  shards           {len(manifest.shards)}, {sum(shard.bytes for shard in manifest.shards) / 1e6:.2f} MB")
-    print(f"  documents        {manifest.documents}")
-    print(
-        f"  tokens           {manifest.tokens}, {manifest.text_bytes / max(1, manifest.tokens):.3f} bytes of text each"
-    )
-    print(
-        "  tokens/document  "
-        + ", ".join(f"{q}: {n}" for q, n in zip(("min", "10%", "50%", "90%", "max"), quantiles, strict=True))
-    )
-    print(f"  unigram entropy  {unigram_entropy(manifest):.4f} nats/token")
-    return 0
 
 
 @contextmanager

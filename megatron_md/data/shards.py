@@ -47,6 +47,10 @@ class ShardError(ValueError):
     """A shard or its index is damaged; the message names the file and, where known, the document."""
 
 
+class DamagedDocumentError(ShardError):
+    """A document's bytes do not match their crc32; the rest of its shard may be sound."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One shard of a manifest: file names relative to the manifest, sizes, hashes."""
@@ -276,12 +280,12 @@ class ShardReader:
         """Tokens [n] of a document, a view of the file.
 
         Raises:
-            ShardError: under `verify`, its bytes do not match their crc32.
+            DamagedDocumentError: under `verify`, its bytes do not match their crc32.
         """
         start = self._starts[number]
         tokens = self._tokens[start : start + self.index["tokens"][number]]
         if verify and zlib.crc32(tokens.data) != self.index["crc32"][number]:
-            raise ShardError(
+            raise DamagedDocumentError(
                 f"{self.path}: document {number} (bytes {start * self._dtype.itemsize} to "
                 f"{start * self._dtype.itemsize + tokens.nbytes}) is damaged: its crc32 differs; restore the shard"
             )
