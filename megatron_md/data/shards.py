@@ -100,7 +100,7 @@ def load_manifest(path: str | Path, *, check_files: bool = True) -> Manifest:
 
     Args:
         path: the `manifest.json` or its folder.
-        check_files: also check that every shard is there with its size (not its content: see `verify`).
+        check_files: also check that every shard is there with its size (not its content: see `data.verify`).
 
     Raises:
         ValueError: it is missing, malformed or contradicts itself, or (a `ShardError`) a shard is missing or cut.
@@ -220,43 +220,6 @@ class ShardReader:
         cuts = np.flatnonzero(self._starts[1:] != ends[:-1]) + 1
         for first, stop in zip([0, *cuts], [*cuts, len(ends)], strict=True):
             yield self._tokens[self._starts[first] : ends[stop - 1]]
-
-
-def verify(manifest: Manifest) -> list[str]:
-    """Check every hash, every document's crc32 and every token id of a corpus.
-
-    Returns:
-        One line per problem, naming the file and the document; empty for a sound corpus.
-    """
-    problems: list[str] = []
-    for number, shard in enumerate(manifest.shards):
-        try:
-            reader = ShardReader(manifest, number)
-        except ShardError as error:
-            problems.append(str(error))
-            continue
-        damaged = _damaged_documents(reader, manifest.vocab_size)
-        problems += damaged
-        with reader.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != shard.sha256 and not damaged:
-            problems.append(
-                f"{reader.path}: damaged outside its documents (tar headers or lengths): its sha256 differs"
-            )
-    return problems
-
-
-def _damaged_documents(reader: ShardReader, vocab_size: int) -> list[str]:
-    problems = []
-    for number in range(len(reader.index)):
-        try:
-            tokens = reader.document(number)
-        except ShardError as error:
-            problems.append(str(error))
-            continue
-        if tokens.size and int(tokens.max()) >= vocab_size:
-            problems.append(f"{reader.path}: document {number} holds a token outside the vocabulary of {vocab_size}")
-    return problems
 
 
 def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
