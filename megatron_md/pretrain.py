@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +19,7 @@ from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
 from megatron_md.data.mixture import open_stream
 from megatron_md.data.shards import Manifest, load_manifest, unigram_entropy
 from megatron_md.data.stream import validation_rows
+from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
@@ -149,7 +149,7 @@ class Run:
         write_json(self.directory / "summary.json", {"status": "running"})
         if self.config.data.tokenizer is not None:
             # A run carries its tokenizer: it can be moved, evaluated and converted without the corpus.
-            shutil.copyfile(self.config.data.tokenizer, self.directory / "tokenizer.model")
+            Tokenizer(self.config.data.tokenizer).save(self.directory / "tokenizer.model")
         append_event(self.directory, "started", step=self.trainer.progress.step, world_size=self.world.size)
 
     def _close(self, status: str, start: float, **details: Any) -> None:

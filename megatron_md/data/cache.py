@@ -2,7 +2,7 @@
 
     <sha256>         a complete file; whoever reads it holds a shared lock on it for as long
     <sha256>.part    a download; whoever writes it holds an exclusive lock, and renames it when its hash is right
-    lock             held while room is made
+    lock             held while room is made and while a file is renamed
 
 A file that can be locked exclusively is therefore not in use (or was left by a process that died) and may be evicted,
 the one that was opened longest ago first. Locks are `flock`s, which the system drops with their process. Nothing is
@@ -33,6 +33,7 @@ from megatron_md.data.remote import RemoteError, RemoteFile, download
 logger = logging.getLogger(__name__)
 
 OWN_FILES = re.compile(r"[0-9a-f]{64}(\.part)?")
+LOCK_NAME = "lock"
 OPEN_ATTEMPTS = 5
 PARALLEL_DOWNLOADS = 4
 WINDOWS_HELD = 3  # a stream keeps two windows open while it opens or prefetches the next
@@ -97,7 +98,8 @@ class Cache:
                 if not _touch(path):
                     self._make_room(target, file.max_bytes)
                     download(file, target)
-                    part.rename(path)
+                    with _exclusive(self.directory / LOCK_NAME):  # not while someone counts what is there
+                        part.rename(path)
             finally:
                 # Not there, or another process' by now, after the renaming.
                 if _is_at(target, part):
@@ -113,7 +115,7 @@ class Cache:
 
     def _make_room(self, target: IO[bytes], count: int) -> None:
         """Evict what is needed for `count` more bytes, and reserve them in `target`."""
-        with _exclusive(self.directory / "lock"):
+        with _exclusive(self.directory / LOCK_NAME):
             entries = []
             for entry in self.directory.iterdir():
                 with suppress(FileNotFoundError):

@@ -31,7 +31,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter
 
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache
-from megatron_md.data.remote import RemoteError, RemoteFile
+from megatron_md.data.remote import RemoteFile
 
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
@@ -157,8 +157,8 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
 
     Args:
         path: the `manifest.json` or its folder, on a disk or at a URL (see `megatron_md.data.remote`).
-        check_files: also check that every shard is there with its size (not its content: see `verify`); the shards
-            of a remote corpus are checked when they are fetched.
+        check_files: also check that every shard is there with its size (not its content: see `data.verify`);
+            the shards of a remote corpus are checked when they are fetched.
         cache: where the shards of a remote corpus are kept while they are used.
 
     Raises:
@@ -297,43 +297,6 @@ class ShardReader:
         cuts = np.flatnonzero(self._starts[1:] != ends[:-1]) + 1
         for first, stop in zip([0, *cuts], [*cuts, len(ends)], strict=True):
             yield self._tokens[self._starts[first] : ends[stop - 1]]
-
-
-def verify(manifest: Manifest) -> list[str]:
-    """Check every hash, every document's crc32 and every token id of a corpus.
-
-    Returns:
-        One line per problem, naming the file and the document; empty for a sound corpus.
-    """
-    problems: list[str] = []
-    for number, shard in enumerate(manifest.shards):
-        try:
-            reader = ShardReader(manifest, number)
-        except (ShardError, RemoteError) as error:
-            problems.append(str(error))
-            continue
-        damaged = _damaged_documents(reader, manifest.vocab_size)
-        problems += damaged
-        with reader.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != shard.sha256 and not damaged:
-            problems.append(
-                f"{reader.path}: damaged outside its documents (tar headers or lengths): its sha256 differs"
-            )
-    return problems
-
-
-def _damaged_documents(reader: ShardReader, vocab_size: int) -> list[str]:
-    problems = []
-    for number in range(len(reader.index)):
-        try:
-            tokens = reader.document(number)
-        except ShardError as error:
-            problems.append(str(error))
-            continue
-        if tokens.size and int(tokens.max()) >= vocab_size:
-            problems.append(f"{reader.path}: document {number} holds a token outside the vocabulary of {vocab_size}")
-    return problems
 
 
 def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:

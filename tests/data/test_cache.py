@@ -23,8 +23,9 @@ from megatron_md.config import DataConfig, config_from_mapping
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache, _exclusive, default_directory
 from megatron_md.data.remote import RemoteError, RemoteFile
-from megatron_md.data.shards import Manifest, ShardError, ShardReader, load_manifest, unigram_entropy, verify
+from megatron_md.data.shards import Manifest, ShardError, ShardReader, load_manifest, unigram_entropy
 from megatron_md.data.stream import SequenceStream
+from megatron_md.data.verify import verify
 from tests.data.file_server import FileServer, file_server
 from tests.data.small_corpus import WriteCorpus, all_documents, random_documents
 
