@@ -262,7 +262,10 @@ class ShardReader:
             raise ShardError(f"{self.path}: {len(mapped)} bytes instead of {self._shard.bytes}; build the shards again")
         # Tars are padded to 512 bytes, so the whole file is one array of tokens; the headers are never read.
         self._tokens = np.frombuffer(mapped, dtype=self._dtype)
+        # Copies, as one entry of a plain array is read several times as fast as one of a field.
         self._starts = (self.index["offset"] // self._dtype.itemsize).astype(np.int64)
+        self._ends = self._starts + self.index["tokens"]
+        self._crc32 = self.index["crc32"].copy()
 
     def _load_index(self, path: Path, data: bytes) -> npt.NDArray[np.void]:
         if hashlib.sha256(data).hexdigest() != self._shard.index_sha256:
@@ -283,8 +286,8 @@ class ShardReader:
             DamagedDocumentError: under `verify`, its bytes do not match their crc32.
         """
         start = self._starts[number]
-        tokens = self._tokens[start : start + self.index["tokens"][number]]
-        if verify and zlib.crc32(tokens.data) != self.index["crc32"][number]:
+        tokens = self._tokens[start : self._ends[number]]
+        if verify and zlib.crc32(tokens.data) != self._crc32[number]:
             raise DamagedDocumentError(
                 f"{self.path}: document {number} (bytes {start * self._dtype.itemsize} to "
                 f"{start * self._dtype.itemsize + tokens.nbytes}) is damaged: its crc32 differs; restore the shard"
@@ -293,10 +296,9 @@ class ShardReader:
 
     def blocks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
         """Tokens of runs of documents that lie side by side, in file order."""
-        ends = self._starts + self.index["tokens"]
-        cuts = np.flatnonzero(self._starts[1:] != ends[:-1]) + 1
-        for first, stop in zip([0, *cuts], [*cuts, len(ends)], strict=True):
-            yield self._tokens[self._starts[first] : ends[stop - 1]]
+        cuts = np.flatnonzero(self._starts[1:] != self._ends[:-1]) + 1
+        for first, stop in zip([0, *cuts], [*cuts, len(self._ends)], strict=True):
+            yield self._tokens[self._starts[first] : self._ends[stop - 1]]
 
 
 def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
+from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -182,14 +184,14 @@ class _Window:
     ) -> None:
         self._manifest, self._names, self._readers, self._layout = manifest, names, readers, layout
         self._document_tokens = document_tokens
-        self._first_documents = np.cumsum([0] + [len(reader.index) for reader in readers])
+        self._first_documents = [0, *itertools.accumulate(len(reader.index) for reader in readers)]
         self._is_unchecked = np.full(len(document_tokens), verify)
         self._is_left_out = np.zeros(len(document_tokens), dtype=np.bool_)
         self._keep_going = keep_going
 
     def leave_out(self, shard: int, documents: list[int]) -> None:
         """Treat these documents of the window's shard number `shard` as damaged."""
-        self._is_left_out[int(self._first_documents[shard]) + np.array(documents, dtype=np.int64)] = True
+        self._is_left_out[self._first_documents[shard] + np.array(documents, dtype=np.int64)] = True
 
     def fill(self, row: int, tokens_L: Int64Array) -> tuple[list[int], list[tuple[int, int, int]]]:
         """Write a row.
@@ -221,8 +223,8 @@ class _Window:
         return DamagedDocument(self._manifest.sha256, self._names[shard], number, tokens)
 
     def _place(self, document: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
-        return shard, document - int(self._first_documents[shard])
+        shard = bisect_right(self._first_documents, document) - 1
+        return shard, document - self._first_documents[shard]
 
     def _document(self, document: int) -> npt.NDArray[np.unsignedinteger] | None:
         """A document's tokens [n]; None if it is damaged and the run goes on without it."""
