@@ -21,12 +21,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
-import webdataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import EMBEDDED, documents
@@ -53,7 +53,10 @@ def write_shards(tokens: int, folder: Path, shard_tokens: int) -> Manifest:
     return write_corpus(batches, VOCABULARY, folder, shard_tokens=shard_tokens)
 
 
-def write_indexed(tokens: int, prefix: Path) -> IndexedDataset:
+def write_indexed(tokens: int, prefix: Path) -> Any:
+    # Imported here, so that the builder's processes, which import this file, need not wait for it.
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for document in made_up_documents(tokens):
         builder.add_document(document, [len(document)])
@@ -61,8 +64,10 @@ def write_indexed(tokens: int, prefix: Path) -> IndexedDataset:
     return IndexedDataset(str(prefix))
 
 
-def readers(manifest: Manifest, indexed: IndexedDataset, seq_length: int) -> dict[str, Reader]:
+def readers(manifest: Manifest, indexed: Any, seq_length: int) -> dict[str, Reader]:
     """Each reads everything once and returns the number of tokens that it has seen."""
+    import webdataset
+
     shards = [str(manifest.directory / shard.name) for shard in manifest.shards]
 
     def ours() -> int:
@@ -118,13 +123,15 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
 def measure_build(args: argparse.Namespace, folder: Path) -> None:
     """Builds Python's standard library from text; the time holds the start of the processes."""
-    start = time.perf_counter()
+    start, before = time.perf_counter(), os.times()
     manifest = build_shards(documents([EMBEDDED]), args.build, folder / "built", workers=args.workers)
     seconds = time.perf_counter() - start
+    cpu = sum(os.times()[:4]) - sum(before[:4])  # of this process and of those that it has waited for
     print(
         f"builder, SentencePiece of {manifest.vocab_size} pieces, {args.workers} processes: "
         f"{manifest.text_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: "
-        f"{manifest.text_bytes / seconds / 1e6:.2f} MB/s, {manifest.tokens / seconds / 1e6:.2f}M tokens/s"
+        f"{manifest.text_bytes / seconds / 1e6:.2f} MB/s, {manifest.tokens / seconds / 1e6:.2f}M tokens/s; "
+        f"{cpu:.1f} s of CPU time: {manifest.tokens / cpu / 1e6:.2f}M tokens/s of one core"
     )
 
 
@@ -159,7 +166,9 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=0, metavar="EPOCHS", help="watch memory over so many epochs")
     args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = f"Python {platform.python_version()}, numpy {np.__version__}, webdataset {webdataset.__version__}"
+    versions = (
+        f"Python {platform.python_version()}, numpy {np.__version__}, webdataset {metadata.version('webdataset')}"
+    )
     print(f"{processor()}, {os.cpu_count()} cores, {versions}, commit {commit}")
     with tempfile.TemporaryDirectory() as folder:
         compare(args, Path(folder))
