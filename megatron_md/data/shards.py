@@ -20,7 +20,7 @@ import mmap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -114,14 +114,17 @@ def load_manifest(path: str | Path, *, check_files: bool = True) -> Manifest:
     if not file.is_file():
         raise ValueError(f"{file}: no such manifest; build shards with `megatron-md data build`")
     try:
-        content = json.loads(file.read_bytes())
+        data = file.read_bytes()
+        content = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{file}: malformed JSON ({error}); build the shards again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{file}: not a manifest of {FORMAT}")
     sha256 = content_hash(content)
     try:
-        manifest = TypeAdapter(Manifest).validate_json(json.dumps({**content, "directory": str(file.parent)}))
+        # The bytes themselves, as writing a large manifest anew would take as long as reading it.
+        directory = json.dumps({"directory": str(file.parent)}).encode()
+        manifest = TypeAdapter(Manifest).validate_json(data.rstrip()[:-1] + b"," + directory[1:])
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
@@ -140,8 +143,8 @@ def _check_consistent(file: Path, manifest: Manifest, sha256: str) -> None:
         )
     names = [name for shard in manifest.shards for name in (shard.name, shard.index)]
     for name in names:
-        parts = PurePosixPath(name).parts
-        if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
+        # By hand: pathlib takes seconds for the shards of a trillion tokens.
+        if not name.strip("./") or name.startswith("/") or "\\" in name or ".." in name.split("/"):
             raise ValueError(f"{file}: shard name {name!r} must be relative and beneath the manifest")
     if len(set(names)) < len(names):
         raise ValueError(f"{file}: a shard is named twice")
