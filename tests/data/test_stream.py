@@ -121,6 +121,13 @@ def test_global_batches_are_the_same_for_any_layout_and_restart(write_tokens: Wr
         assert digest(manifest, 2, 4, first=16 * step, batches=50 - step) == reference[step:]
 
 
+@pytest.mark.parametrize("name", CORPORA)
+def test_eight_ranks_see_what_one_sees_whatever_the_shards(write_tokens: WriteCorpus, name: str) -> None:
+    documents, sizes = CORPORA[name]
+    manifest = write_tokens(documents, **sizes)
+    assert digest(manifest, 8, 2, first=48, batches=3) == digest(manifest, 1, 16, first=48, batches=3)
+
+
 def test_indivisible_global_batch_is_refused(write_tokens: WriteCorpus) -> None:
     with pytest.raises(ValueError, match=r"global_batch_size 12 is not a multiple of train.micro_batch_size 4 x .* 2"):
         micro_batches(stream(write_tokens([[5]])), BatchPosition(0, 12), 4, data_rank=0, data_size=2)
