@@ -248,17 +248,15 @@ def _check_objective(config: Config) -> Iterator[str]:
 
 def _check_mixture(config: Config) -> Iterator[str]:
     corpora = config.data.corpora()
-    if isinstance(config.data.train, list) and not corpora:
-        yield "data.train: the mixture is empty; give at least one corpus"
+    if not corpora:
         return
-    twice = sorted({corpus.name for corpus in corpora if [other.name for other in corpora].count(corpus.name) > 1})
-    if twice:
-        yield f"data.train: two corpora are called {twice[0]!r}; give each of them its own name"
+    names = [corpus.label for corpus in corpora]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"data.train: two corpora are called {name!r}; give each of them its own name"
     try:
         MixtureSchedule([corpus.points() for corpus in corpora])
     except ValueError as error:
-        if corpora:
-            yield f"data.train: {error}"
+        yield f"data.train: {error}"
 
 
 def _check_random_length(config: Config) -> Iterator[str]:
@@ -305,10 +303,10 @@ def missing_files(config: Config) -> list[str]:
 
 
 def _manifest_paths(config: Config) -> list[tuple[str, str]]:
-    """(key, path) of every corpus: `data.train` (of a mixture `data.train.NAME`) and `data.valid`."""
+    """(key, path) of every corpus: `data.train` (of a mixture `data.train[NAME]`) and `data.valid`."""
     single = isinstance(config.data.train, str)
     corpora = config.data.corpora()
-    paths = [("data.train" if single else f"data.train.{corpus.name}", corpus.manifest) for corpus in corpora]
+    paths = [("data.train" if single else f"data.train[{corpus.label}]", corpus.manifest) for corpus in corpora]
     return [*paths, ("data.valid", config.data.valid)] if config.data.valid is not None else paths
 
 

@@ -7,7 +7,7 @@ This module imports neither torch nor Megatron, so that a bad config is refused 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,7 +102,12 @@ class CorpusConfig:
         NonNegativeFloat | list[tuple[NonNegativeInt, NonNegativeFloat]],
         Doc("its share of the rows next to the others' weights; [[g, weight], ...] from row g of the run on"),
     ]
-    name: Annotated[str, Doc("what messages call it; the manifest's folder if empty")] = ""
+    name: Annotated[str | None, Doc("what messages call it; the manifest's path if null")] = None
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or self.manifest
 
     def points(self) -> list[tuple[int, float]]:
         """From which row of the run on it has which weight."""
@@ -136,16 +141,10 @@ class DataConfig:
     ] = 100
 
     def corpora(self) -> list[CorpusConfig]:
-        """The training corpora, each with its name; a single manifest is a mixture of one."""
+        """The training corpora; a single manifest is a mixture of one."""
         if self.train is None:
             return []
-        given = [CorpusConfig(self.train, 1.0)] if isinstance(self.train, str) else self.train
-        return [replace(corpus, name=corpus.name or _folder_name(corpus.manifest)) for corpus in given]
-
-
-def _folder_name(manifest: str) -> str:
-    path = Path(manifest)
-    return path.parent.name if path.suffix == ".json" else path.name
+        return [CorpusConfig(self.train, 1.0)] if isinstance(self.train, str) else self.train
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,11 @@ class Run:
         if self.validation is not None and self.validation.newest is not None:
             summary.update(nelbo_record(self.validation.newest))
         if status == "finished" and len(self.manifests) == 1 and self.manifests[0].tokens <= ENTROPY_TOKENS:
-            summary["unigram_entropy"] = unigram_entropy(self.manifests[0])
+            try:
+                summary["unigram_entropy"] = unigram_entropy(self.manifests[0])
+            except ValueError as error:
+                # Damage that the run has tolerated must not fail it in the end.
+                logger.warning("no unigram entropy: %s", error)
         write_json(self.directory / "summary.json", summary)
         append_event(self.directory, status, step=progress.step, **details)
         if self.trainer.stopped_by:

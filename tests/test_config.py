@@ -172,6 +172,7 @@ def test_yaml_round_trip_keeps_every_value(tmp_path: Path) -> None:
             "objective": {"mask_schedule": {"name": "mixture", "components": [{"weight": 1e-7, "schedule": "null"}]}},
             "train": {"batch_ramp": {"start": 1, "increment": 1, "steps": 2}},
             "optimizer": {"lr_schedule": {"name": "piecewise", "points": [[0.0, 1e-30], [1.0, 0.0]]}},
+            "data": {"train": [{"manifest": "a", "weight": [[0, 1e-7], [9, 3]]}, {"manifest": "b", "weight": 1}]},
             "imports": ["yes", "1_0", ""],
         }
     )

@@ -159,7 +159,7 @@ def _show_row(
     opening, closing = ("", "") if console.color_system else ("⟦", "⟧")
     for number, (begin, end) in enumerate(pairwise(rows.cu_seqlens[0].tolist()), start=1):
         is_text = bool(rows.is_maskable_BL[0, begin])
-        kind = f"document {number}" if is_text else "padding"
+        kind = f"document {number}" if is_text else "left out: damaged, or padding" if rows.damaged else "padding"
         console.print(Text(f"── {kind}, positions {begin} to {end - 1}", style=HEADING_STYLE))
         if not is_text:
             continue

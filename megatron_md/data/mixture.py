@@ -137,14 +137,14 @@ class MixtureStream:
     As stateless as `SequenceStream`, and not to be used from two threads at once either.
     """
 
-    def __init__(self, streams: Sequence[SequenceStream], names: Sequence[str], points: Sequence[Points]) -> None:
+    def __init__(self, streams: Sequence[SequenceStream], points: Sequence[Points]) -> None:
         """Mix streams of equal row length.
 
         Raises:
             ValueError: see `MixtureSchedule`.
         """
-        assert len(streams) == len(names) == len(points) and len({stream.seq_length for stream in streams}) == 1
-        self.streams, self.names = list(streams), list(names)
+        assert len(streams) == len(points) and len({stream.seq_length for stream in streams}) == 1
+        self.streams = list(streams)
         self.schedule = MixtureSchedule(points)
         self._points = [[[g, weight] for g, weight in own] for own in points]
 
@@ -172,8 +172,8 @@ class MixtureStream:
     def state(self) -> dict[str, Any]:
         """See `SequenceStream.state`."""
         corpora = [
-            {"name": name, "corpus": stream.manifest.sha256, "weight": own}
-            for name, stream, own in zip(self.names, self.streams, self._points, strict=True)
+            {"corpus": stream.manifest.sha256, "weight": own}
+            for stream, own in zip(self.streams, self._points, strict=True)
         ]
         return {**self.streams[0].state(), "corpus": corpora}
 
@@ -207,5 +207,4 @@ def open_stream(config: DataConfig, manifests: Sequence[Manifest], *, seed: int)
     ]
     if isinstance(config.train, str):
         return streams[0]
-    corpora = config.corpora()
-    return MixtureStream(streams, [corpus.name for corpus in corpora], [corpus.points() for corpus in corpora])
+    return MixtureStream(streams, [corpus.points() for corpus in config.corpora()])

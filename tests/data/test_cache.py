@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import threading
 import time
@@ -23,7 +24,7 @@ from megatron_md.config import DataConfig, config_from_mapping
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache, _exclusive, default_directory
 from megatron_md.data.remote import RemoteError, RemoteFile
-from megatron_md.data.shards import Manifest, ShardError, ShardReader, load_manifest, unigram_entropy
+from megatron_md.data.shards import Manifest, ShardError, ShardReader, content_hash, load_manifest, unigram_entropy
 from megatron_md.data.stream import SequenceStream
 from megatron_md.data.verify import verify
 from tests.data.file_server import FileServer, file_server
@@ -321,6 +322,13 @@ def test_a_manifest_cannot_set_where_its_files_lie(manifest: Manifest, server: F
     assert manifest.remote is None and manifest.location == str(manifest.directory)
     with pytest.raises(ValueError, match="protocol 'file'"):
         load_manifest(f"file://{manifest.directory}", cache=cache)
+    content = json.loads((manifest.directory / "manifest.json").read_bytes())
+    for extra in ({"remote": {"url": "http://other", "cache": {}}}, {"directory": "/etc"}):
+        changed = {**content, **extra}
+        changed["sha256"] = content_hash(changed)
+        (manifest.directory / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="not a manifest of"):
+            load_manifest(f"{server.url}/corpus", cache=cache)
 
 
 def test_a_shard_of_another_size_than_its_manifest_says_is_refused(

@@ -124,7 +124,7 @@ def mixture(write_tokens: WriteCorpus, **keys: int) -> MixtureStream:
         own = [[token % 300 + 4 + 300 * number for token in tokens] for tokens in documents[: 40 * (number + 1)]]
         manifest = write_tokens(own, name=f"corpus{number}", shard_tokens=300, block_bytes=200)
         streams.append(SequenceStream(manifest, seed=5, seq_length=L, window_shards=2, **keys))
-    return MixtureStream(streams, ["a", "b", "c"], [[(0, 0.5)], [(0, 0.3)], [(0, 0.2), (320, 0.7)]])
+    return MixtureStream(streams, [[(0, 0.5)], [(0, 0.3)], [(0, 0.2), (320, 0.7)]])
 
 
 def test_rows_come_from_their_corpora(write_tokens: WriteCorpus) -> None:
@@ -179,10 +179,10 @@ def test_open_stream_reads_the_config(write_tokens: WriteCorpus) -> None:
     manifests = [write_tokens(random_documents(20, seed=n), name=f"corpus{n}") for n in range(2)]
     corpora = [CorpusConfig(str(manifests[0].directory), 3.0), CorpusConfig("x/manifest.json", [(0, 0), (8, 1.0)], "b")]
     config = DataConfig(train=corpora, seq_length=L)
-    assert [corpus.name for corpus in config.corpora()] == ["corpus0", "b"]
+    assert [corpus.label for corpus in config.corpora()] == [str(manifests[0].directory), "b"]
     mixed = open_stream(config, manifests, seed=1)
     assert mixed.rows(range(100)).corpus_B.tolist().count(1) == (100 - 8) // 4
     state = mixed.state()
-    assert state["corpus"][1] == {"name": "b", "corpus": manifests[1].sha256, "weight": [[0, 0], [8, 1.0]]}
+    assert state["corpus"][1] == {"corpus": manifests[1].sha256, "weight": [[0, 0], [8, 1.0]]}
     single = open_stream(DataConfig(train="one", seq_length=L), manifests[:1], seed=1)
     assert isinstance(single, SequenceStream) and single.state()["corpus"] == manifests[0].sha256
