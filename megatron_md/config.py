@@ -99,7 +99,7 @@ class DataConfig:
 
     train: Annotated[str | None, Doc("manifest of the training shards")] = None
     valid: Annotated[str | None, Doc("manifest of the validation shards")] = None
-    tokenizer: Annotated[str | None, Doc("SentencePiece model file")] = None
+    tokenizer: Annotated[str | None, Doc("SentencePiece model, or tokenizer.json of Hugging Face")] = None
     seq_length: Annotated[PositiveInt, Doc("tokens per row (L)")] = 256
     window_shards: Annotated[PositiveInt, Doc("shards that are shuffled together (W)")] = 8
     prefetch: Annotated[NonNegativeInt, Doc("global batches prepared ahead by a background thread")] = 2
