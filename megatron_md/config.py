@@ -125,7 +125,7 @@ class DataConfig:
         Doc("manifest of the training shards; or a mixture: [{manifest: ..., weight: ..., name: ...}, ...]"),
     ] = None
     valid: Annotated[str | None, Doc("manifest of the validation shards")] = None
-    tokenizer: Annotated[str | None, Doc("SentencePiece model file")] = None
+    tokenizer: Annotated[str | None, Doc("SentencePiece model, or tokenizer.json of Hugging Face")] = None
     seq_length: Annotated[PositiveInt, Doc("tokens per row (L)")] = 256
     window_shards: Annotated[PositiveInt, Doc("shards that are shuffled together (W)")] = 8
     prefetch: Annotated[NonNegativeInt, Doc("global batches prepared ahead by a background thread")] = 2

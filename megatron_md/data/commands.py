@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import EMBEDDED, documents
+from megatron_md.data.entries import InputError
 from megatron_md.data.index import index_shards
 from megatron_md.data.readers import DOCUMENT_BYTES, HUB, Reading
 from megatron_md.data.resume import BuildProgress
@@ -100,7 +102,7 @@ def _build(args: argparse.Namespace) -> int:
     inputs = [path if path == EMBEDDED or path.startswith(HUB) else Path(path).resolve().name for path in args.input]
     reading = Reading(args.text_key, args.max_document_bytes)
     start = time.perf_counter()
-    with _progress() as on_progress:
+    with _progress() as on_progress, _saying_what_is_kept(args.output):
         manifest = build_shards(
             documents(args.input, args.split, reading=reading, skip_damaged=args.skip_damaged),
             args.tokenizer,
@@ -144,6 +146,18 @@ def _verify(manifest: Manifest) -> int:
     verdict = f"{len(problems)} problem(s)" if problems else "sound"
     print(f"{manifest.location}: {len(manifest.shards)} shard(s), {manifest.documents} documents: {verdict}")
     return 1 if problems else 0
+
+
+@contextmanager
+def _saying_what_is_kept(output: str) -> Iterator[None]:
+    """Say after an interruption or a damaged input that the build can go on, where it can."""
+    try:
+        yield
+    except (KeyboardInterrupt, InputError, OSError):
+        partial = Path(os.path.abspath(output) + ".partial")
+        if partial.is_dir():
+            print(f"{partial} keeps what is done: the same command goes on from there", file=sys.stderr)
+        raise
 
 
 @contextmanager

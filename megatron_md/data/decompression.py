@@ -53,7 +53,8 @@ class _Bounded(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            data = self._source.read(len(buffer))
+            # Not `read`: it would keep back what came before a damage.
+            data = self._source.read1(len(buffer))
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(
                 f"{self._path}: damaged or cut compressed data after {self._read} bytes of content ({error}); "
@@ -85,7 +86,7 @@ class _Zstd:
         self._compressed = b""
         self._ready = memoryview(b"")
 
-    def read(self, count: int) -> memoryview:
+    def read1(self, count: int) -> memoryview:
         while not self._ready:
             data = self._compressed or self._file.read(ZSTD_STEP)
             self._compressed = b""

@@ -137,7 +137,7 @@ def _read_parquet(name: str, path: Path, reading: Reading) -> Iterator[Entry]:
     """Rows of a Parquet file, a few at a time."""
     parquet = optional_package("pyarrow.parquet", str(path))
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({_one_line(error)}); restore it") from error
     with file:

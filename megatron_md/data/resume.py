@@ -55,7 +55,8 @@ class BuildState:
 
     def save(self, folder: Path) -> None:
         """Write it into the folder of the build, in one step."""
-        write_synced(folder / (PROGRESS_NAME + ".new"), json.dumps(asdict(self)).encode())
+        content = {**vars(self), "progress": vars(self.progress), "shards": [asdict(shard) for shard in self.shards]}
+        write_synced(folder / (PROGRESS_NAME + ".new"), json.dumps(content).encode())
         os.replace(folder / (PROGRESS_NAME + ".new"), folder / PROGRESS_NAME)
 
 
