@@ -13,6 +13,24 @@ import numpy.typing as npt
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Float32Array = npt.NDArray[np.float32]
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, order=True)
+class DamagedDocument:
+    """A document whose stored bytes do not match their checksum.
+
+    Attributes:
+        corpus: hash of its corpus' manifest.
+        shard: name of its shard, relative to the manifest.
+        document: its number in the shard.
+        tokens: its length, without `<eos>`.
+    """
+
+    corpus: str
+    shard: str
+    document: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -39,12 +57,16 @@ class CleanBatch:
         is_maskable_BL: True where a token may be masked and scored; False on padding and quarantined tokens.
         sample_index_B: global number g of each row, which alone (with the seed) decides its corruption.
         position: the global batch that the rows belong to.
+        cu_seqlens: per row the boundaries of its documents, from 0 to L ascending, where the source knows them.
+        damaged: documents that left a gap in these rows: padding that is not maskable.
     """
 
     tokens_BL: Int64Array
     is_maskable_BL: BoolArray
     sample_index_B: Int64Array
     position: BatchPosition
+    cu_seqlens: list[Int32Array] | None = None
+    damaged: frozenset[DamagedDocument] = frozenset()
 
 
 @dataclass(frozen=True)

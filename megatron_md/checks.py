@@ -14,9 +14,13 @@ from pathlib import Path
 
 from megatron_md.config import Config
 from megatron_md.config_loader import ConfigError, nearest
+from megatron_md.data.cache import Cache
+from megatron_md.data.mixture import MixtureSchedule
+from megatron_md.data.remote import is_url
 from megatron_md.data.shards import MANIFEST_NAME, Manifest, load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.schedule import parse_schedule
+from megatron_md.train.progress import row_length_unit
 
 BUILT_IN_OBJECTIVES = ("masked_diffusion", "masked_diffusion_sft", "autoregressive")
 
@@ -58,6 +62,8 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True) -> La
         *_check_batch(config, world_size),
         *_check_learning_rate(config),
         *_check_objective(config),
+        *_check_mixture(config),
+        *_check_random_length(config),
         *_check_run_dir(config),
         *_check_wandb(config),
     ]
@@ -82,8 +88,8 @@ def vocabulary(config: Config) -> int:
     try:
         if config.data.tokenizer is not None:
             return Tokenizer(config.data.tokenizer).vocab_size
-        if config.data.train is not None:
-            return load_manifest(config.data.train).vocab_size
+        if config.data.corpora():
+            return load_manifest(config.data.corpora()[0].manifest, cache=Cache.of(config.data)).vocab_size
     except ValueError as error:
         raise ConfigError(
             [f"model.vocab is null, so the tokenizer or the shards must tell it: {error}; or set model.vocab"]
@@ -240,6 +246,28 @@ def _check_objective(config: Config) -> Iterator[str]:
         )
 
 
+def _check_mixture(config: Config) -> Iterator[str]:
+    corpora = config.data.corpora()
+    if not corpora:
+        return
+    names = [corpus.label for corpus in corpora]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"data.train: two corpora are called {name!r}; give each of them its own name"
+    try:
+        MixtureSchedule([corpus.points() for corpus in corpora])
+    except ValueError as error:
+        yield f"data.train: {error}"
+
+
+def _check_random_length(config: Config) -> Iterator[str]:
+    unit = row_length_unit(config)
+    if config.data.random_length_fraction and config.data.seq_length < unit:
+        yield (
+            f"data.random_length_fraction needs data.seq_length of at least {unit}, of which parallel.tensor and "
+            "2 x parallel.context are divisors"
+        )
+
+
 def _check_wandb(config: Config) -> Iterator[str]:
     if config.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         yield "log.wandb_project is set, but wandb is not installed: pip install wandb, or leave the key out"
@@ -257,61 +285,81 @@ def _check_run_dir(config: Config) -> Iterator[str]:
 def missing_files(config: Config) -> list[str]:
     """One line for each corpus that is not set, and each corpus or tokenizer that does not exist."""
     lines = []
-    for name, build in (("train", "data build"), ("valid", "data build"), ("tokenizer", "tokenizer train")):
-        value = getattr(config.data, name)
-        if value is None:
-            if name == "train":
-                lines.append("data.train is not set: give the manifest.json of the training shards")
-            elif name == "valid" and config.validation.sequences:
-                lines.append("data.valid is not set, and validation needs it (or set validation.sequences=0)")
-            continue
+    if not config.data.corpora():
+        lines.append("data.train is not set: give the manifest.json of the training shards")
+    if config.data.valid is None and config.validation.sequences:
+        lines.append("data.valid is not set, and validation needs it (or set validation.sequences=0)")
+    for key, value in _manifest_paths(config):
+        if is_url(value):
+            continue  # fetched, or refused, when it is opened
         path = Path(value)
-        if name != "tokenizer" and path.is_dir():
-            path = path / MANIFEST_NAME
+        path = path / MANIFEST_NAME if path.is_dir() else path
         if not path.exists():
-            lines.append(f"data.{name}: {path}: no such file; make it with `megatron-md {build}`")
+            lines.append(f"{key}: {path}: no such file; make it with `megatron-md data build`")
+    if config.data.tokenizer is not None and not Path(config.data.tokenizer).exists():
+        tokenizer = config.data.tokenizer
+        lines.append(f"data.tokenizer: {tokenizer}: no such file; make it with `megatron-md tokenizer train`")
     return lines
+
+
+def _manifest_paths(config: Config) -> list[tuple[str, str]]:
+    """(key, path) of every corpus: `data.train` (of a mixture `data.train[NAME]`) and `data.valid`."""
+    single = isinstance(config.data.train, str)
+    corpora = config.data.corpora()
+    paths = [("data.train" if single else f"data.train[{corpus.label}]", corpus.manifest) for corpus in corpora]
+    return [*paths, ("data.valid", config.data.valid)] if config.data.valid is not None else paths
 
 
 def corpus_problems(config: Config) -> Iterator[str]:
     """Contradictions between the tokenizer, the model and the shards, as far as they exist."""
     tokenizer: Tokenizer | None = None
     manifests: dict[str, Manifest] = {}
+    paths = dict(_manifest_paths(config))
     missing = " ".join(missing_files(config))
     try:
         if config.data.tokenizer is not None and "data.tokenizer:" not in missing:
             tokenizer = Tokenizer(config.data.tokenizer)
     except ValueError as error:
         yield f"data.tokenizer: {error}"
-    for name in ("train", "valid"):
-        path = getattr(config.data, name)
+    for key, path in paths.items():
         try:
-            if path is not None and f"data.{name}:" not in missing:
-                manifests[name] = load_manifest(path)
+            if f"{key}:" not in missing:
+                manifests[key] = load_manifest(path, cache=Cache.of(config.data))
         except ValueError as error:
-            yield f"data.{name}: {error}"
-    for name, manifest in manifests.items():
-        path, length = getattr(config.data, name), config.data.seq_length
+            yield f"{key}: {error}"
+    length = config.data.seq_length
+    for key, manifest in manifests.items():
         if manifest.tokens < length:
-            yield f"data.{name}: {path} holds {manifest.tokens} tokens, less than data.seq_length {length}"
+            yield f"{key}: {paths[key]} holds {manifest.tokens} tokens, less than data.seq_length {length}"
+    yield from _check_distinct({key: manifest for key, manifest in manifests.items() if key != "data.valid"})
     yield from _check_same_tokenizer(config, tokenizer, manifests)
     yield from _check_vocabulary(config, tokenizer, manifests)
 
 
 def _check_same_tokenizer(config: Config, tokenizer: Tokenizer | None, manifests: dict[str, Manifest]) -> Iterator[str]:
     """Everything must have been made with one tokenizer: the one that is set, else that of the training shards."""
+    paths = dict(_manifest_paths(config))
     source, sha256, size = "", "", 0
     if tokenizer is not None:
         source, sha256, size = f"data.tokenizer {tokenizer.path}", tokenizer.sha256, tokenizer.vocab_size
-    elif "train" in manifests:
-        first = manifests["train"]
-        source, sha256, size = f"data.train {config.data.train}", first.tokenizer_sha256, first.vocab_size
-    for name, manifest in manifests.items() if source else ():
-        path = getattr(config.data, name)
+    elif manifests and next(iter(manifests)) != "data.valid":
+        key, first = next(iter(manifests.items()))
+        source, sha256, size = f"{key} {paths[key]}", first.tokenizer_sha256, first.vocab_size
+    for key, manifest in manifests.items() if source else ():
+        path = paths[key]
         if manifest.vocab_size != size:
-            yield f"data.{name}: {path} was made with a vocabulary of {manifest.vocab_size}, but {source} has {size}"
+            yield f"{key}: {path} was made with a vocabulary of {manifest.vocab_size}, but {source} has {size}"
         elif manifest.tokenizer_sha256 != sha256:
-            yield f"data.{name}: {path} was made with another tokenizer than {source}; build it again"
+            yield f"{key}: {path} was made with another tokenizer than {source}; build it again"
+
+
+def _check_distinct(manifests: dict[str, Manifest]) -> Iterator[str]:
+    """A corpus given twice would serve the same rows twice, in the same order."""
+    seen: dict[str, str] = {}
+    for key, manifest in manifests.items():
+        if manifest.sha256 in seen:
+            yield f"{key}: the same corpus as {seen[manifest.sha256]}; give it once, with the sum of the weights"
+        seen.setdefault(manifest.sha256, key)
 
 
 def _check_vocabulary(config: Config, tokenizer: Tokenizer | None, manifests: dict[str, Manifest]) -> Iterator[str]:
@@ -319,7 +367,8 @@ def _check_vocabulary(config: Config, tokenizer: Tokenizer | None, manifests: di
     vocab = config.model.vocab
     if vocab is None:
         return
-    sizes = {f"data.{name} {getattr(config.data, name)}": (m.mask_id, m.vocab_size) for name, m in manifests.items()}
+    paths = dict(_manifest_paths(config))
+    sizes = {f"{key} {paths[key]}": (m.mask_id, m.vocab_size) for key, m in manifests.items()}
     if tokenizer is not None:
         own = {f"data.tokenizer {tokenizer.path}": (tokenizer.mask_token_id, tokenizer.vocab_size)}
         sizes = {**own, **sizes}

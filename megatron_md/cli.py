@@ -24,7 +24,7 @@ EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT = 0, 1, 2
 COMMANDS = {
     "train": ("megatron_md.commands.train", "pretrain a model, as one YAML file says"),
     "tokenizer": ("megatron_md.data.tokenizer_commands", "train a tokenizer"),
-    "data": ("megatron_md.data.commands", "build, verify and show tokenised corpora"),
+    "data": ("megatron_md.commands.data", "build, verify and show tokenised corpora"),
     "generate": ("megatron_md.evaluate.generate", "write text with a trained model"),
     "plot": ("megatron_md.evaluate.plot", "draw a run's losses"),
     "compare": ("megatron_md.evaluate.compare", "say where two runs' figures part"),

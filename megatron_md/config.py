@@ -92,17 +92,59 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class CorpusConfig:
+    """One corpus of a mixture."""
+
+    __pydantic_config__ = STRICT
+
+    manifest: Annotated[str, Doc("manifest of its shards")]
+    weight: Annotated[
+        NonNegativeFloat | list[tuple[NonNegativeInt, NonNegativeFloat]],
+        Doc("its share of the rows next to the others' weights; [[g, weight], ...] from row g of the run on"),
+    ]
+    name: Annotated[str | None, Doc("what messages call it; the manifest's path if null")] = None
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or self.manifest
+
+    def points(self) -> list[tuple[int, float]]:
+        """From which row of the run on it has which weight."""
+        return self.weight if isinstance(self.weight, list) else [(0, self.weight)]
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from."""
 
     __pydantic_config__ = STRICT
 
-    train: Annotated[str | None, Doc("manifest of the training shards")] = None
+    train: Annotated[
+        str | list[CorpusConfig] | None,
+        Doc("manifest of the training shards; or a mixture: [{manifest: ..., weight: ..., name: ...}, ...]"),
+    ] = None
     valid: Annotated[str | None, Doc("manifest of the validation shards")] = None
-    tokenizer: Annotated[str | None, Doc("SentencePiece model file")] = None
+    tokenizer: Annotated[str | None, Doc("SentencePiece model, or tokenizer.json of Hugging Face")] = None
     seq_length: Annotated[PositiveInt, Doc("tokens per row (L)")] = 256
     window_shards: Annotated[PositiveInt, Doc("shards that are shuffled together (W)")] = 8
     prefetch: Annotated[NonNegativeInt, Doc("global batches prepared ahead by a background thread")] = 2
+    cache_dir: Annotated[
+        str | None, Doc("folder on a disk of the node for shards at URLs; megatron-md in the user's cache if null")
+    ] = None
+    cache_bytes: Annotated[PositiveInt, Doc("most bytes that the cache may hold")] = 20_000_000_000
+    random_length_fraction: Annotated[
+        Fraction, Doc("share of global batches whose rows are cut to one random length (LLaDA: 0.01)")
+    ] = 0.0
+    max_quarantined: Annotated[
+        NonNegativeInt, Doc("damaged documents that a run goes on without; it stops when there are more")
+    ] = 100
+
+    def corpora(self) -> list[CorpusConfig]:
+        """The training corpora; a single manifest is a mixture of one."""
+        if self.train is None:
+            return []
+        return [CorpusConfig(self.train, 1.0)] if isinstance(self.train, str) else self.train
 
 
 @dataclass(frozen=True)

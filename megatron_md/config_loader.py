@@ -166,10 +166,19 @@ def validate(schema: type[T], mapping: Mapping[str, Any], source: str, overridde
     lines: dict[Path_, str] = {}
     known = dict(keys_of(schema))
     for item in found:
+        if _is_another_alternative(item, found):
+            continue
         path = _known_part(tuple(str(part) for part in item["loc"]), known, str(item["type"]))
         origin = "command line" if _is_overridden(path, overridden or set()) else source
         lines.setdefault(path, f"{origin}: {_explain_error(path, item, known)}")
     raise ConfigError(list(lines.values()))
+
+
+def _is_another_alternative(item: Any, found: Sequence[Any]) -> bool:
+    """Of a key that may be text or a list, whether this is the complaint about text, and a list was given."""
+    key = item["loc"][:-1]
+    deeper = any(other["loc"][: len(key)] == key and len(other["loc"]) > len(key) + 1 for other in found)
+    return item["type"] == "string_type" and isinstance(item.get("input"), list) and deeper
 
 
 def keys_of(schema: Any, prefix: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
@@ -184,8 +193,8 @@ def keys_of(schema: Any, prefix: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
 
 
 def section_of(hint: Any) -> type | None:
-    """The dataclass that a key holds (or may hold), if any."""
-    if get_origin(hint) is Annotated:
+    """The dataclass that a key holds (or may hold, also in a list), if any."""
+    if get_origin(hint) in (Annotated, list):
         return section_of(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
         return next((found for found in map(section_of, get_args(hint)) if found), None)
@@ -281,7 +290,7 @@ def _known_part(loc: Path_, known: Mapping[Path_, Any], kind: str) -> Path_:
         return (*loc[:depth], loc[-1])
     if depth == 0 or (kind in ("missing", "unexpected_keyword_argument") and depth < len(loc)):
         return (*loc[:depth], loc[-1])
-    rest = [part for part in loc[depth:] if part.isdigit()]
+    rest = [part for part in loc[depth:] if part.isdigit() or (*loc[:depth], part) in known]
     return (*loc[:depth], *rest)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +15,12 @@ from megatron_md.checkpoint.callback import Checkpointing
 from megatron_md.checkpoint.manager import CheckpointManager, latest_checkpoint
 from megatron_md.checks import import_plugins
 from megatron_md.config import Config
+from megatron_md.data.cache import Cache
+from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
+from megatron_md.data.mixture import open_stream
 from megatron_md.data.shards import Manifest, load_manifest, unigram_entropy
-from megatron_md.data.stream import SequenceStream, validation_rows
+from megatron_md.data.stream import validation_rows
+from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
@@ -26,6 +29,7 @@ from megatron_md.train.logs import logger, open_rank_log
 from megatron_md.train.metrics import MetricsWriter, append_event, environment, write_json
 from megatron_md.train.optimizer import build_optimizer
 from megatron_md.train.profile import Profiler
+from megatron_md.train.quarantine import Quarantine
 from megatron_md.train.resilience import EXIT_DONE, EXIT_STOPPED, StopRequest
 from megatron_md.train.step import Stepper
 from megatron_md.train.trainer import Trainer
@@ -44,11 +48,12 @@ def pretrain(config: Config) -> int:
         ValueError: bad input that only a started run can notice, such as a device that is not there.
     """
     import_plugins(config)
-    assert config.data.train is not None, "checked before"
-    manifest = load_manifest(config.data.train)
-    config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifest.vocab_size))
+    cache = Cache.of(config.data)
+    manifests = [load_manifest(corpus.manifest, cache=cache) for corpus in config.data.corpora()]
+    assert manifests, "checked before"
+    config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifests[0].vocab_size))
     with parallel.session(config) as world:
-        run = Run.build(config, world, manifest)
+        run = Run.build(config, world, manifests)
         if run.resume():
             run.fit()
         return EXIT_STOPPED if run.trainer.stopped_by else EXIT_DONE
@@ -61,16 +66,17 @@ class Run:
     config: Config
     world: World
     directory: Path
-    manifest: Manifest
+    manifests: list[Manifest]
     trainer: Trainer
     manager: CheckpointManager
     metrics: MetricsWriter
+    quarantine: Quarantine
     validation: Validation | None
 
     @classmethod
-    def build(cls, config: Config, world: World, manifest: Manifest) -> Run:
-        """Build model, optimizer, data and callbacks."""
-        directory = Path(config.run_dir)
+    def build(cls, config: Config, world: World, manifests: list[Manifest]) -> Run:
+        """Build model, optimizer, data and callbacks; the corpora of `manifests` share a tokenizer."""
+        directory, manifest = Path(config.run_dir), manifests[0]
         objective = build_objective(
             config.objective, seed=config.seed, mask_token_id=manifest.mask_id, eos_token_id=manifest.eos_id
         )
@@ -78,24 +84,24 @@ class Run:
         chunks = wrap_data_parallel(chunks, config)
         optimizer = build_optimizer(config, chunks)
         stepper = Stepper(config, world, chunks, optimizer, objective)
-        stream = SequenceStream(
-            manifest, seed=config.seed, seq_length=config.data.seq_length, window_shards=config.data.window_shards
-        )
+        stream = open_stream(config.data, manifests, seed=config.seed)
+        quarantine = Quarantine(directory, max_quarantined=config.data.max_quarantined)
         manager = CheckpointManager(
             directory,
             keep_last=config.checkpoint.keep_last,
             resolved_config=configuration.to_yaml(config),
             identity={**stream.state(), **_shape(config), "objective is causal": objective.causal},
+            texts={LEDGER_NAME: lambda: quarantine.ledger.text()},
         )
         metrics = _metrics_writer(config, world, directory)
         validation = _validation(config, world, stepper, manifest)
         checkpointing = Checkpointing(manager, every_steps=config.checkpoint.every_steps, metrics=metrics)
         # The record is written before the checkpoint, so that a resumed run finds every line up to its step.
-        callbacks: list[Callback] = [Profiler(config.train.profile, directory), metrics, checkpointing]
+        callbacks: list[Callback] = [Profiler(config.train.profile, directory), quarantine, metrics, checkpointing]
         if validation is not None:
             callbacks.insert(0, validation)
         trainer = Trainer(config, world, stream, stepper, optimizer, callbacks, StopRequest())
-        return cls(config, world, directory, manifest, trainer, manager, metrics, validation)
+        return cls(config, world, directory, manifests, trainer, manager, metrics, quarantine, validation)
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint, if there is one; False if the run is finished already.
@@ -112,6 +118,8 @@ class Run:
                 "choose another run_dir, remove it, or set checkpoint.resume=auto"
             )
         self.trainer.progress = self.manager.load(self.trainer.stepper.chunks, self.trainer.optimizer, checkpoint)
+        self.quarantine.ledger = QuarantineLedger.read(checkpoint / LEDGER_NAME)
+        self.trainer.stream.quarantine(self.quarantine.ledger)
         finished = self.trainer.progress.step >= self.config.train.steps
         if self.world.is_main:
             state = "finished, nothing to do" if finished else "continues"
@@ -152,7 +160,7 @@ class Run:
         write_json(self.directory / "summary.json", {"status": "running"})
         if self.config.data.tokenizer is not None:
             # A run carries its tokenizer: it can be moved, evaluated and converted without the corpus.
-            shutil.copyfile(self.config.data.tokenizer, self.directory / "tokenizer.model")
+            Tokenizer(self.config.data.tokenizer).save(self.directory / "tokenizer.model")
         append_event(self.directory, "started", step=self.trainer.progress.step, world_size=self.world.size)
 
     def _close(self, status: str, start: float, **details: Any) -> None:
@@ -170,8 +178,12 @@ class Run:
             summary["stopped_by"] = self.trainer.stopped_by
         if self.validation is not None and self.validation.newest is not None:
             summary.update(nelbo_record(self.validation.newest))
-        if status == "finished" and self.manifest.tokens <= ENTROPY_TOKENS:
-            summary["unigram_entropy"] = unigram_entropy(self.manifest)
+        if status == "finished" and len(self.manifests) == 1 and self.manifests[0].tokens <= ENTROPY_TOKENS:
+            try:
+                summary["unigram_entropy"] = unigram_entropy(self.manifests[0])
+            except ValueError as error:
+                # Damage that the run has tolerated must not fail it in the end.
+                logger.warning("no unigram entropy: %s", error)
         write_json(self.directory / "summary.json", summary)
         if self.trainer.stopped_by:
             details["signal"] = self.trainer.stopped_by
@@ -209,7 +221,8 @@ def _metrics_writer(config: Config, world: World, directory: Path) -> MetricsWri
 def _validation(config: Config, world: World, stepper: Stepper, manifest: Manifest) -> Validation | None:
     if not config.validation.sequences or config.data.valid is None:
         return None
-    rows = validation_rows(load_manifest(config.data.valid), config.data.seq_length, config.validation.sequences)
+    valid = load_manifest(config.data.valid, cache=Cache.of(config.data))
+    rows = validation_rows(valid, config.data.seq_length, config.validation.sequences)
     evaluator = NelboEvaluator(
         ValidationRows(rows.tokens_BL, rows.is_maskable_BL),
         stepper,

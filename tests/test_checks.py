@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -261,3 +262,44 @@ def test_a_corpus_must_hold_at_least_one_row(corpus: Path, tmp_path: Path) -> No
 
 def test_the_fixture_has_three_different_tokenizers(corpus: Path) -> None:
     assert len({Tokenizer(corpus / f"{name}.model").sha256 for name in ("a", "b", "small")}) == 3
+
+
+def mixture_lines(corpus: Path, tmp_path: Path, train: list[dict[str, Any]]) -> list[str]:
+    entries = [{**entry, "manifest": str(corpus / entry["manifest"])} for entry in train]
+    try:
+        check_config(config_of(tmp_path, data={**data_of(corpus), "train": entries}), 1)
+    except ConfigError as error:
+        return error.lines
+    return []
+
+
+def test_mixtures_are_checked_corpus_by_corpus(corpus: Path, tmp_path: Path) -> None:
+    good = {"manifest": "train", "weight": 2}
+    assert not mixture_lines(corpus, tmp_path, [good])
+    for train, expected in [
+        ([], ["data.train is not set"]),
+        ([good, {"manifest": "none", "weight": 1}], [r"data.train\[.*/none\]: .*none: no such file"]),
+        ([good, {"manifest": "small", "weight": 1, "name": "b"}], [r"data.train\[b\]: .* vocabulary of 450, but"]),
+        ([good, {**good, "name": "b"}], [r"data.train\[b\]: the same corpus as data.train\[.*/train\]; give it"]),
+        ([{**good, "name": "b"}, {"manifest": "small", "weight": 1, "name": "b"}], ["called 'b'", "of 450"]),
+        ([{**good, "weight": 0}], ["data.train: at row 0 all weights are 0"]),
+        ([{**good, "weight": [[0, 1], [9, 0]]}], ["data.train: at row 9 all weights are 0"]),
+        ([{**good, "weight": [[0, 1], [9, 2], [4, 1]]}], ["data.train: the rows .* must ascend"]),
+        ([{"manifest": "train"}], ["data.train.weight is missing"]),
+        ([{**good, "wieght": 1}], [r"unknown key data.train.wieght; did you mean data.train.weight\?"]),
+        ([{**good, "weight": -1}], ["data.train.0.weight must be greater than or equal to 0, got -1"]),
+        ([{**good, "weight": "much"}], ['data.train.0.weight must be .*number.* got "much"']),
+    ]:
+        lines = mixture_lines(corpus, tmp_path, train)
+        assert len(lines) == len(expected), (train, lines)
+        for line, pattern in zip(lines, expected, strict=True):
+            assert re.search(pattern, line), (line, pattern)
+
+
+def test_random_lengths_need_room(tmp_path: Path) -> None:
+    sections = {"data": {"random_length_fraction": 0.1, "seq_length": 6}, "parallel": {"tensor": 4}}
+    model = {"heads": 4, "kv_heads": 4, "hidden": 64, "ffn": 64}
+    assert not problems(config_of(tmp_path, model=model, **sections), 4)
+    sections["data"]["seq_length"] = 2
+    (line,) = problems(config_of(tmp_path, model=model, **sections), 4)
+    assert line.startswith("data.random_length_fraction needs data.seq_length of at least 4")

@@ -85,7 +85,7 @@ def test_whole_numbers_serve_as_floats_but_not_the_other_way_round(tmp_path: Pat
         ("optimizer: {lr: .inf}", "optimizer.lr must be number > 0, got Infinity"),
         ("optimizer: {beta1: 1.0}", "optimizer.beta1 must be number >= 0 < 1, got 1.0"),
         ("train: {precision: fp16}", 'train.precision must be fp32 | bf16, got "fp16"'),
-        ("data: {train: 1e3}", "data.train must be text or null, got 1000.0; put it in quotes"),
+        ("data: {train: 1e3}", "data.train must be text or list of mapping or null, got 1000.0; put it in quotes"),
         ("model: 3", "model must be mapping, got 3"),
         ("model: {preset: tinny}", "model.preset 'tinny' is unknown; did you mean 'tiny'? "
          "(known: tiny, 50m, 1b, 1b-aligned, 8b)"),
@@ -172,6 +172,7 @@ def test_yaml_round_trip_keeps_every_value(tmp_path: Path) -> None:
             "objective": {"mask_schedule": {"name": "mixture", "components": [{"weight": 1e-7, "schedule": "null"}]}},
             "train": {"batch_ramp": {"start": 1, "increment": 1, "steps": 2}},
             "optimizer": {"lr_schedule": {"name": "piecewise", "points": [[0.0, 1e-30], [1.0, 0.0]]}},
+            "data": {"train": [{"manifest": "a", "weight": [[0, 1e-7], [9, 3]]}, {"manifest": "b", "weight": 1}]},
             "imports": ["yes", "1_0", ""],
         }
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,13 @@ class CheckpointManager:
     """Writes, prunes and reads the checkpoints of one run."""
 
     def __init__(
-        self, run_dir: Path, *, keep_last: int, resolved_config: str, identity: dict[str, Any] | None = None
+        self,
+        run_dir: Path,
+        *,
+        keep_last: int,
+        resolved_config: str,
+        identity: dict[str, Any] | None = None,
+        texts: Mapping[str, Callable[[], str]] | None = None,
     ) -> None:
         """Take charge of RUN/checkpoints; nothing is written yet.
 
@@ -167,8 +174,10 @@ class CheckpointManager:
             keep_last: newest checkpoints that are kept.
             resolved_config: text of `config.yaml` in every checkpoint.
             identity: what a checkpoint must agree on to be resumed (JSON values by name): corpus, seed, model shape.
+            texts: what else to keep in every checkpoint: file names, and what gives their content when it is saved.
         """
         self.identity = identity or {}
+        self.texts = texts or {}
         self.directory = run_dir / "checkpoints"
         self.run_dir = run_dir
         self.keep_last = keep_last
@@ -200,6 +209,8 @@ class CheckpointManager:
                 "optimizer": _optimizer_kind(optimizer),
                 "identity": self.identity,
             }
+            for name, text in self.texts.items():
+                _write_synced(partial / name, text())
             _write_synced(partial / "config.yaml", self.resolved_config)
             _write_synced(partial / "progress.json", json.dumps(record, indent=1))
             shutil.rmtree(target, ignore_errors=True)

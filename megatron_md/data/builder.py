@@ -7,20 +7,31 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_md.data.corpus import Document, Rejection
+from megatron_md.data.entries import Document, Entry, Rejection, TokenDocument
+from megatron_md.data.resume import fingerprint, skip_done
 from megatron_md.data.shards import Manifest
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.data.writer import BLOCK_BYTES, SHARD_TOKENS, Batch, OnProgress, Tokenised, Vocabulary, write_corpus
+from megatron_md.data.writer import (
+    BLOCK_BYTES,
+    SHARD_TOKENS,
+    Batch,
+    OnProgress,
+    Tokenised,
+    Vocabulary,
+    interrupted_build,
+    write_corpus,
+)
 
 BATCH_CHARACTERS = 1 << 18
 ROUND_TRIP_STRIDE = 64
 
-Corpus = Iterable[Document | Rejection]
+Corpus = Iterable[Entry]
 
 
 def build_shards(
@@ -37,11 +48,12 @@ def build_shards(
     """Tokenise a corpus into shards; see `write_corpus` for how they are written.
 
     The bytes depend on the documents, the tokenizer, the sizes and `source` only. With `workers` > 1 the calling
-    script needs the usual `if __name__ == "__main__"` guard.
+    script needs the usual `if __name__ == "__main__"` guard. An interrupted build of the same settings goes on where
+    its last complete shard ended: the corpus is read again up to there and checked, but not tokenised again.
 
     Args:
         corpus: documents in order; rejections among them are recorded. Empty documents are rejected.
-        tokenizer: SentencePiece model file.
+        tokenizer: SentencePiece model or `tokenizer.json`.
         output_dir: folder to create.
         workers: processes that tokenise; 1 does it in this process.
         shard_tokens: a shard is closed when it holds this many tokens.
@@ -50,24 +62,30 @@ def build_shards(
         on_progress: called after every batch of documents.
 
     Raises:
-        ValueError: as `write_corpus`; also when the tokenizer does not keep the text of one of the documents that
-            are checked (every 64th).
+        ValueError: as `write_corpus` and `interrupted_build`; also when the corpus is not the one of the interrupted
+            build, when the tokenizer does not keep the text of one of the documents that are checked (every 64th),
+            or when documents that come as tokens do not fit it.
     """
     loaded = Tokenizer(tokenizer)
+    vocabulary, entries = Vocabulary.of(loaded), iter(corpus)
+    state = interrupted_build(vocabulary, output_dir, shard_tokens=shard_tokens, block_bytes=block_bytes, source=source)
+    if state is not None:
+        skip_done(entries, state, Path(f"{output_dir}.partial"))
     return write_corpus(
-        _tokenise(corpus, loaded, workers),
-        Vocabulary.of(loaded),
+        _tokenise(entries, loaded, workers, state.entries if state else 0),
+        vocabulary,
         output_dir,
         shard_tokens=shard_tokens,
         block_bytes=block_bytes,
         source=source,
         on_progress=on_progress,
+        resume_from=state,
     )
 
 
-def _tokenise(corpus: Corpus, tokenizer: Tokenizer, workers: int) -> Iterator[Batch]:
+def _tokenise(corpus: Corpus, tokenizer: Tokenizer, workers: int, first: int) -> Iterator[Batch]:
     """Tokenised documents and rejections in the corpus' order, whatever the number of processes."""
-    batches = _batches(corpus)
+    batches = _batches(corpus, first)
     if workers == 1:
         yield from (tokenise_batch(tokenizer, first, batch) for first, batch in batches)
         return
@@ -91,13 +109,13 @@ def _result(future: Future[Batch]) -> Batch:
         raise ValueError(str(error)) from None
 
 
-def _batches(corpus: Corpus) -> Iterator[tuple[int, list[Document | Rejection]]]:
+def _batches(corpus: Corpus, first: int) -> Iterator[tuple[int, list[Entry]]]:
     """Documents in batches of some 256 K characters, each with the number of its first one."""
-    batch: list[Document | Rejection] = []
-    first = held = 0
+    batch: list[Entry] = []
+    held = 0
     for entry in corpus:
         batch.append(entry)
-        held += len(entry.text) if isinstance(entry, Document) else 0
+        held += _size(entry)
         if held >= BATCH_CHARACTERS or len(batch) >= 4096:
             yield first, batch
             first, batch, held = first + len(batch), [], 0
@@ -105,24 +123,49 @@ def _batches(corpus: Corpus) -> Iterator[tuple[int, list[Document | Rejection]]]
         yield first, batch
 
 
-def tokenise_batch(tokenizer: Tokenizer, first: int, batch: list[Document | Rejection]) -> Batch:
+def _size(entry: Entry) -> int:
+    if isinstance(entry, Document):
+        return len(entry.text)
+    return entry.tokens.nbytes if isinstance(entry, TokenDocument) else 0
+
+
+def tokenise_batch(tokenizer: Tokenizer, first: int, batch: list[Entry]) -> Batch:
     """Tokenise a batch whose first document has number `first`; empty and unencodable ones become rejections."""
-    results: Batch = []
-    for number, entry in enumerate(batch, start=first):
-        if isinstance(entry, Rejection):
-            results.append(entry)
-        elif not entry.text:
-            results.append(Rejection(entry.name, "empty"))
-        else:
-            try:
-                text_bytes = len(entry.text.encode())
-            except UnicodeEncodeError:
-                results.append(Rejection(entry.name, "not encodable as UTF-8"))
-                continue
-            if number % ROUND_TRIP_STRIDE == 0:
-                tokenizer.check_round_trip(entry)
-            results.append(Tokenised(tokenizer.encode(entry.text).astype(np.uint32), text_bytes))
-    return results
+    return [_tokenise_entry(tokenizer, number, entry) for number, entry in enumerate(batch, start=first)]
+
+
+def _tokenise_entry(tokenizer: Tokenizer, number: int, entry: Entry) -> Tokenised | Rejection:
+    checksum = fingerprint(entry)
+    if isinstance(entry, Rejection):
+        return replace(entry, fingerprint=checksum)
+    if isinstance(entry, TokenDocument):
+        return _take_tokens(tokenizer, entry, checksum)
+    if not entry.text:
+        return Rejection(entry.name, "empty", fingerprint=checksum)
+    try:
+        text_bytes = len(entry.text.encode())
+    except UnicodeEncodeError:
+        return Rejection(entry.name, "not encodable as UTF-8", fingerprint=checksum)
+    if number % ROUND_TRIP_STRIDE == 0:
+        tokenizer.check_round_trip(entry)
+    return Tokenised(tokenizer.encode(entry.text).astype(np.uint32), text_bytes, checksum)
+
+
+def _take_tokens(tokenizer: Tokenizer, entry: TokenDocument, checksum: int) -> Tokenised | Rejection:
+    """A document that was tokenised elsewhere, less the `<eos>` at its end: shards hold none."""
+    tokens = entry.tokens
+    if tokens.size and tokens[-1] == tokenizer.eos_token_id:
+        tokens = tokens[:-1]
+    if not tokens.size:
+        return Rejection(entry.name, "empty", fingerprint=checksum)
+    if int(tokens.min()) < 0 or int(tokens.max()) >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{entry.name}: holds token {int(tokens.max())}, but {tokenizer.path} has {tokenizer.vocab_size}; "
+            "give the tokenizer that it was made with"
+        )
+    if (tokens == tokenizer.mask_token_id).any():
+        return Rejection(entry.name, "holds the mask token", fingerprint=checksum)
+    return Tokenised(tokens.astype(np.uint32), len(tokenizer.decode(tokens).encode()), checksum)
 
 
 _worker_tokenizer: Tokenizer
@@ -134,5 +177,5 @@ def _start_worker(tokenizer: Path) -> None:
     _worker_tokenizer = Tokenizer(tokenizer)
 
 
-def _work(first: int, batch: list[Document | Rejection]) -> Batch:
+def _work(first: int, batch: list[Entry]) -> Batch:
     return tokenise_batch(_worker_tokenizer, first, batch)

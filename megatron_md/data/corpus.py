@@ -1,4 +1,4 @@
-"""Text corpora: Python's own standard library (the embedded corpus), and files or folders of text.
+"""Corpora: Python's own standard library (the embedded corpus), files or folders of text, tokens and tables.
 
 A corpus is a stream of documents in a fixed order. What cannot be read becomes a `Rejection` with its reason,
 so that nothing disappears without a trace.
@@ -7,57 +7,56 @@ so that nothing disappears without a trace.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import sysconfig
-import tokenize
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from megatron_md.data.entries import Document, Entry, InputError, Rejection, TokenDocument
+from megatron_md.data.readers import HUB, SUFFIXES, Reading, read_file, read_hub
+
+__all__ = ["EMBEDDED", "Document", "Entry", "Rejection", "TokenDocument", "documents", "in_validation", "texts"]
 
 Split = Literal["all", "train", "valid"]
 
 EMBEDDED = "embedded"
 VALIDATION_FRACTION = 0.05
-TEXT_SUFFIXES = (".jsonl", ".md", ".py", ".txt")
 # Tests are left out because they hold broken and synthetic text; `_sysconfigdata*` because it names the machine.
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 EXCLUDED_PREFIXES = ("config-", "_sysconfigdata")
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document: its name, unique within the corpus, and its text."""
-
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """A document that is left out, and why."""
-
-    name: str
-    reason: str
-
-
-def documents(inputs: Sequence[str | Path] = (EMBEDDED,), split: Split = "all") -> Iterator[Document | Rejection]:
+def documents(
+    inputs: Sequence[str | Path] = (EMBEDDED,),
+    split: Split = "all",
+    *,
+    reading: Reading | None = None,
+    skip_damaged: bool = False,
+) -> Iterator[Entry]:
     """Read the documents of a corpus in a fixed order.
 
     Args:
-        inputs: `embedded` for Python's standard library; text files; folders, of which every `.txt`, `.md`, `.py`
-            and `.jsonl` file is read. A file is one document; a line of a `.jsonl` file is one, in its `text` field.
+        inputs: `embedded` for Python's standard library; `datasets:NAME[:CONFIG[:SPLIT]]` for a data set of the
+            Hugging Face hub; files; folders, of which every file with a known suffix is read. A text file is one
+            document; so is a line of `.jsonl`, a row of `.parquet`, a member of `.tar`; `.idx` and `.bin` are
+            Megatron's tokenised data sets. `.gz` and `.zst` are decompressed.
         split: `train` and `valid` divide the documents by a hash of their names (about 5 % is `valid`).
+        reading: text field and largest document.
+        skip_damaged: a damaged file becomes one rejection with what could not be read of it, instead of an error.
 
     Raises:
-        ValueError: an input does not exist or holds no text file.
+        ValueError: an input does not exist, holds no known file, or cannot be read for want of a package.
+        InputError: a file is damaged.
     """
+    reading = reading or Reading()
     for source in inputs:
-        for name, path in _text_files(source):
-            for document in _read(name, path):
-                if split == "all" or in_validation(document.name) == (split == "valid"):
-                    yield document
+        if str(source).startswith(HUB):
+            entries = read_hub(str(source), reading)
+        else:
+            entries = _read_files(source, reading, skip_damaged)
+        for entry in entries:
+            if split == "all" or in_validation(entry.name) == (split == "valid"):
+                yield entry
 
 
 def in_validation(name: str) -> bool:
@@ -66,12 +65,22 @@ def in_validation(name: str) -> bool:
     return word < VALIDATION_FRACTION * 2**64
 
 
-def texts(corpus: Iterable[Document | Rejection]) -> Iterator[Document]:
-    """The readable documents of a corpus."""
+def texts(corpus: Iterable[Entry]) -> Iterator[Document]:
+    """The documents of a corpus that are text."""
     return (document for document in corpus if isinstance(document, Document))
 
 
-def _text_files(source: str | Path) -> Iterator[tuple[str, Path]]:
+def _read_files(source: str | Path, reading: Reading, skip_damaged: bool) -> Iterator[Entry]:
+    for name, path in _files(source):
+        try:
+            yield from read_file(name, path, reading)
+        except InputError as error:
+            if not skip_damaged:
+                raise
+            yield Rejection(name, error.reason, str(error))
+
+
+def _files(source: str | Path) -> Iterator[tuple[str, Path]]:
     """Name and path of every file of an input, sorted by name."""
     if str(source) == EMBEDDED:
         yield from _embedded_files()
@@ -82,13 +91,13 @@ def _text_files(source: str | Path) -> Iterator[tuple[str, Path]]:
     elif path.is_dir():
         folder = path.resolve()
         files = sorted(
-            file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix in TEXT_SUFFIXES
+            file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.name.endswith(SUFFIXES)
         )
         if not files:
-            raise ValueError(f"{path}: no text file in this folder; looked for {', '.join(TEXT_SUFFIXES)}")
+            raise ValueError(f"{path}: no text file in this folder; looked for {', '.join(SUFFIXES)}")
         yield from ((name, folder / name) for name in files if (folder / name).is_file())
     else:
-        raise ValueError(f"{path}: no such file or folder; give text files, folders of them, or '{EMBEDDED}'")
+        raise ValueError(f"{path}: no such file or folder; give files, folders of them, or '{EMBEDDED}'")
 
 
 def _embedded_files() -> Iterator[tuple[str, Path]]:
@@ -98,30 +107,3 @@ def _embedded_files() -> Iterator[tuple[str, Path]]:
         parts = name.split("/")
         if EXCLUDED_FOLDERS.isdisjoint(parts) and not any(part.startswith(EXCLUDED_PREFIXES) for part in parts):
             yield name, root / name
-
-
-def _read(name: str, path: Path) -> Iterator[Document | Rejection]:
-    """The documents of one file; line ends stay as they are."""
-    data = path.read_bytes()
-    try:
-        encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0] if path.suffix == ".py" else "utf-8-sig"
-        text = data.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError):
-        yield Rejection(name, "not decodable")
-        return
-    if path.suffix != ".jsonl":
-        yield Document(name, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _read_json_line(f"{name}#{number}", line)
-
-
-def _read_json_line(name: str, line: str) -> Document | Rejection:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return Rejection(name, "malformed JSON")
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        return Rejection(name, "no text field")
-    return Document(name, record["text"])

@@ -12,6 +12,7 @@ import hashlib
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -91,8 +92,7 @@ class RowOrder:
         return shards, np.concatenate([[0], np.cumsum(rows)])
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of one document within a row.
 
     Attributes:

@@ -15,22 +15,31 @@ goes by the index, so that any document is found at once and damage is noticed.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from io import BufferedReader
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from megatron_md.data import remote
+from megatron_md.data.cache import Cache
+from megatron_md.data.remote import RemoteFile
+
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
 FORMAT = "megatron-md-shards"
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("crc32", "<u4")])
+MAX_MANIFEST_BYTES = 1 << 28
+MAX_INDEX_HEADER = 1024
+PLACES = {"directory", "remote"}  # fields of a manifest that are not for the file to set
 STRICT = ConfigDict(extra="forbid", strict=True)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -39,6 +48,10 @@ class ShardError(ValueError):
     """A shard or its index is damaged; the message names the file and, where known, the document."""
 
     of_one_rank = True  # other ranks read other documents
+
+
+class DamagedDocumentError(ShardError):
+    """A document's bytes do not match their crc32; the rest of its shard may be sound."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Remote:
+    """Where a remote corpus lies (the URL of its folder) and where its files are kept while they are used."""
+
+    url: str
+    cache: Cache
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A tokenised corpus: the content of its `manifest.json`.
 
@@ -64,7 +85,8 @@ class Manifest:
         text_bytes: UTF-8 bytes of the documents that were written, for bits per byte.
         source: where the corpus came from and how many documents were rejected, by reason.
         sha256: hash of everything else in the file; with the seed it decides the order of a run.
-        directory: folder of the file; not part of it.
+        directory: folder of the file (of a remote corpus: its cache); not part of it.
+        remote: set for a corpus at a URL; not part of the file.
     """
 
     __pydantic_config__ = STRICT
@@ -84,6 +106,42 @@ class Manifest:
     shards: tuple[Shard, ...]
     sha256: Sha256
     directory: Path
+    remote: Remote | None = None
+
+    @property
+    def location(self) -> str:
+        """Folder or URL of the corpus, for messages."""
+        return str(self.directory) if self.remote is None else self.remote.url
+
+    def remote_files(self, number: int) -> tuple[RemoteFile, RemoteFile]:
+        """Shard `number` of a remote corpus, and its index."""
+        assert self.remote is not None
+        shard, url = self.shards[number], self.remote.url
+        index_bytes = shard.documents * INDEX_DTYPE.itemsize + MAX_INDEX_HEADER
+        return (
+            RemoteFile(remote.beneath(url, shard.name), shard.bytes, shard.sha256),
+            RemoteFile(remote.beneath(url, shard.index), index_bytes, shard.index_sha256),
+        )
+
+    def open_shard(self, number: int) -> tuple[BufferedReader, BufferedReader]:
+        """Open shard `number` and its index, through the cache where the corpus is remote.
+
+        Raises:
+            ShardError: one of them is missing, or the shard has another size.
+            RemoteError: one of them cannot be fetched.
+        """
+        shard = self.shards[number]
+        if self.remote is not None:
+            file, index = self.remote_files(number)
+            return self.remote.cache.open(file), self.remote.cache.open(index)
+        _check_size(self, shard)
+        path = self.directory / shard.index
+        try:
+            return (self.directory / shard.name).open("rb"), path.open("rb")
+        except OSError as error:
+            raise ShardError(
+                f"{error.filename}: cannot be read ({error.strerror}); restore it or build the shards again"
+            ) from error
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
@@ -97,49 +155,70 @@ def content_hash(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def load_manifest(path: str | Path, *, check_files: bool = True) -> Manifest:
+def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | None = None) -> Manifest:
     """Read a manifest and check it.
 
     Args:
-        path: the `manifest.json` or its folder.
-        check_files: also check that every shard is there with its size (not its content: see `verify`).
+        path: the `manifest.json` or its folder, on a disk or at a URL (see `megatron_md.data.remote`).
+        check_files: also check that every shard is there with its size (not its content: see `data.verify`);
+            the shards of a remote corpus are checked when they are fetched.
+        cache: where the shards of a remote corpus are kept while they are used.
 
     Raises:
-        ValueError: it is missing, malformed or contradicts itself, or (a `ShardError`) a shard is missing or cut.
+        ValueError: it is missing, malformed or contradicts itself, or (a `ShardError`) a shard is missing or cut,
+            or (a `RemoteError`) it cannot be fetched.
     """
+    file: str | Path
+    if remote.is_url(path):
+        file, data = _fetch_manifest(str(path))
+        origin = Remote(file.rpartition("/")[0], cache or Cache())
+        return _parse_manifest(file, data, origin.cache.directory, origin)
     path = Path(path)
     file = path / MANIFEST_NAME if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{file}: no such manifest; build shards with `megatron-md data build`")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: malformed JSON ({error}); build the shards again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{file}: not a manifest of {FORMAT}")
-    sha256 = content_hash(content)
-    try:
-        manifest = TypeAdapter(Manifest).validate_json(json.dumps({**content, "directory": str(file.parent)}))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"{file}: {key}: {problem['msg']}; build the shards again") from error
-    _check_consistent(file, manifest, sha256)
+    manifest = _parse_manifest(file, file.read_bytes(), file.parent, None)
     if check_files:
         for shard in manifest.shards:
             _check_size(manifest, shard)
     return manifest
 
 
-def _check_consistent(file: Path, manifest: Manifest, sha256: str) -> None:
+def _fetch_manifest(url: str) -> tuple[str, bytes]:
+    url = url.rstrip("/")
+    url = url if url.endswith(".json") else f"{url}/{MANIFEST_NAME}"
+    return url, remote.read(url, MAX_MANIFEST_BYTES)
+
+
+def _parse_manifest(file: str | Path, data: bytes, directory: Path, origin: Remote | None) -> Manifest:
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{file}: malformed JSON ({error}); build the shards again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or PLACES & content.keys():
+        raise ValueError(f"{file}: not a manifest of {FORMAT}")
+    sha256 = content_hash(content)
+    try:
+        # The bytes themselves, as writing a large manifest anew would take as long as reading it.
+        place = json.dumps({"directory": str(directory)}).encode()
+        manifest = TypeAdapter(Manifest).validate_json(data.rstrip()[:-1] + b"," + place[1:])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"{file}: {key}: {problem['msg']}; build the shards again") from error
+    _check_consistent(file, manifest, sha256)
+    return replace(manifest, remote=origin)
+
+
+def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None:
     if sha256 != manifest.sha256:
         raise ValueError(
             f"{file}: its content does not match its own hash: it was edited or cut; build the shards again"
         )
     names = [name for shard in manifest.shards for name in (shard.name, shard.index)]
     for name in names:
-        parts = PurePosixPath(name).parts
-        if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name:
+        # By hand: pathlib takes seconds for the shards of a trillion tokens.
+        if not name.strip("./") or name.startswith("/") or "\\" in name or ".." in name.split("/"):
             raise ValueError(f"{file}: shard name {name!r} must be relative and beneath the manifest")
     if len(set(names)) < len(names):
         raise ValueError(f"{file}: a shard is named twice")
@@ -173,26 +252,29 @@ class ShardReader:
 
         Raises:
             ShardError: the shard or its index is missing, has another size, or they do not fit together.
+            RemoteError: one of them cannot be fetched.
         """
         self._shard = manifest.shards[number]
         self._dtype = manifest.token_dtype
-        self.path = manifest.directory / self._shard.name
-        _check_size(manifest, self._shard)
-        self.index = self._load_index(manifest.directory / self._shard.index)
-        with self.path.open("rb") as file:
+        file, index_file = manifest.open_shard(number)
+        with file, index_file:
+            self.path = Path(file.name)
+            self.index = self._load_index(Path(index_file.name), index_file.read())
+            # The mapping keeps the file open, and with it the lock that a cached file is held by.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(mapped) != self._shard.bytes:
+            raise ShardError(f"{self.path}: {len(mapped)} bytes instead of {self._shard.bytes}; build the shards again")
         # Tars are padded to 512 bytes, so the whole file is one array of tokens; the headers are never read.
         self._tokens = np.frombuffer(mapped, dtype=self._dtype)
+        # Copies, as one entry of a plain array is read several times as fast as one of a field.
         self._starts = (self.index["offset"] // self._dtype.itemsize).astype(np.int64)
+        self._ends = self._starts + self.index["tokens"]
+        self._crc32 = self.index["crc32"].copy()
 
-    def _load_index(self, path: Path) -> npt.NDArray[np.void]:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ShardError(f"{path}: cannot read the index ({error.strerror}); build the shards again") from error
+    def _load_index(self, path: Path, data: bytes) -> npt.NDArray[np.void]:
         if hashlib.sha256(data).hexdigest() != self._shard.index_sha256:
             raise ShardError(f"{path}: the index does not match its hash; restore it or build the shards again")
-        index: npt.NDArray[np.void] = np.load(path, allow_pickle=False)
+        index: npt.NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
         if index.dtype != INDEX_DTYPE or index.shape != (self._shard.documents,):
             raise ShardError(f"{path}: not an index of {self._shard.documents} documents; build the shards again")
         ends = index["offset"] + index["tokens"].astype(np.uint64) * np.uint64(self._dtype.itemsize)
@@ -205,12 +287,12 @@ class ShardReader:
         """Tokens [n] of a document, a view of the file.
 
         Raises:
-            ShardError: under `verify`, its bytes do not match their crc32.
+            DamagedDocumentError: under `verify`, its bytes do not match their crc32.
         """
         start = self._starts[number]
-        tokens = self._tokens[start : start + self.index["tokens"][number]]
-        if verify and zlib.crc32(tokens.data) != self.index["crc32"][number]:
-            raise ShardError(
+        tokens = self._tokens[start : self._ends[number]]
+        if verify and zlib.crc32(tokens.data) != self._crc32[number]:
+            raise DamagedDocumentError(
                 f"{self.path}: document {number} (bytes {start * self._dtype.itemsize} to "
                 f"{start * self._dtype.itemsize + tokens.nbytes}) is damaged: its crc32 differs; restore the shard"
             )
@@ -218,47 +300,9 @@ class ShardReader:
 
     def blocks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
         """Tokens of runs of documents that lie side by side, in file order."""
-        ends = self._starts + self.index["tokens"]
-        cuts = np.flatnonzero(self._starts[1:] != ends[:-1]) + 1
-        for first, stop in zip([0, *cuts], [*cuts, len(ends)], strict=True):
-            yield self._tokens[self._starts[first] : ends[stop - 1]]
-
-
-def verify(manifest: Manifest) -> list[str]:
-    """Check every hash, every document's crc32 and every token id of a corpus.
-
-    Returns:
-        One line per problem, naming the file and the document; empty for a sound corpus.
-    """
-    problems: list[str] = []
-    for number, shard in enumerate(manifest.shards):
-        try:
-            reader = ShardReader(manifest, number)
-        except ShardError as error:
-            problems.append(str(error))
-            continue
-        damaged = _damaged_documents(reader, manifest.vocab_size)
-        problems += damaged
-        with reader.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != shard.sha256 and not damaged:
-            problems.append(
-                f"{reader.path}: damaged outside its documents (tar headers or lengths): its sha256 differs"
-            )
-    return problems
-
-
-def _damaged_documents(reader: ShardReader, vocab_size: int) -> list[str]:
-    problems = []
-    for number in range(len(reader.index)):
-        try:
-            tokens = reader.document(number)
-        except ShardError as error:
-            problems.append(str(error))
-            continue
-        if tokens.size and int(tokens.max()) >= vocab_size:
-            problems.append(f"{reader.path}: document {number} holds a token outside the vocabulary of {vocab_size}")
-    return problems
+        cuts = np.flatnonzero(self._starts[1:] != self._ends[:-1]) + 1
+        for first, stop in zip([0, *cuts], [*cuts, len(self._ends)], strict=True):
+            yield self._tokens[self._starts[first] : self._ends[stop - 1]]
 
 
 def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
@@ -269,7 +313,7 @@ def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
             found = np.bincount(block, minlength=manifest.vocab_size)
             if len(found) > manifest.vocab_size:
                 raise ValueError(
-                    f"{manifest.directory}: a token lies outside the vocabulary; check it with `data verify`"
+                    f"{manifest.location}: a token lies outside the vocabulary; check it with `data verify`"
                 )
             counts += found
     counts[manifest.eos_id] += manifest.documents
@@ -295,7 +339,7 @@ def unigram_cross_entropy(valid: Manifest, train: Manifest) -> float:
         ValueError: the two corpora were tokenised with different tokenizers.
     """
     if valid.tokenizer_sha256 != train.tokenizer_sha256:
-        raise ValueError(f"{valid.directory} and {train.directory} were tokenised with different tokenizers")
+        raise ValueError(f"{valid.location} and {train.location} were tokenised with different tokenizers")
     train_counts, valid_counts = token_counts(train) + 1, token_counts(valid)
     log_probabilities = np.log(train_counts / train_counts.sum())
     return float(-(valid_counts / valid_counts.sum() * log_probabilities).sum())

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array
+from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, DamagedDocument, Int32Array, Int64Array
+from megatron_md.data.cache import WindowFetcher
 from megatron_md.data.packing import RowOrder, WindowLayout
-from megatron_md.data.shards import Manifest, ShardReader, load_manifest
+from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader, load_manifest
 
 T = TypeVar("T")
-Int32Array = npt.NDArray[np.int32]
 
 WINDOW_SHARDS = 8
 VALIDATION_SEED = 0
+
+logger = logging.getLogger("megatron_md")
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,32 @@ class Rows:
 
     Attributes:
         tokens_BL: token ids; a window's last row ends in padding.
-        is_maskable_BL: False on padding.
+        is_maskable_BL: False on padding, also where a quarantined document would stand.
         sample_index_B: g of each row.
         cu_seqlens: per row the boundaries of its documents, from 0 to L ascending; padding counts as a last document.
+        corpus_B: number of the corpus that each row comes from.
+        damaged: documents that left a gap in these rows.
     """
 
     tokens_BL: Int64Array
     is_maskable_BL: BoolArray
     sample_index_B: Int64Array
     cu_seqlens: list[Int32Array]
+    corpus_B: Int64Array
+    damaged: frozenset[DamagedDocument]
+
+
+class RowStream(Protocol):
+    """Where a run's rows come from: one corpus (`SequenceStream`) or several (`MixtureStream`)."""
+
+    def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
+        """The rows of these g, in this order."""
+
+    def state(self) -> dict[str, Any]:
+        """What the order depends on, as JSON values; equal states serve equal rows."""
+
+    def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
+        """Leave these documents out from here on without looking at them: a resumed run's known damage."""
 
 
 class SequenceStream:
@@ -62,6 +84,7 @@ class SequenceStream:
         seq_length: int,
         window_shards: int = WINDOW_SHARDS,
         verify: bool = True,
+        keep_going: bool = False,
     ) -> None:
         """Open a corpus.
 
@@ -71,6 +94,7 @@ class SequenceStream:
             seq_length: tokens per row (L).
             window_shards: shards that are shuffled together (W).
             verify: check the crc32 of every document when a window first uses it.
+            keep_going: a damaged document becomes a gap in its rows (padding, not maskable) instead of an error.
 
         Raises:
             ValueError: the corpus is missing or malformed.
@@ -78,32 +102,49 @@ class SequenceStream:
         self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
         self.seq_length = seq_length
         self._seed, self._window_shards, self._verify = seed, window_shards, verify
+        self._keep_going = keep_going
+        self._quarantined: dict[str, list[int]] = {}
         shard_tokens = np.array([shard.tokens + shard.documents for shard in self.manifest.shards], dtype=np.int64)
         self._order = RowOrder(
             shard_tokens, seq_length=seq_length, window_shards=window_shards, seed=seed, corpus=self.manifest.sha256
         )
         self.tokens = int(shard_tokens.sum())
         self.rows_per_epoch = self._order.rows_of_epoch(0)
+        remote = self.manifest.remote
+        self._fetcher = WindowFetcher(self.manifest.remote_files, remote.cache) if remote is not None else None
         self._window = lru_cache(maxsize=2)(self._open_window)
 
     def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
         """The rows of these g, in this order.
 
         Raises:
-            ShardError: a document that they need is damaged; names shard and document.
+            ShardError: a document that they need is damaged (without `keep_going`), or a whole shard; names it.
         """
         count = len(sample_index)
         tokens_BL = np.full((count, self.seq_length), self.manifest.pad_id, dtype=np.int64)
         is_maskable_BL = np.zeros((count, self.seq_length), dtype=np.bool_)
         cu_seqlens = []
+        damaged: set[DamagedDocument] = set()
         for b, g in enumerate(sample_index):
             place = self._order.locate(int(g))
-            boundaries = self._window(place.epoch, place.window).fill(place.row, tokens_BL[b])
+            window = self._window(place.epoch, place.window)
+            boundaries, gaps = window.fill(place.row, tokens_BL[b])
             is_maskable_BL[b, : boundaries[-1]] = True
+            for begin, end, document in gaps:
+                is_maskable_BL[b, begin:end] = False
+                damaged.add(window.describe(document))
             if boundaries[-1] < self.seq_length:
                 boundaries.append(self.seq_length)
             cu_seqlens.append(np.array(boundaries, dtype=np.int32))
-        return Rows(tokens_BL, is_maskable_BL, np.asarray(sample_index, dtype=np.int64), cu_seqlens)
+        index_B = np.asarray(sample_index, dtype=np.int64)
+        return Rows(tokens_BL, is_maskable_BL, index_B, cu_seqlens, np.zeros_like(index_B), frozenset(damaged))
+
+    def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
+        """Leave these documents out from here on without looking at them; those of other corpora do not matter."""
+        for damaged in documents:
+            if damaged.corpus == self.manifest.sha256:
+                self._quarantined.setdefault(damaged.shard, []).append(damaged.document)
+        self._window.cache_clear()
 
     def state(self) -> dict[str, Any]:
         """What the order depends on; equal states serve equal rows. There is nothing else to restore."""
@@ -116,41 +157,88 @@ class SequenceStream:
 
     def _open_window(self, epoch: int, window: int) -> _Window:
         shards = self._order.shards_of_window(epoch, window)
+        if self._fetcher is not None:
+            self._fetcher.bring(self._order, epoch, window)
         readers = [ShardReader(self.manifest, int(shard)) for shard in shards]
         document_tokens = np.concatenate([reader.index["tokens"] for reader in readers]).astype(np.int64)
         layout = WindowLayout(document_tokens, self.seq_length, *self._order.key, epoch, window)
-        return _Window(readers, layout, document_tokens, self.manifest.eos_id, self._verify)
+        names = [self.manifest.shards[shard].name for shard in shards.tolist()]
+        opened = _Window(self.manifest, names, readers, layout, document_tokens, self._verify, self._keep_going)
+        for number, name in enumerate(names):
+            opened.leave_out(number, self._quarantined.get(name, []))
+        return opened
 
 
 class _Window:
     """The documents of one window, read through its layout."""
 
     def __init__(
-        self, readers: list[ShardReader], layout: WindowLayout, document_tokens: Int64Array, eos_id: int, verify: bool
+        self,
+        manifest: Manifest,
+        names: list[str],
+        readers: list[ShardReader],
+        layout: WindowLayout,
+        document_tokens: Int64Array,
+        verify: bool,
+        keep_going: bool,
     ) -> None:
-        self._readers, self._layout, self._eos_id = readers, layout, eos_id
+        self._manifest, self._names, self._readers, self._layout = manifest, names, readers, layout
         self._document_tokens = document_tokens
-        self._first_documents = np.cumsum([0] + [len(reader.index) for reader in readers])
+        self._first_documents = [0, *itertools.accumulate(len(reader.index) for reader in readers)]
         self._is_unchecked = np.full(len(document_tokens), verify)
+        self._is_left_out = np.zeros(len(document_tokens), dtype=np.bool_)
+        self._keep_going = keep_going
 
-    def fill(self, row: int, tokens_L: Int64Array) -> list[int]:
-        """Write a row; returns the boundaries of its documents, from 0 to the end of its last token."""
+    def leave_out(self, shard: int, documents: list[int]) -> None:
+        """Treat these documents of the window's shard number `shard` as damaged."""
+        self._is_left_out[self._first_documents[shard] + np.array(documents, dtype=np.int64)] = True
+
+    def fill(self, row: int, tokens_L: Int64Array) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Write a row.
+
+        Returns:
+            The boundaries of its documents, from 0 to the end of its last token, and (begin, end, document) of the
+            gaps that damaged documents (with their `<eos>`) leave.
+        """
         boundaries = [0]
+        gaps = []
         for piece in self._layout.pieces(row):
             begin = boundaries[-1]
             end = begin + piece.stop - piece.start
-            length = int(self._document_tokens[piece.document])
-            tokens_n = self._document(piece.document)[piece.start : piece.stop]
-            tokens_L[begin : begin + len(tokens_n)] = tokens_n
-            if piece.stop > length:
-                tokens_L[end - 1] = self._eos_id
             boundaries.append(end)
-        return boundaries
+            document_n = self._document(piece.document)
+            if document_n is None:
+                gaps.append((begin, end, piece.document))
+                continue
+            tokens_n = document_n[piece.start : piece.stop]
+            tokens_L[begin : begin + len(tokens_n)] = tokens_n
+            if piece.stop > len(document_n):
+                tokens_L[end - 1] = self._manifest.eos_id
+        return boundaries, gaps
 
-    def _document(self, document: int) -> npt.NDArray[np.unsignedinteger]:
-        shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
-        verify = bool(self._is_unchecked[document])
-        tokens_n = self._readers[shard].document(document - int(self._first_documents[shard]), verify=verify)
+    def describe(self, document: int) -> DamagedDocument:
+        """What a ledger says about a document of this window."""
+        shard, number = self._place(document)
+        tokens = int(self._document_tokens[document])
+        return DamagedDocument(self._manifest.sha256, self._names[shard], number, tokens)
+
+    def _place(self, document: int) -> tuple[int, int]:
+        shard = bisect_right(self._first_documents, document) - 1
+        return shard, document - self._first_documents[shard]
+
+    def _document(self, document: int) -> npt.NDArray[np.unsignedinteger] | None:
+        """A document's tokens [n]; None if it is damaged and the run goes on without it."""
+        if self._is_left_out[document]:
+            return None
+        shard, number = self._place(document)
+        try:
+            tokens_n = self._readers[shard].document(number, verify=bool(self._is_unchecked[document]))
+        except DamagedDocumentError as error:
+            if not self._keep_going:
+                raise
+            logger.warning("left out: %s", error)
+            self._is_left_out[document] = True
+            return None
         self._is_unchecked[document] = False
         return tokens_n
 
@@ -162,12 +250,18 @@ def validation_rows(manifest: str | Path | Manifest, seq_length: int, count: int
 
 
 def micro_batches(
-    stream: SequenceStream, position: BatchPosition, micro_batch_size: int, *, data_rank: int, data_size: int
+    stream: RowStream,
+    position: BatchPosition,
+    micro_batch_size: int,
+    *,
+    data_rank: int,
+    data_size: int,
+    length: int | None = None,
 ) -> list[CleanBatch]:
     """This data-parallel rank's micro-batches of a global batch.
 
     Micro-batch j of rank r takes the slots (j * data_size + r) * micro_batch_size onwards, so every split of a
-    global batch sees the same rows.
+    global batch sees the same rows. Under `length`, all rows are cut to their first `length` tokens.
 
     Raises:
         ValueError: the global batch does not divide into micro-batches of this size over the ranks.
@@ -182,8 +276,24 @@ def micro_batches(
     for slot in range(data_rank * micro_batch_size, position.global_batch_size, rows_per_round):
         first = position.first_sample_index + slot
         rows = stream.rows(range(first, first + micro_batch_size))
-        batches.append(CleanBatch(rows.tokens_BL, rows.is_maskable_BL, rows.sample_index_B, position))
+        batch = CleanBatch(
+            rows.tokens_BL, rows.is_maskable_BL, rows.sample_index_B, position, rows.cu_seqlens, rows.damaged
+        )
+        if length is not None and length < rows.tokens_BL.shape[1]:
+            batch = _cut(batch, length)
+        batches.append(batch)
     return batches
+
+
+def _cut(batch: CleanBatch, length: int) -> CleanBatch:
+    """The first `length` tokens of every row; damage beyond them counts as seen all the same."""
+    assert batch.cu_seqlens is not None
+    return replace(
+        batch,
+        tokens_BL=np.ascontiguousarray(batch.tokens_BL[:, :length]),
+        is_maskable_BL=np.ascontiguousarray(batch.is_maskable_BL[:, :length]),
+        cu_seqlens=[np.append(cuts[cuts < length], np.int32(length)) for cuts in batch.cu_seqlens],
+    )
 
 
 class Prefetcher(Generic[T]):

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizer that keeps every character of code: training, encoding, decoding."""
+"""Tokenizers: encoding and decoding, and training of SentencePiece models that keep every character of code."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import hashlib
 import io
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.data.corpus import Document
+from megatron_md.data.entries import Document
+from megatron_md.data.tokenizer_json import JsonTokenizer
 
+JSON_NAME = "tokenizer.json"
 MASK, EOS, PAD, UNKNOWN = "<mask>", "<eos>", "<pad>", "<unk>"
 SPACE_PIECE = "\u2581"  # how SentencePiece spells a space; a literal one is encoded through its bytes
 TABS = ["\t" * count for count in range(1, 5)]  # SentencePiece cannot learn pieces with tabs: it reserves the character
@@ -22,44 +26,73 @@ EXCERPT_CHARACTERS = 4_000
 TRAINING_THREADS = 4  # fixed, whatever the machine: the model file depends on it
 
 
+class TokenizerModel(Protocol):
+    """What a `Tokenizer` needs of a model file."""
+
+    vocab_size: int
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    special_names: dict[int, str]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any special token."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, none of them special."""
+
+    def kept(self, text: str) -> str:
+        """What of a text must survive encoding."""
+
+
 class Tokenizer:
-    """A SentencePiece model with `<mask>`, `<eos>` and `<pad>` tokens.
+    """A SentencePiece model or a `tokenizer.json` of Hugging Face, with mask, end-of-text and padding tokens.
 
     Attributes:
         path: the model file.
         sha256: hash of the model file; it travels into shards, runs and checkpoints.
-        vocab_size: number of pieces.
+        vocab_size: number of pieces (largest id + 1).
         mask_token_id, eos_token_id, pad_token_id: ids of the special tokens (no pad piece: `<eos>` pads).
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        mask_token: str | None = None,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+    ) -> None:
         """Load a model file.
 
-        Raises:
-            ValueError: the file is missing, not a SentencePiece model, or lacks `<mask>` or an end-of-text piece.
-        """
-        import sentencepiece
+        Args:
+            path: a SentencePiece model, a `tokenizer.json`, or a folder that holds the latter.
+            mask_token: name of the token that stands for a masked one. Where it is not given: `<mask>` in a
+                SentencePiece model; as `megatron_md.data.tokenizer_json` says in a `tokenizer.json`.
+            eos_token: name of the token that ends a document; else the model's own, as above.
+            pad_token: name of the token that fills rows; else the model's own, or `eos_token`.
 
+        Raises:
+            ValueError: the file is missing, not a tokenizer, or lacks a mask or an end-of-text token.
+        """
         self.path = Path(path)
+        if (self.path / JSON_NAME).is_file():
+            self.path /= JSON_NAME
         if not self.path.is_file():
             raise ValueError(f"{path}: no such tokenizer file; train one with `megatron-md tokenizer train`")
-        model = self.path.read_bytes()
-        sentencepiece.set_min_log_level(2)
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: not a SentencePiece model") from error
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.mask_token_id = self._special(MASK)
-        self.eos_token_id: int = self._processor.eos_id()
-        if self.eos_token_id < 0:
-            raise ValueError(f"{path}: the tokenizer has no end-of-text piece, which separates documents")
-        self.pad_token_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_token_id
-        self._special_names = {
-            id: self._processor.id_to_piece(id) for id in range(self.vocab_size) if self._processor.is_control(id)
-        }
-        self._space_piece_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
+        data = self.path.read_bytes()
+        tokens = {"mask_token": mask_token, "eos_token": eos_token, "pad_token": pad_token}
+        self._model: TokenizerModel
+        # By content, since a run keeps its copy under one name, whatever the kind.
+        if data.lstrip().startswith(b"{"):
+            self._model = JsonTokenizer(self.path, data, tokens)
+        else:
+            self._model = _SentencePiece(self.path, data, tokens)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.vocab_size = self._model.vocab_size
+        self.mask_token_id = self._model.mask_token_id
+        self.eos_token_id = self._model.eos_token_id
+        self.pad_token_id = self._model.pad_token_id
 
     def encode(self, text: str) -> npt.NDArray[np.int64]:
         """Token ids [n] of a text, without any special token: `<mask>` in a text is six characters like any other.
@@ -67,28 +100,25 @@ class Tokenizer:
         Raises:
             ValueError: the text holds lone surrogates, which have no UTF-8 form.
         """
-        ids: list[int] = []
-        for number, part in enumerate(text.split(SPACE_PIECE)):
-            if number:
-                ids += self._space_piece_ids
-            try:
-                ids += self._processor.encode(part)
-            except RuntimeError as error:
-                raise ValueError("cannot encode a text with lone surrogates: it has no UTF-8 form") from error
+        try:
+            ids = self._model.encode(text)
+        except (RuntimeError, UnicodeEncodeError, TypeError) as error:
+            raise ValueError("cannot encode a text with lone surrogates: it has no UTF-8 form") from error
         return np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer], *, show_special: bool = False) -> str:
         """Text of token ids [n]; special tokens are left out, or spelt like `<mask>` under `show_special`."""
         text: list[str] = []
         run: list[int] = []
+        special_names = self._model.special_names
         for id in np.asarray(ids, dtype=np.int64).tolist():
-            if id in self._special_names:
-                text.append(self._processor.decode(run))
-                text.append(self._special_names[id] if show_special else "")
+            if id in special_names:
+                text.append(self._model.decode(run))
+                text.append(special_names[id] if show_special else "")
                 run = []
             else:
                 run.append(id)
-        text.append(self._processor.decode(run))
+        text.append(self._model.decode(run))
         return "".join(text)
 
     def check_round_trip(self, document: Document) -> None:
@@ -97,21 +127,74 @@ class Tokenizer:
         Raises:
             ValueError: it does not; names the document and the first place that differs.
         """
-        decoded = self.decode(self.encode(document.text))
-        if decoded != document.text:
-            pairs = zip(decoded, document.text, strict=False)
-            shorter = min(len(decoded), len(document.text))
+        decoded, expected = self.decode(self.encode(document.text)), self._model.kept(document.text)
+        if decoded != expected:
+            pairs = zip(decoded, expected, strict=False)
+            shorter = min(len(decoded), len(expected))
             at = next((i for i, (one, other) in enumerate(pairs) if one != other), shorter)
             raise ValueError(
                 f"{self.path}: the tokenizer does not keep the text of {document.name}: at character {at} "
-                f"{document.text[at : at + 20]!r} becomes {decoded[at : at + 20]!r}; train it without normalisation"
+                f"{expected[at : at + 20]!r} becomes {decoded[at : at + 20]!r}; train it without normalisation"
             )
+
+    def save(self, path: str | Path) -> None:
+        """Copy the model file; for a `tokenizer.json` a `tokenizer_config.json` beside it names the special tokens."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(self._model, JsonTokenizer):
+            self._model.save_config(path.parent)
+        if not path.exists() or not path.samefile(self.path):
+            partial = path.with_name(path.name + ".partial")
+            shutil.copyfile(self.path, partial)
+            os.replace(partial, path)
+
+
+class _SentencePiece:
+    """A SentencePiece model."""
+
+    def __init__(self, path: Path, data: bytes, tokens: dict[str, str | None]) -> None:
+        import sentencepiece
+
+        self._path = path
+        sentencepiece.set_min_log_level(2)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a SentencePiece model") from error
+        self.vocab_size: int = self._processor.vocab_size()
+        self.mask_token_id = self._special(tokens["mask_token"] or MASK)
+        own_eos, own_pad = self._processor.eos_id(), self._processor.pad_id()
+        self.eos_token_id: int = self._special(tokens["eos_token"]) if tokens["eos_token"] else own_eos
+        if self.eos_token_id < 0:
+            raise ValueError(f"{path}: the tokenizer has no end-of-text piece, which separates documents")
+        self.pad_token_id: int = own_pad if own_pad >= 0 else self.eos_token_id
+        if tokens["pad_token"]:
+            self.pad_token_id = self._special(tokens["pad_token"])
+        self.special_names: dict[int, str] = {
+            id: self._processor.id_to_piece(id) for id in range(self.vocab_size) if self._processor.is_control(id)
+        }
+        self._space_piece_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(text.split(SPACE_PIECE)):
+            if number:
+                ids += self._space_piece_ids
+            ids += self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._processor.decode(ids)
+        return text
+
+    def kept(self, text: str) -> str:
+        return text
 
     def _special(self, piece: str) -> int:
         id: int = self._processor.piece_to_id(piece)
         if self._processor.id_to_piece(id) != piece:
             raise ValueError(
-                f"{self.path}: the tokenizer has no {piece} piece; train one with `megatron-md tokenizer train`"
+                f"{self._path}: the tokenizer has no {piece} piece; train one with `megatron-md tokenizer train`"
             )
         return id
 

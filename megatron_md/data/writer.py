@@ -1,4 +1,7 @@
-"""Writer of shards: tokenised documents in, a folder of tar shards with a manifest out, complete or not at all."""
+"""Writer of shards: tokenised documents in, a folder of tar shards with a manifest out, complete or not at all.
+
+While it is written the folder is called NAME.partial; an interrupted build goes on from its last complete shard.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,23 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.data.corpus import Rejection
+from megatron_md.data.entries import Rejection
+from megatron_md.data.resume import (
+    PROGRESS_NAME,
+    BuildProgress,
+    BuildState,
+    load_state,
+    settings_key,
+    write_synced,
+)
 from megatron_md.data.shards import (
     FORMAT,
     INDEX_DTYPE,
@@ -34,17 +44,23 @@ from megatron_md.data.tokenizer import Tokenizer
 
 BLOCK_BYTES = 1 << 20
 SHARD_TOKENS = 1 << 24
-OWN_FILES = re.compile(r"shard-\d{6}\.(tar|index\.npy)|manifest\.json|rejected\.jsonl")
+OWN_FILES = re.compile(r"shard-\d{6}\.(tar|index\.npy)|manifest\.json|rejected\.jsonl|progress\.json(\.new)?")
 
 Tokens = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A document's tokens [n], without `<eos>`, and the size of its text in UTF-8 bytes."""
+    """A document's tokens [n], without `<eos>`.
+
+    Attributes:
+        text_bytes: size of its text in UTF-8.
+        fingerprint: checksum of what was read, by which an interrupted build finds its place again.
+    """
 
     tokens: Tokens
     text_bytes: int
+    fingerprint: int = 0
 
 
 Batch = list[Tokenised | Rejection]
@@ -52,13 +68,18 @@ Batch = list[Tokenised | Rejection]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a manifest says about its tokens."""
+    """What a manifest says about its tokens.
+
+    Attributes:
+        token_bytes: bytes per stored token, 2 or 4; the fewest that hold every token unless given.
+    """
 
     size: int
     eos_id: int
     mask_id: int
     pad_id: int
     tokenizer_sha256: str
+    token_bytes: int | None = None
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
@@ -73,18 +94,8 @@ class Vocabulary:
 
     @property
     def token_dtype(self) -> np.dtype[Any]:
-        """The smallest type that holds every token."""
-        return np.dtype("<u2" if self.size <= 1 << 16 else "<u4")
-
-
-@dataclass
-class BuildProgress:
-    """What a build has done so far; handed to `on_progress`."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
+        """The type of `token_bytes` bytes; the smallest that holds every token unless given."""
+        return np.dtype(f"<u{self.token_bytes or (2 if self.size <= 1 << 16 else 4)}")
 
 
 OnProgress = Callable[[BuildProgress], None]
@@ -99,60 +110,118 @@ def write_corpus(
     block_bytes: int = BLOCK_BYTES,
     source: dict[str, Any] | None = None,
     on_progress: OnProgress | None = None,
+    resume_from: BuildState | None = None,
 ) -> Manifest:
     """Write tokenised documents as shards under a manifest.
 
     Written into `output_dir` + ".partial" and renamed when complete; an earlier build in `output_dir` is replaced.
+    When it fails, the partial folder stays if a shard in it is complete, for `interrupted_build`.
+
+    Args:
+        batches: tokenised documents and rejections in order.
+        vocabulary: what they were tokenised with.
+        output_dir: folder to create.
+        shard_tokens: a shard is closed when it holds this many tokens.
+        block_bytes: a tar member is closed when it holds this many bytes.
+        source: free description, recorded in the manifest.
+        on_progress: called after every batch.
+        resume_from: what `interrupted_build` found; `batches` begin after its entries.
 
     Raises:
         ValueError: `output_dir` holds something else, there is no document to write, or a token lies outside the
             vocabulary.
     """
-    output_dir = Path(os.path.abspath(output_dir))
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    for folder in (output_dir, partial):
-        _check_own(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    output_dir, partial = _folders(output_dir)
+    state = resume_from
+    if state is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        state = BuildState(_settings_key(vocabulary, shard_tokens, block_bytes, source))
     try:
-        writer = _CorpusWriter(partial, vocabulary, shard_tokens, block_bytes)
-        progress, shards = _write_batches(batches, writer, partial / REJECTED_NAME, on_progress)
-        if not shards:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(progress.rejected.items()))
+        writer = _CorpusWriter(partial, vocabulary, shard_tokens, block_bytes, state.shards)
+        _write_batches(batches, writer, partial, state, on_progress)
+        if not state.shards:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(state.progress.rejected.items()))
             raise ValueError(
                 f"{output_dir}: no document to write ({reasons or 'none found'}); check --input and --split"
             )
-        _write_manifest(partial, vocabulary, progress, shards, source or {})
+        write_manifest(partial, vocabulary, state.progress, state.shards, source or {})
     except BaseException:
-        shutil.rmtree(partial)
+        if not (partial / PROGRESS_NAME).exists():
+            shutil.rmtree(partial)
         raise
     _replace(partial, output_dir)
     return load_manifest(output_dir)
 
 
+def interrupted_build(
+    vocabulary: Vocabulary,
+    output_dir: str | Path,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    block_bytes: int = BLOCK_BYTES,
+    source: dict[str, Any] | None = None,
+) -> BuildState | None:
+    """Where an interrupted build of the same settings stopped, at the end of a shard; None where there is none.
+
+    Raises:
+        ValueError: `output_dir` or its partial folder holds something else, or a build with other settings.
+    """
+    _, partial = _folders(output_dir)
+    return load_state(partial, _settings_key(vocabulary, shard_tokens, block_bytes, source))
+
+
+def _folders(output_dir: str | Path) -> tuple[Path, Path]:
+    """Where a build ends up, and where it is written."""
+    output_dir = Path(os.path.abspath(output_dir))
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    for folder in (output_dir, partial):
+        _check_own(folder)
+    return output_dir, partial
+
+
+def _settings_key(vocabulary: Vocabulary, shard_tokens: int, block_bytes: int, source: dict[str, Any] | None) -> str:
+    return settings_key({**asdict(vocabulary), "sizes": [shard_tokens, block_bytes], "source": source or {}})
+
+
 def _write_batches(
-    batches: Iterable[Batch], writer: _CorpusWriter, rejected_path: Path, on_progress: OnProgress | None
-) -> tuple[BuildProgress, list[Shard]]:
-    progress = BuildProgress()
-    with rejected_path.open("w", encoding="utf-8") as rejected:
+    batches: Iterable[Batch],
+    writer: _CorpusWriter,
+    folder: Path,
+    state: BuildState,
+    on_progress: OnProgress | None,
+) -> None:
+    with (folder / REJECTED_NAME).open("ab") as rejected:
         for batch in batches:
             for entry in batch:
+                state.add(entry.fingerprint)
                 if isinstance(entry, Rejection):
-                    progress.rejected[entry.reason] += 1
-                    rejected.write(json.dumps({"name": entry.name, "reason": entry.reason}) + "\n")
-                else:
-                    writer.add(entry.tokens)
-                    progress.documents += 1
-                    progress.tokens += entry.tokens.size
-                    progress.text_bytes += entry.text_bytes
+                    state.progress.rejected[entry.reason] += 1
+                    rejected.write(_rejected_line(entry))
+                    continue
+                # Counted first: the state that is saved at the end of a shard includes the document that ended it.
+                state.progress.documents += 1
+                state.progress.tokens += entry.tokens.size
+                state.progress.text_bytes += entry.text_bytes
+                if writer.add(entry.tokens):
+                    rejected.flush()
+                    os.fsync(rejected.fileno())
+                    state.rejected_bytes = rejected.tell()
+                    state.save(folder)
             if on_progress is not None:
-                on_progress(progress)
-    return progress, writer.close()
+                on_progress(state.progress)
+    writer.close()
 
 
-def _write_manifest(
+def _rejected_line(entry: Rejection) -> bytes:
+    record = {"name": entry.name, "reason": entry.reason, **({"detail": entry.detail} if entry.detail else {})}
+    return (json.dumps(record) + "\n").encode()
+
+
+def write_manifest(
     folder: Path, vocabulary: Vocabulary, progress: BuildProgress, shards: list[Shard], source: dict[str, Any]
 ) -> None:
+    """Write the manifest of these shards, in one step."""
     content: dict[str, Any] = {
         "format": FORMAT,
         "version": 1,
@@ -169,7 +238,8 @@ def _write_manifest(
         "shards": [asdict(shard) for shard in shards],
     }
     content["sha256"] = content_hash(content)
-    _write_synced(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    write_synced(folder / (MANIFEST_NAME + ".new"), (json.dumps(content, indent=1) + "\n").encode())
+    os.replace(folder / (MANIFEST_NAME + ".new"), folder / MANIFEST_NAME)
 
 
 def _check_own(folder: Path) -> None:
@@ -191,33 +261,38 @@ def _replace(partial: Path, output_dir: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         output_dir.rename(old)
     partial.rename(output_dir)
+    (output_dir / PROGRESS_NAME).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
 class _CorpusWriter:
     """Spreads documents over shards."""
 
-    def __init__(self, folder: Path, vocabulary: Vocabulary, shard_tokens: int, block_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, vocabulary: Vocabulary, shard_tokens: int, block_bytes: int, shards: list[Shard]
+    ) -> None:
         self._folder, self._vocabulary = folder, vocabulary
         self._shard_tokens, self._block_bytes = shard_tokens, block_bytes
-        self._shards: list[Shard] = []
+        self._shards = shards
         self._writer: _ShardWriter | None = None
 
-    def add(self, tokens: Tokens) -> None:
+    def add(self, tokens: Tokens) -> bool:
+        """Append a document; True when it ended a shard."""
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocabulary.size:
             raise ValueError(f"{self._folder}: a token lies outside the vocabulary of {self._vocabulary.size}")
         if self._writer is None:
             self._writer = _ShardWriter(self._folder, len(self._shards), self._block_bytes)
         self._writer.add(tokens.astype(self._vocabulary.token_dtype))
-        if self._writer.tokens >= self._shard_tokens:
-            self.close()
+        if self._writer.tokens < self._shard_tokens:
+            return False
+        self.close()
+        return True
 
-    def close(self) -> list[Shard]:
-        """Finish the open shard; returns all that were written."""
+    def close(self) -> None:
+        """Finish the open shard, if any."""
         if self._writer is not None:
             self._shards.append(self._writer.close())
             self._writer = None
-        return self._shards
 
 
 class _ShardWriter:
@@ -250,19 +325,7 @@ class _ShardWriter:
         self._file.seek(0)
         sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
         self._file.close()
-        index = io.BytesIO()
-        np.lib.format.write_array(index, np.array(self._index, dtype=INDEX_DTYPE), version=(1, 0), allow_pickle=False)
-        index_path = self._path.with_suffix(".index.npy")
-        _write_synced(index_path, index.getvalue())
-        return Shard(
-            name=self._path.name,
-            documents=len(self._index),
-            tokens=self.tokens,
-            bytes=self._path.stat().st_size,
-            sha256=sha256,
-            index=index_path.name,
-            index_sha256=hashlib.sha256(index.getvalue()).hexdigest(),
-        )
+        return describe_shard(self._path, np.array(self._index, dtype=INDEX_DTYPE), sha256)
 
     def _flush(self) -> None:
         if not self._block:
@@ -285,8 +348,18 @@ class _ShardWriter:
         self._tar.addfile(member, io.BytesIO(data))
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def describe_shard(path: Path, index: npt.NDArray[np.void], sha256: str) -> Shard:
+    """Write the index of a complete shard beside it, and describe both; names are relative to its folder."""
+    data = io.BytesIO()
+    np.lib.format.write_array(data, index, version=(1, 0), allow_pickle=False)
+    index_path = path.with_suffix(".index.npy")
+    write_synced(index_path, data.getvalue())
+    return Shard(
+        name=path.name,
+        documents=len(index),
+        tokens=int(index["tokens"].sum(dtype=np.uint64)),
+        bytes=path.stat().st_size,
+        sha256=sha256,
+        index=index_path.name,
+        index_sha256=hashlib.sha256(data.getvalue()).hexdigest(),
+    )

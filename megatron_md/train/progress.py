@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import dataclass, replace
 
 from megatron_md.batch import BatchPosition
@@ -27,8 +29,12 @@ class Progress:
     @classmethod
     def start(cls, config: Config) -> Progress:
         """Progress of a run that has not begun."""
-        rows = sum(batch_size_at(config, step) for step in range(config.train.steps))
-        return cls(0, 0, 0, rows * config.data.seq_length)
+        rows = tokens = 0
+        for step in range(config.train.steps):
+            size = batch_size_at(config, step)
+            tokens += size * row_length_at(config, rows)
+            rows += size
+        return cls(0, 0, 0, tokens)
 
     def batch_position(self, config: Config) -> BatchPosition:
         """The global batch of the next step."""
@@ -42,7 +48,7 @@ class Progress:
             self,
             step=self.step + 1,
             next_sample_index=self.next_sample_index + rows,
-            tokens=self.tokens + rows * config.data.seq_length,
+            tokens=self.tokens + rows * row_length_at(config, self.next_sample_index),
         )
 
 
@@ -53,3 +59,25 @@ def batch_size_at(config: Config, step: int) -> int:
         return full
     rises = -(-(full - ramp.start) // ramp.increment)
     return min(full, ramp.start + ramp.increment * (step * rises // ramp.steps))
+
+
+def row_length_at(config: Config, first_sample_index: int) -> int:
+    """Tokens per row of the global batch that starts at this g.
+
+    `data.seq_length`; with probability `data.random_length_fraction` a random length instead, uniform over the
+    multiples of `row_length_unit` (LLaDA, arXiv 2502.09992, cuts 1 % of its rows). One length for a whole global batch,
+    as pipeline messages have one shape per step; a pure function of (seed, g).
+    """
+    if not config.data.random_length_fraction:
+        return config.data.seq_length
+    digest = hashlib.blake2b(f"{config.seed}/row_length/{first_sample_index}".encode(), digest_size=16).digest()
+    choice, length = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+    if choice >= config.data.random_length_fraction * 2**64:
+        return config.data.seq_length
+    unit = row_length_unit(config)
+    return unit * (1 + (length * (config.data.seq_length // unit) >> 64))
+
+
+def row_length_unit(config: Config) -> int:
+    """What random row lengths are multiples of, so that tensor and context parallelism can split them."""
+    return math.lcm(config.parallel.tensor, 2 * config.parallel.context)

@@ -9,15 +9,23 @@ from dataclasses import dataclass, field
 
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_md.batch import CorruptedBatch
+from megatron_md.batch import CorruptedBatch, DamagedDocument
 from megatron_md.config import Config
-from megatron_md.data.stream import Prefetcher, SequenceStream, micro_batches
+from megatron_md.data.stream import Prefetcher, RowStream, micro_batches
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.optimizer import learning_rate, set_hyperparameters
-from megatron_md.train.progress import Progress
+from megatron_md.train.progress import Progress, row_length_at
 from megatron_md.train.resilience import StopRequest, Watchdog
 from megatron_md.train.step import Stepper
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """This rank's corrupted micro-batches of a global batch, and the damaged documents that left gaps in them."""
+
+    micro_batches: list[CorruptedBatch]
+    damaged: frozenset[DamagedDocument]
 
 
 @dataclass
@@ -27,17 +35,19 @@ class Trainer:
     Attributes:
         progress: steps, samples and tokens done; set it before `fit` to continue from a checkpoint.
         stopped_by: name of the signal that ended the run early, else None.
+        damaged: documents that left gaps in this rank's rows of the newest global batch.
     """
 
     config: Config
     world: World
-    stream: SequenceStream
+    stream: RowStream
     stepper: Stepper
     optimizer: MegatronOptimizer
     callbacks: Sequence[Callback]
     stop_request: StopRequest | None = None
     progress: Progress = field(init=False)
     stopped_by: str | None = None
+    damaged: frozenset[DamagedDocument] = frozenset()
 
     def __post_init__(self) -> None:
         self.progress = Progress.start(self.config)
@@ -67,7 +77,7 @@ class Trainer:
                 if self.stop_request is not None and not is_last and self.stop_request.agreed(self.world.device):
                     self.stopped_by = self.stop_request.signal_name or "another rank's signal"
 
-    def train_step(self, batches: Iterator[list[CorruptedBatch]]) -> Record:
+    def train_step(self, batches: Iterator[PreparedBatch]) -> Record:
         """One optimizer step on the next global batch; returns its record."""
         start = time.perf_counter()
         batch = next(batches)
@@ -75,7 +85,8 @@ class Trainer:
         keys = self.config.optimizer
         lr = learning_rate(keys, self.progress.step, self.config.train.steps)
         set_hyperparameters(self.optimizer, lr=lr, weight_decay=keys.weight_decay)
-        report = self.stepper.train(batch)
+        report = self.stepper.train(batch.micro_batches)
+        self.damaged = batch.damaged
         self.progress = self.progress.after(self.config)
         return {
             "step": self.progress.step,
@@ -89,8 +100,8 @@ class Trainer:
             "skipped": int(report.skipped),
         }
 
-    def _global_batches(self) -> Iterator[list[CorruptedBatch]]:
-        """This rank's corrupted micro-batches of every global batch from here to the end of the run."""
+    def _global_batches(self) -> Iterator[PreparedBatch]:
+        """This rank's part of every global batch from here to the end of the run."""
         progress = self.progress
         while progress.step < self.config.train.steps:
             position = progress.batch_position(self.config)
@@ -100,6 +111,8 @@ class Trainer:
                 self.config.train.micro_batch_size,
                 data_rank=self.world.data_rank,
                 data_size=self.world.data_size,
+                length=row_length_at(self.config, progress.next_sample_index),
             )
-            yield self.stepper.corrupt(rows)
+            damaged = frozenset().union(*(batch.damaged for batch in rows))
+            yield PreparedBatch(self.stepper.corrupt(rows), damaged)
             progress = progress.after(self.config)

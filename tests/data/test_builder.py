@@ -10,8 +10,8 @@ import webdataset
 
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import Document, Rejection
-from megatron_md.data.shards import verify
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.data.verify import verify
 from tests.data.small_corpus import all_documents
 
 SIZES = {"shard_tokens": 3000, "block_bytes": 2000}

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_md.cli import main
-from megatron_md.data.corpus import Document
+from megatron_md.data.corpus import Document, documents
+from megatron_md.data.entries import Entry
 from megatron_md.data.shards import load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 
@@ -70,3 +76,63 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("megatron-md: ") for line in lines)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_damaged_files_and_long_documents(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in ("fine", "x" * 99, "good")))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"body": "cut"}).encode())[:-4])
+    build = ["data", "build", "--input", str(folder), "--tokenizer", str(tokenizer.path), "--text-key", "body"]
+    build += ["--max-document-bytes", "60", "--output", str(tmp_path / "out")]
+    assert main(build) == 2
+    assert "b.jsonl.gz: damaged or cut compressed data" in capsys.readouterr().err
+    assert main([*build, "--skip-damaged"]) == 0
+    assert "2 documents" in capsys.readouterr().out
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(entry["name"], entry["reason"]) for entry in rejected] == [
+        ("a.jsonl#2", "too long"),
+        ("b.jsonl.gz", "damaged file"),
+    ]
+    assert "restore the file" in rejected[1]["detail"]
+
+
+@pytest.mark.parametrize("words", [["index"], ["build", "--index", "--input"]])
+def test_tars_made_elsewhere_are_indexed(
+    text_folder: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    where = ["--tokenizer", str(tokenizer.path)]
+    assert main(["data", "build", "--input", str(text_folder), *where, "--output", str(tmp_path / "built")]) == 0
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "built" / "shard-000000.tar").rename(tmp_path / "tars" / "shard-000000.tar")
+    assert main(["data", *words, str(tmp_path / "tars"), *where, "--verify"]) == 0
+    assert "tars: 1 shard(s), 150 documents: sound" in capsys.readouterr().out
+    if words[0] == "build":
+        assert main(["data", *words, str(tmp_path / "tars"), *where, "--output", "x"]) == 2
+        assert main(["data", "build", "--input", str(text_folder), *where]) == 2
+        assert "--output is missing" in capsys.readouterr().err
+
+
+def test_an_interrupted_build_says_how_to_go_on(
+    text_folder: Path,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build = ["data", "build", "--input", str(text_folder), "--tokenizer", str(tokenizer.path), "--shard-tokens", "99"]
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_md.data.builder.BATCH_CHARACTERS", 100)
+        patch.setattr("megatron_md.data.commands.documents", interrupted)
+        assert main([*build, "--output", str(tmp_path / "out")]) == 1
+    assert "out.partial keeps what is done: the same command goes on from there" in capsys.readouterr().err
+    assert main([*build, "--output", str(tmp_path / "out")]) == 0
+    assert main([*build, "--output", str(tmp_path / "whole")]) == 0
+    assert load_manifest(tmp_path / "out").sha256 == load_manifest(tmp_path / "whole").sha256
+
+
+def interrupted(*args: Any, **options: Any) -> Iterator[Entry]:
+    yield from itertools.islice(documents(*args, **options), 50)
+    raise KeyboardInterrupt

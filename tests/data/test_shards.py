@@ -19,8 +19,8 @@ from megatron_md.data.shards import (
     token_counts,
     unigram_cross_entropy,
     unigram_entropy,
-    verify,
 )
+from megatron_md.data.verify import verify
 from tests.data.small_corpus import EOS, WriteCorpus, random_documents
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
+import json
 import threading
+import time
+import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_md.batch import BatchPosition
-from megatron_md.data.shards import Manifest, ShardError, ShardReader
+from megatron_md.batch import BatchPosition, DamagedDocument
+from megatron_md.data.packing import RowOrder
+from megatron_md.data.shards import FORMAT, INDEX_DTYPE, Manifest, ShardError, ShardReader, content_hash, load_manifest
 from megatron_md.data.stream import Prefetcher, SequenceStream, micro_batches, validation_rows
 from tests.data.small_corpus import EOS, PAD, WriteCorpus, random_documents
 
@@ -115,6 +121,13 @@ def test_global_batches_are_the_same_for_any_layout_and_restart(write_tokens: Wr
         assert digest(manifest, 2, 4, first=16 * step, batches=50 - step) == reference[step:]
 
 
+@pytest.mark.parametrize("name", CORPORA)
+def test_eight_ranks_see_what_one_sees_whatever_the_shards(write_tokens: WriteCorpus, name: str) -> None:
+    documents, sizes = CORPORA[name]
+    manifest = write_tokens(documents, **sizes)
+    assert digest(manifest, 8, 2, first=48, batches=3) == digest(manifest, 1, 16, first=48, batches=3)
+
+
 def test_indivisible_global_batch_is_refused(write_tokens: WriteCorpus) -> None:
     with pytest.raises(ValueError, match=r"global_batch_size 12 is not a multiple of train.micro_batch_size 4 x .* 2"):
         micro_batches(stream(write_tokens([[5]])), BatchPosition(0, 12), 4, data_rank=0, data_size=2)
@@ -155,6 +168,136 @@ def test_damaged_document_is_named_when_a_row_needs_it(write_tokens: WriteCorpus
     assert damaged == 1
     unchecked = SequenceStream(manifest, seed=11, seq_length=9, verify=False)
     assert unchecked.rows(epoch).is_maskable_BL.sum() == 27
+
+
+def damage(manifest: Manifest, wanted: int, seed: int = 0) -> set[DamagedDocument]:
+    """Flip a byte in that many documents of different shards."""
+    random = np.random.default_rng(seed)
+    damaged = set()
+    for number in random.permutation(len(manifest.shards))[:wanted].tolist():
+        shard = manifest.shards[number]
+        index = ShardReader(manifest, number).index
+        document = int(random.choice(np.flatnonzero(index["tokens"])))
+        path = manifest.directory / shard.name
+        data = bytearray(path.read_bytes())
+        data[int(index["offset"][document])] ^= 0x80
+        path.write_bytes(data)
+        damaged.add(DamagedDocument(manifest.sha256, shard.name, document, int(index["tokens"][document])))
+    return damaged
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_damaged_documents_leave_gaps_and_nothing_moves(write_tokens: WriteCorpus, name: str) -> None:
+    documents, sizes = CORPORA[name]
+    manifest = write_tokens(documents, **sizes)
+    epoch = range(stream(manifest).rows_per_epoch)
+    sound = stream(manifest).rows(epoch)
+    damaged = damage(manifest, wanted=5)
+    rows = stream(manifest, keep_going=True).rows(epoch)
+    assert rows.damaged == damaged
+    # Served + quarantined = the manifest's total, each with an <eos> per document.
+    gap = sum(document.tokens + 1 for document in damaged)
+    assert rows.is_maskable_BL.sum() + gap == manifest.tokens + manifest.documents == sound.is_maskable_BL.sum()
+    kept = rows.is_maskable_BL
+    assert not (kept & ~sound.is_maskable_BL).any()
+    np.testing.assert_array_equal(rows.tokens_BL[kept], sound.tokens_BL[kept])
+    assert (rows.tokens_BL[~kept] == PAD).all()
+    for mine, theirs in zip(rows.cu_seqlens, sound.cu_seqlens, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_known_damage_stays_left_out_after_a_repair(write_tokens: WriteCorpus) -> None:
+    manifest = many_windows(write_tokens)
+    before = {shard.name: (manifest.directory / shard.name).read_bytes() for shard in manifest.shards}
+    damaged = damage(manifest, wanted=4)
+    broken = stream(manifest, keep_going=True).rows(range(100))
+    for name, data in before.items():
+        (manifest.directory / name).write_bytes(data)
+    resumed = stream(manifest, keep_going=True)
+    assert not resumed.rows(range(100)).damaged
+    resumed.quarantine([*damaged, DamagedDocument("another corpus", manifest.shards[0].name, 0, 1)])
+    again = resumed.rows(range(100))
+    np.testing.assert_array_equal(again.tokens_BL, broken.tokens_BL)
+    np.testing.assert_array_equal(again.is_maskable_BL, broken.is_maskable_BL)
+    assert again.damaged == broken.damaged and again.damaged
+
+
+def test_gaps_are_the_same_for_any_layout(write_tokens: WriteCorpus) -> None:
+    manifest = many_windows(write_tokens)
+    damage(manifest, wanted=6)
+    whole = micro_batches(stream(manifest, keep_going=True), BatchPosition(0, 64), 64, data_rank=0, data_size=1)[0]
+    assert (~whole.is_maskable_BL).sum() > 0 and whole.damaged
+    parts = [
+        micro_batches(stream(manifest, keep_going=True), BatchPosition(0, 64), 16, data_rank=rank, data_size=4)[0]
+        for rank in range(4)
+    ]
+    np.testing.assert_array_equal(np.concatenate([part.is_maskable_BL for part in parts]), whole.is_maskable_BL)
+    assert frozenset().union(*(part.damaged for part in parts)) == whole.damaged
+
+
+def test_rows_can_be_cut_to_a_length(write_tokens: WriteCorpus) -> None:
+    manifest = many_windows(write_tokens)
+    position = BatchPosition(32, 16)
+    whole, cut = (
+        micro_batches(stream(manifest), position, 16, data_rank=0, data_size=1, length=length)[0] for length in (L, 12)
+    )
+    assert cut.tokens_BL.shape == (16, 12) and cut.position == position
+    np.testing.assert_array_equal(cut.tokens_BL, whole.tokens_BL[:, :12])
+    np.testing.assert_array_equal(cut.is_maskable_BL, whole.is_maskable_BL[:, :12])
+    assert whole.cu_seqlens is not None and cut.cu_seqlens is not None
+    for short, long in zip(cut.cu_seqlens, whole.cu_seqlens, strict=True):
+        assert short.tolist() == [*(long[long < 12]).tolist(), 12]
+
+
+SHARDS, SHARD_DOCUMENTS, SHARD_BYTES = 60_000, 16_384, 1 << 25
+
+
+@pytest.mark.slow
+def test_a_trillion_tokens_open_at_any_row_in_bounded_memory(tmp_path: Path) -> None:
+    """60,000 shards of 16.7M tokens: only the manifest is complete, and the files of the windows that are opened."""
+    lengths = np.full(SHARD_DOCUMENTS, 1024, dtype="<u4")
+    index = np.zeros(SHARD_DOCUMENTS, dtype=INDEX_DTYPE)
+    index["tokens"], index["offset"] = lengths, 512 + np.arange(SHARD_DOCUMENTS) * 2048
+    index["crc32"] = zlib.crc32(bytes(2048))
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    size = SHARD_BYTES + 10_240
+    shard = {"documents": SHARD_DOCUMENTS, "tokens": int(lengths.sum()), "bytes": size, "sha256": "0" * 64,
+             "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}  # fmt: skip
+    shards = [{"name": f"shard-{n:06d}.tar", "index": f"shard-{n:06d}.index.npy", **shard} for n in range(SHARDS)]
+    content = {"format": FORMAT, "version": 1, "dtype": "uint16", "vocab_size": 100, "eos_id": EOS, "mask_id": 3,
+               "pad_id": PAD, "tokenizer_sha256": "0" * 64, "documents": SHARDS * SHARD_DOCUMENTS,
+               "tokens": SHARDS * shard["tokens"], "text_bytes": 0, "source": {}, "shards": shards}  # fmt: skip
+    content["sha256"] = content_hash(content)
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    order = RowOrder(np.full(SHARDS, shard["tokens"] + SHARD_DOCUMENTS), seq_length=4096, window_shards=8, seed=11,
+                     corpus=content["sha256"])  # fmt: skip
+    some_g = [123_456_789, 10 * 1024, 10_000 * 1024]
+    for g in some_g:
+        place = order.locate(g)
+        for number in order.shards_of_window(place.epoch, place.window).tolist():
+            (tmp_path / shards[number]["index"]).write_bytes(buffer.getvalue())
+            with (tmp_path / shards[number]["name"]).open("wb") as file:
+                file.truncate(size)
+    del shards, content, order
+    tracemalloc.start()
+    opened = SequenceStream(load_manifest(tmp_path, check_files=False), seed=11, seq_length=4096)
+    at_rest = tracemalloc.get_traced_memory()[0]
+    for g in some_g:
+        assert opened.rows([g]).is_maskable_BL.sum() > 4000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    start = time.perf_counter()
+    manifest = load_manifest(tmp_path, check_files=False)
+    seconds = [time.perf_counter() - start]
+    for g in some_g:
+        start = time.perf_counter()
+        SequenceStream(manifest, seed=11, seq_length=4096).rows([g])
+        seconds.append(time.perf_counter() - start)
+    names = ("manifest", "a random row", "step 10", "step 10,000")
+    print(f"{manifest.tokens / 1e12:.2f}T tokens:", *(f"{n} {s:.2f} s," for n, s in zip(names, seconds, strict=True)))
+    print(f"{at_rest / 2**20:.0f} MiB at rest, {peak / 2**20:.0f} MiB at most")
+    assert at_rest < 128 * 2**20 and peak < 512 * 2**20
 
 
 def test_shard_cut_after_opening_is_named(write_tokens: WriteCorpus, tmp_path: Path) -> None:

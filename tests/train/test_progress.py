@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_md.config import BatchRampConfig
-from megatron_md.train.progress import Progress, batch_size_at
+from megatron_md.train.progress import Progress, batch_size_at, row_length_at, row_length_unit
 from tests.small_run import CONFIG, LENGTH, variant
 
 
@@ -34,3 +34,29 @@ def test_ramp_rises_by_increments_to_the_full_size() -> None:
 def test_progress_of_a_prolonged_run_stays_within_one() -> None:
     progress = replace(Progress.start(CONFIG), tokens=10**9)
     assert progress.batch_position(CONFIG).progress == 1.0
+
+
+def test_random_row_lengths_are_rare_even_and_a_function_of_seed_and_first_row() -> None:
+    config = variant(data={"random_length_fraction": 0.25, "seq_length": 64}, parallel={"tensor": 4, "context": 3})
+    assert row_length_unit(config) == 12
+    lengths = [row_length_at(config, 8 * step) for step in range(8000)]
+    cut = [length for length in lengths if length != 64]
+    # 64 is no multiple of 12, so that every cut row is shorter: binomial(8000, 1/4), standard deviation 38.7.
+    assert abs(len(cut) - 2000) < 5 * 38.7
+    counts = {length: cut.count(length) for length in set(cut)}
+    assert set(counts) == {12, 24, 36, 48, 60}
+    assert all(abs(count - len(cut) / 5) < 5 * 18 for count in counts.values())
+    assert lengths == [row_length_at(config, 8 * step) for step in range(8000)]
+    other = replace(config, seed=config.seed + 1)
+    assert lengths != [row_length_at(other, 8 * step) for step in range(8000)]
+    assert {row_length_at(CONFIG, g) for g in range(100)} == {LENGTH}
+
+
+def test_cut_batches_count_their_own_tokens() -> None:
+    config = variant(data={"random_length_fraction": 0.5}, train={"steps": 50})
+    progress, tokens = Progress.start(config), 0
+    for _ in range(50):
+        tokens += 8 * row_length_at(config, progress.next_sample_index)
+        progress = progress.after(config)
+        assert progress.tokens == tokens
+    assert progress.total_tokens == tokens < 50 * 8 * LENGTH

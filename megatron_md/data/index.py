@@ -1,0 +1,191 @@
+"""Indexing of tars that were made elsewhere in the format of our members: sidecars and a manifest beside them.
+
+A tar holds pairs of members, `KEY.tokens.bin` (little-endian uint16 or uint32) and `KEY.lengths.bin` (uint32 tokens
+per document), in either order. Everything else is refused. A `SHA256SUMS` file in the folder is checked where there
+is one: it is the only way to notice flipped bits inside of data that nobody has indexed yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_md.data.resume import BuildProgress
+from megatron_md.data.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest, ShardError, load_manifest
+from megatron_md.data.tar import Member, TarError, read_members
+from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.data.writer import Vocabulary, describe_shard, write_manifest
+
+LARGEST_MEMBER = 1 << 30
+SUMS_NAME = "SHA256SUMS"
+SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+KINDS = ("tokens", "lengths")
+
+
+def index_shards(
+    folder: str | Path, tokenizer: str | Path, *, on_progress: Callable[[BuildProgress], None] | None = None
+) -> Manifest:
+    """Index every `.tar` of a folder, and write the manifest of all.
+
+    Args:
+        folder: where the tars lie; sidecars and manifest are written there.
+        tokenizer: what the documents were tokenised with.
+        on_progress: called after every shard.
+
+    Raises:
+        ValueError: the folder holds no tar, or a manifest already.
+        ShardError: a tar is damaged or not in our format; names the shard, the member and the document.
+    """
+    folder = Path(folder)
+    loaded = Tokenizer(tokenizer)
+    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if not tars:
+        raise ValueError(f"{folder}: no .tar file in this folder")
+    if (folder / MANIFEST_NAME).exists():
+        raise ValueError(f"{folder / MANIFEST_NAME}: exists; check it with `data verify`, or delete it to index again")
+    sums = _read_sums(folder)
+    progress, scans, itemsize = BuildProgress(), [], 0
+    for path in tars:
+        scan = _Scan(itemsize)
+        try:
+            _scan(path, scan, loaded, sums.get(path.name))
+        except TarError as error:
+            raise ShardError(f"{error}: the documents from {scan.documents} on are not there") from error
+        itemsize = scan.itemsize
+        scans.append(scan)
+        progress.documents += scan.documents
+        progress.tokens += scan.tokens
+        progress.text_bytes += scan.text_bytes
+        if on_progress is not None:
+            on_progress(progress)
+    shards = [
+        describe_shard(path, np.concatenate(scan.parts), scan.sha256) for path, scan in zip(tars, scans, strict=True)
+    ]
+    vocabulary = replace(Vocabulary.of(loaded), token_bytes=itemsize or None)
+    write_manifest(folder, vocabulary, progress, shards, {"inputs": [folder.resolve().name], "indexed": True})
+    return load_manifest(folder)
+
+
+@dataclass
+class _Scan:
+    """What a tar holds."""
+
+    itemsize: int
+    sha256: str = ""
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    parts: list[npt.NDArray[np.void]] = field(default_factory=list)
+
+
+class _Hashing:
+    """A file that is hashed while it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256 = file, hashlib.sha256()
+
+    def read(self, count: int) -> bytes:
+        data = self._file.read(count)
+        self.sha256.update(data)
+        return data
+
+
+def _scan(path: Path, scan: _Scan, tokenizer: Tokenizer, expected_sha256: str | None) -> None:
+    """Read a tar strictly into `scan`, which knows the bytes per token of the tars before it (0: not known)."""
+    keys: set[str] = set()
+    half: tuple[str, str, Member, bytes] | None = None
+    with path.open("rb") as file:
+        hashing = _Hashing(file)
+        for member, data in read_members(hashing, path):
+            key, kind = _key_and_kind(path, member, scan.documents)
+            content = data.read()
+            if half is None:
+                if key in keys:
+                    raise ShardError(f"{path}: sample key {key!r} occurs twice, at document {scan.documents}")
+                keys.add(key)
+                half = (key, kind, member, content)
+                continue
+            if half[0] != key or half[1] == kind:
+                break
+            members = {half[1]: (half[2], half[3]), kind: (member, content)}
+            _add_block(path, scan, tokenizer, members["tokens"], members["lengths"][1])
+            half = None
+        scan.sha256 = hashing.sha256.hexdigest()
+    if half is not None:
+        raise ShardError(
+            f"{path}: member {half[2].name!r} has no partner (.tokens.bin and .lengths.bin), so the documents from "
+            f"{scan.documents} on are lost; restore the shard"
+        )
+    if not scan.documents:
+        raise ShardError(f"{path}: holds no document; remove the file")
+    if expected_sha256 not in (None, scan.sha256):
+        raise ShardError(f"{path}: its sha256 is not that of {SUMS_NAME}; restore the shard")
+
+
+def _key_and_kind(path: Path, member: Member, document: int) -> tuple[str, str]:
+    key, _, suffix = member.name.partition(".")
+    problem = member.problem
+    if problem is None and suffix not in ("tokens.bin", "lengths.bin"):
+        problem = "neither .tokens.bin nor .lengths.bin"
+    if problem is None and member.size > LARGEST_MEMBER:
+        problem = f"{member.size} bytes in one member, {LARGEST_MEMBER} at most"
+    if problem is not None:
+        raise ShardError(f"{path}: member {member.name!r} at document {document}: {problem}; make the tar without it")
+    return key, suffix.removesuffix(".bin")
+
+
+def _add_block(
+    path: Path, scan: _Scan, tokenizer: Tokenizer, tokens: tuple[Member, bytes], lengths_data: bytes
+) -> None:
+    """Check a pair of members and index its documents."""
+    member, data = tokens
+    where = f"{path}: member {member.name!r} at document {scan.documents}"
+    if len(lengths_data) % 4 or not lengths_data:
+        raise ShardError(f"{where}: its lengths member of {len(lengths_data)} bytes is no list of uint32")
+    lengths = np.frombuffer(lengths_data, "<u4").astype(np.int64)
+    total = int(lengths.sum())
+    itemsize = len(data) // total if total and not len(data) % total else 0
+    if itemsize not in (2, 4) and (total or data):
+        raise ShardError(f"{where}: {len(data)} bytes do not fit the {total} tokens of its lengths; restore the shard")
+    if itemsize and scan.itemsize not in (0, itemsize):
+        raise ShardError(f"{where}: {itemsize} bytes per token, but {scan.itemsize} before it; index them apart")
+    scan.itemsize = itemsize or scan.itemsize
+    ends = np.cumsum(lengths)
+    values = np.frombuffer(data, f"<u{itemsize or 2}")
+    block = np.zeros(len(lengths), INDEX_DTYPE)
+    block["tokens"] = lengths
+    block["offset"] = member.offset + (ends - lengths) * itemsize
+    for number, (start, stop) in enumerate(zip((ends - lengths).tolist(), ends.tolist(), strict=True)):
+        document = values[start:stop]
+        if document.size and int(document.max()) >= tokenizer.vocab_size:
+            raise ShardError(
+                f"{path}: document {scan.documents + number} holds token {int(document.max())}, outside the vocabulary "
+                f"of {tokenizer.vocab_size}; restore the shard or give its tokenizer"
+            )
+        block["crc32"][number] = zlib.crc32(document.data)
+        scan.text_bytes += len(tokenizer.decode(document).encode())
+    scan.parts.append(block)
+    scan.documents += len(lengths)
+    scan.tokens += total
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """Hashes by file name, as the `sha256sum` tool lists them."""
+    file = folder / SUMS_NAME
+    if not file.is_file():
+        return {}
+    sums: dict[str, str] = {}
+    for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), start=1):
+        match = SUMS_LINE.fullmatch(line)
+        if match is None:
+            raise ValueError(f"{file}: line {number} is not '<sha256>  <file>'")
+        sums[match[2]] = match[1]
+    return sums

@@ -1,0 +1,71 @@
+"""The quarantine ledger: the damaged documents that a run goes on without.
+
+RUN/quarantine.jsonl holds a line per document, and so does every checkpoint, so that a resumed run leaves out what the
+run had left out before, whatever has happened to the files since.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_md.batch import DamagedDocument
+
+LEDGER_NAME = "quarantine.jsonl"
+
+
+class QuarantineLedger:
+    """Damaged documents, each once, with the step that first met it."""
+
+    def __init__(self) -> None:
+        self._steps: dict[DamagedDocument, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[DamagedDocument]:
+        return iter(self._steps)
+
+    def __contains__(self, document: DamagedDocument) -> bool:
+        return document in self._steps
+
+    def add(self, documents: Iterable[DamagedDocument], step: int) -> None:
+        """Add those that are not in it yet, in an order that does not depend on theirs."""
+        for document in sorted(documents):
+            self._steps.setdefault(document, step)
+
+    def text(self) -> str:
+        """The content of the file: one JSON line per document."""
+        lines = [{"step": step, **asdict(document)} for document, step in self._steps.items()]
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
+    def write(self, path: Path) -> None:
+        """Write the file so that readers see the old or the new one, never a part."""
+        temporary = path.with_name(f".{path.name}.writing")
+        with temporary.open("w") as file:
+            file.write(self.text())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> QuarantineLedger:
+        """Read a ledger; no file is an empty one.
+
+        Raises:
+            ValueError: a line is malformed.
+        """
+        ledger = cls()
+        if not path.is_file():
+            return ledger
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                step = int(entry.pop("step"))
+                ledger.add([DamagedDocument(**entry)], step)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: no line of a quarantine ledger ({error})") from None
+        return ledger

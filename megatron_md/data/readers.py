@@ -1,0 +1,207 @@
+"""Readers of input files: text, JSON lines, Parquet, tars of text, data sets of the Hugging Face hub.
+
+All stream: memory is bounded by the largest document that is allowed, whatever the file claims or decompresses to.
+Nothing is unpickled and nothing is executed. What cannot be a document becomes a `Rejection`; a file that is damaged
+as a whole raises an `InputError`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_md.data.decompression import SUFFIXES as COMPRESSED_SUFFIXES
+from megatron_md.data.decompression import open_stream
+from megatron_md.data.entries import Document, Entry, InputError, Rejection
+from megatron_md.data.megatron_indexed import read_indexed
+from megatron_md.data.optional import optional_package
+from megatron_md.data.tar import read_members
+
+HUB = "datasets:"
+DOCUMENT_BYTES = 1 << 24
+TEXT_SUFFIXES = (".md", ".py", ".txt")
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+STREAMED = (*LINES_SUFFIXES, *TEXT_SUFFIXES, ".tar")
+SUFFIXES = (*STREAMED, *(kind + packed for kind in STREAMED for packed in COMPRESSED_SUFFIXES), ".tgz",
+            ".idx", ".parquet")  # fmt: skip
+PARQUET_ROWS = 64
+# Rows of a group are decoded page by page, but a page may be as large as the group's column.
+LARGEST_ROW_GROUP = 1 << 31
+
+TOO_LONG = "too long"
+NOT_DECODABLE = "not decodable"
+NO_TEXT = "no text field"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read.
+
+    Attributes:
+        text_key: field of a JSON record, or column of a table, that holds the text.
+        document_bytes: longest document in bytes (for JSON lines: longest line); longer ones are rejected.
+    """
+
+    text_key: str = "text"
+    document_bytes: int = DOCUMENT_BYTES
+
+
+def read_file(name: str, path: Path, reading: Reading) -> Iterator[Entry]:
+    """Documents of a file, by its suffix; a file of an unknown kind is one document of text.
+
+    Raises:
+        InputError: the file is damaged.
+        ValueError: it cannot be opened, or a package that reads it is not installed.
+    """
+    if path.suffix in (".idx", ".bin"):
+        yield from read_indexed(name, path)
+        return
+    if path.suffix == ".parquet":
+        yield from _read_parquet(name, path, reading)
+        return
+    with open_stream(path) as stream:
+        plain = name.removesuffix(".gz").removesuffix(".zst")
+        if plain.endswith((".tar", ".tgz")):
+            yield from _read_tar(name, path, stream, reading)
+        else:
+            yield from _read_stream(name, plain, stream, reading)
+
+
+def _read_stream(name: str, plain_name: str, stream: BinaryIO, reading: Reading) -> Iterator[Entry]:
+    if plain_name.endswith(LINES_SUFFIXES):
+        yield from _read_lines(name, stream, reading)
+        return
+    data = stream.read(reading.document_bytes + 1)
+    if len(data) > reading.document_bytes:
+        yield Rejection(name, TOO_LONG)
+        return
+    try:
+        yield Document(name, data.decode(_encoding(plain_name, data)))
+    except (SyntaxError, ValueError, LookupError):
+        yield Rejection(name, NOT_DECODABLE)
+
+
+def _encoding(plain_name: str, data: bytes) -> str:
+    return tokenize.detect_encoding(io.BytesIO(data).readline)[0] if plain_name.endswith(".py") else "utf-8-sig"
+
+
+def _read_lines(name: str, stream: BinaryIO, reading: Reading) -> Iterator[Entry]:
+    """JSON lines; each is a document, empty lines are none."""
+    number = 0
+    while line := stream.readline(reading.document_bytes + 1):
+        number += 1
+        if len(line) > reading.document_bytes and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(reading.document_bytes)
+            yield Rejection(f"{name}#{number}", TOO_LONG)
+            continue
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if line.strip():
+            yield _read_record(f"{name}#{number}", line, reading)
+
+
+def _read_record(name: str, data: bytes, reading: Reading) -> Entry:
+    try:
+        record = json.loads(data.decode())
+    except UnicodeDecodeError:
+        return Rejection(name, NOT_DECODABLE)
+    except (ValueError, RecursionError):
+        return Rejection(name, "malformed JSON")
+    text = record.get(reading.text_key) if isinstance(record, dict) else None
+    return Document(name, text) if isinstance(text, str) else Rejection(name, NO_TEXT)
+
+
+def _read_tar(name: str, path: Path, stream: BinaryIO, reading: Reading) -> Iterator[Entry]:
+    """Text members are documents, `.json` members have them in their text field, `.jsonl` members in their lines."""
+    for member, data in read_members(stream, path):
+        document = f"{name}/{member.name}"
+        if member.problem is not None:
+            if not member.is_directory or member.problem == "unsafe name":
+                yield Rejection(document, member.problem)
+        elif member.name.endswith((*TEXT_SUFFIXES, *LINES_SUFFIXES)):
+            yield from _read_stream(document, member.name, data, reading)
+        elif not member.name.endswith(".json"):
+            yield Rejection(document, "not text", member.name.rsplit("/")[-1].partition(".")[2])
+        elif member.size > reading.document_bytes:
+            yield Rejection(document, TOO_LONG)
+        else:
+            yield _read_record(document, data.read(), reading)
+
+
+def _read_parquet(name: str, path: Path, reading: Reading) -> Iterator[Entry]:
+    """Rows of a Parquet file, a few at a time."""
+    parquet = optional_package("pyarrow.parquet", str(path))
+    try:
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({_one_line(error)}); restore it") from error
+    with file:
+        columns = [file.metadata.schema.column(number).path for number in range(file.metadata.num_columns)]
+        if reading.text_key not in columns:
+            raise ValueError(f"{path}: no column {reading.text_key!r}; it has {', '.join(columns)}: say --text-key")
+        yield from _parquet_rows(name, path, file, columns.index(reading.text_key), reading)
+
+
+def _parquet_rows(name: str, path: Path, file: Any, column: int, reading: Reading) -> Iterator[Entry]:
+    number = 0
+    for group in range(file.num_row_groups):
+        size = file.metadata.row_group(group).column(column).total_uncompressed_size
+        if size > LARGEST_ROW_GROUP:
+            raise InputError(f"{path}: row group {group} holds {size} bytes of text; write it in smaller groups")
+        rows = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[reading.text_key], use_threads=False)
+        while True:
+            try:
+                batch = next(rows, None)
+            except (OSError, ValueError) as error:
+                raise InputError(
+                    f"{path}: row group {group} is damaged after row {number} ({_one_line(error)}); restore the file"
+                ) from error
+            if batch is None:
+                break
+            for value in batch.column(0):
+                number += 1
+                yield _parquet_value(f"{name}#{number}", value, reading)
+    if number != file.metadata.num_rows:
+        raise InputError(f"{path}: {number} rows instead of {file.metadata.num_rows}; restore the file")
+
+
+def _parquet_value(name: str, value: Any, reading: Reading) -> Entry:
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError:
+        return Rejection(name, NOT_DECODABLE)
+    return _checked(name, text, reading)
+
+
+def _checked(name: str, text: Any, reading: Reading) -> Entry:
+    if not isinstance(text, str):
+        return Rejection(name, NO_TEXT)
+    return Rejection(name, TOO_LONG) if len(text) > reading.document_bytes else Document(name, text)
+
+
+def read_hub(source: str, reading: Reading) -> Iterator[Entry]:
+    """Rows of `datasets:NAME[:CONFIG[:SPLIT]]`, streamed; the split is `train` unless given.
+
+    Raises:
+        ValueError: `datasets` is not installed, or it cannot load the data set.
+    """
+    datasets = optional_package("datasets", source)
+    name, config, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        if rows.column_names is not None and reading.text_key not in rows.column_names:
+            raise KeyError(f"no column {reading.text_key!r} among {', '.join(rows.column_names)}: say --text-key")
+        entries = iter(rows.select_columns([reading.text_key]))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{source}: cannot be loaded: {_one_line(error)}") from error
+    for number, row in enumerate(entries, start=1):
+        yield _checked(f"{name}#{number}", row.get(reading.text_key), reading)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error.args[0] if error.args else error).split())[:200]

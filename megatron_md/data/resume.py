@@ -1,0 +1,134 @@
+"""What an interrupted build needs to go on: `progress.json`, written after every shard that is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_md.data.entries import Document, Entry, TokenDocument
+from megatron_md.data.shards import REJECTED_NAME, Shard
+
+PROGRESS_NAME = "progress.json"
+
+
+@dataclass
+class BuildProgress:
+    """What a build has done so far; handed to `on_progress`."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class BuildState:
+    """State of a build at the end of a shard.
+
+    Attributes:
+        key: hash of the settings that the bytes depend on.
+        entries: entries of the corpus that are dealt with.
+        fingerprint: checksum over them, in order.
+        rejected_bytes: size of `rejected.jsonl`.
+        progress: totals.
+        shards: the complete shards.
+    """
+
+    key: str
+    entries: int = 0
+    fingerprint: int = 0
+    rejected_bytes: int = 0
+    progress: BuildProgress = field(default_factory=BuildProgress)
+    shards: list[Shard] = field(default_factory=list)
+
+    def add(self, fingerprint: int) -> None:
+        """Count an entry."""
+        self.entries += 1
+        self.fingerprint = zlib.crc32(fingerprint.to_bytes(4, "little"), self.fingerprint)
+
+    def save(self, folder: Path) -> None:
+        """Write it into the folder of the build, in one step."""
+        content = {**vars(self), "progress": vars(self.progress), "shards": [asdict(shard) for shard in self.shards]}
+        write_synced(folder / (PROGRESS_NAME + ".new"), json.dumps(content).encode())
+        os.replace(folder / (PROGRESS_NAME + ".new"), folder / PROGRESS_NAME)
+
+
+def settings_key(settings: dict[str, Any]) -> str:
+    """Hash of the settings of a build."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def load_state(folder: Path, key: str) -> BuildState | None:
+    """State of the interrupted build in a folder, None where there is none; what came after it is removed.
+
+    Raises:
+        ValueError: the folder holds an interrupted build with other settings, or its shards were changed.
+    """
+    file = folder / PROGRESS_NAME
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+        progress = content.pop("progress")
+        totals = BuildProgress(**{**progress, "rejected": Counter(progress["rejected"])})
+        shards = [Shard(**shard) for shard in content.pop("shards")]
+        state = BuildState(**content, progress=totals, shards=shards)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: malformed; delete {folder} to start over") from error
+    if state.key != key:
+        raise ValueError(
+            f"{folder}: holds an interrupted build with other settings or another tokenizer; finish that one first, "
+            "or delete the folder to start over"
+        )
+    kept = {REJECTED_NAME, PROGRESS_NAME}
+    for shard in state.shards:
+        for name, size in ((shard.name, shard.bytes), (shard.index, None)):
+            path = folder / name
+            if not path.is_file() or size not in (None, path.stat().st_size):
+                raise ValueError(f"{path}: missing or changed since the build was interrupted; delete {folder}")
+            kept.add(name)
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    os.truncate(folder / REJECTED_NAME, state.rejected_bytes)
+    return state
+
+
+def fingerprint(entry: Entry) -> int:
+    """Checksum of an entry of a corpus."""
+    checksum = zlib.crc32(entry.name.encode("utf-8", "surrogatepass"))
+    if isinstance(entry, Document):
+        return zlib.crc32(entry.text.encode("utf-8", "surrogatepass"), checksum)
+    if isinstance(entry, TokenDocument):
+        return zlib.crc32(entry.tokens.tobytes(), checksum)
+    return checksum
+
+
+def skip_done(entries: Iterator[Entry], state: BuildState, folder: Path) -> None:
+    """Read past the entries that an interrupted build has dealt with, and check that they are the same.
+
+    Raises:
+        ValueError: the corpus has changed meanwhile.
+    """
+    again = BuildState(state.key)
+    while again.entries < state.entries and (entry := next(entries, None)) is not None:
+        again.add(fingerprint(entry))
+    if (again.entries, again.fingerprint) != (state.entries, state.fingerprint):
+        raise ValueError(
+            f"{folder}: the input has changed since the build was interrupted; delete the folder to start over"
+        )
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,127 @@
+"""Tokenizers of the Hugging Face `tokenizers` library: a `tokenizer.json`, with its special tokens.
+
+The mask, end-of-text and padding tokens are those that are asked for, else those of a `tokenizer_config.json` beside
+the file, else added tokens with a customary name (LLaDA and Dream name theirs so). Only JSON is read, no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from megatron_md.data.optional import optional_package
+
+CONFIG_NAME = "tokenizer_config.json"
+CUSTOMARY = {
+    "mask_token": ("<mask>", "<|mask|>", "<|mdm_mask|>", "[MASK]"),
+    "eos_token": ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>"),
+    "pad_token": ("<pad>", "<|pad|>", "<|padding|>", "[PAD]"),
+}
+
+
+class JsonTokenizer:
+    """The model of a `tokenizer.json`, as `megatron_md.data.tokenizer.Tokenizer` uses it.
+
+    Attributes:
+        vocab_size: largest token id + 1, added tokens included.
+        mask_token_id, eos_token_id, pad_token_id: ids of the special tokens.
+        special_names: every special token by its id.
+    """
+
+    def __init__(self, path: Path, data: bytes, tokens: dict[str, str | None]) -> None:
+        """Load a model.
+
+        Args:
+            path: where it lies.
+            data: its content.
+            tokens: names of the special tokens by `mask_token`, `eos_token`, `pad_token`; None: to be found.
+
+        Raises:
+            ValueError: it is malformed, `tokenizers` is not installed, or a special token is missing.
+        """
+        library = optional_package("tokenizers", str(path))
+        try:
+            content = json.loads(data)
+            added: dict[str, dict[str, Any]] = {token["content"]: token for token in content["added_tokens"]}
+            normalizer = (content.get("normalizer") or {}).get("type")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library") from error
+        names = _special_names(path, tokens, added)
+        for name in names.values():
+            # Otherwise a text that spells the token would be encoded as the token itself.
+            added[name]["special"] = True
+        try:
+            self._tokenizer = library.Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"{path}: the tokenizers library cannot read it ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._is_nfc = normalizer == "NFC"
+        for name, token in added.items():
+            if self._tokenizer.token_to_id(name) != token["id"]:
+                raise ValueError(f"{path}: the added token {name!r} should have id {token['id']}, but has another one")
+        self.mask_token_id, self.eos_token_id, self.pad_token_id = (
+            int(added[names[kind]]["id"]) for kind in ("mask_token", "eos_token", "pad_token")
+        )
+        if self.mask_token_id in (self.eos_token_id, self.pad_token_id):
+            raise ValueError(f"{path}: the mask token {names['mask_token']!r} must differ from eos and pad")
+        self.special_names = {int(token["id"]): name for name, token in added.items() if token.get("special")}
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._config = dict(names)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any special token."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, none of them special."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    def kept(self, text: str) -> str:
+        """What of a text must survive: Unicode's composed form where the model's normalizer is NFC, else all of it."""
+        return unicodedata.normalize("NFC", text) if self._is_nfc else text
+
+    def save_config(self, folder: Path) -> None:
+        """Write the names of the special tokens into the `tokenizer_config.json` of a folder."""
+        partial = folder / (CONFIG_NAME + ".partial")
+        partial.write_text(json.dumps(self._config, indent=1) + "\n")
+        os.replace(partial, folder / CONFIG_NAME)
+
+
+def _special_names(path: Path, tokens: dict[str, str | None], added: dict[str, Any]) -> dict[str, str]:
+    """Name of the special token of each kind."""
+    configured = _configured(path.with_name(CONFIG_NAME))
+    names: dict[str, str] = {}
+    for kind, customary in CUSTOMARY.items():
+        wanted = tokens.get(kind) or configured.get(kind)
+        found = wanted or next((name for name in customary if name in added), None)
+        if found is None and kind == "pad_token":
+            found = names["eos_token"]
+        if found is None:
+            raise ValueError(
+                f"{path}: no {kind} known; name one of its added tokens by `megatron-md tokenizer import "
+                f"--{kind.replace('_', '-')}`"
+            )
+        if found not in added:
+            raise ValueError(f"{path}: its {kind} {found!r} is not among its added tokens")
+        names[kind] = found
+    return names
+
+
+def _configured(file: Path) -> dict[str, str]:
+    """Special tokens of a `tokenizer_config.json`, each a string or a mapping with its `content`."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_bytes())
+        values = {kind: content.get(kind) for kind in CUSTOMARY}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: malformed JSON ({error})") from error
+    names = {kind: value.get("content") if isinstance(value, dict) else value for kind, value in values.items()}
+    return {kind: name for kind, name in names.items() if isinstance(name, str) and name}

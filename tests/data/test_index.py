@@ -1,0 +1,221 @@
+"""Indexing of tars made elsewhere: ours come out the same; the damages and abuses are named, nothing is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from megatron_md.data.builder import build_shards
+from megatron_md.data.entries import Document
+from megatron_md.data.index import index_shards
+from megatron_md.data.shards import ShardError
+from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.data.verify import verify
+from tests.data.small_corpus import all_documents
+
+SIZES = {"shard_tokens": 6000, "block_bytes": 2000}
+Members = list[tuple[str, bytes]]
+
+
+@pytest.fixture
+def tars(tokenizer: Tokenizer, code: list[Document], tmp_path: Path) -> Path:
+    """A folder with the bare tars of a build, whose own folder is `built`."""
+    build_shards(code[:40], tokenizer.path, tmp_path / "built", **SIZES)
+    (tmp_path / "tars").mkdir()
+    for path in (tmp_path / "built").glob("*.tar"):
+        shutil.copy(path, tmp_path / "tars")
+    return tmp_path / "tars"
+
+
+def pair(key: str, documents: list[list[int]], dtype: str = "<u2") -> Members:
+    tokens = np.concatenate([np.array(tokens, dtype) for tokens in documents])
+    lengths = np.array([len(tokens) for tokens in documents], "<u4")
+    return [(f"{key}.tokens.bin", tokens.tobytes()), (f"{key}.lengths.bin", lengths.tobytes())]
+
+
+def write_tar(path: Path, members: Members) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_our_own_tars_are_indexed_as_they_were_built(tars: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    manifest = index_shards(tars, tokenizer.path)
+    for name in [*(shard.name for shard in manifest.shards), *(shard.index for shard in manifest.shards)]:
+        assert (tars / name).read_bytes() == (tmp_path / "built" / name).read_bytes()
+    assert manifest.documents == 40 and manifest.source["indexed"] is True and verify(manifest) == []
+    assert (tars / "rejected.jsonl").exists() is False
+    with pytest.raises(ValueError, match=r"manifest\.json: exists; check it with `data verify`"):
+        index_shards(tars, tokenizer.path)
+
+
+def test_tars_of_stock_webdataset_in_any_order_and_width(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    documents = [[5, 6, 7], [], [8], [9, 10]]
+    (tmp_path / "tars").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "tars" / "other.tar")) as writer:
+        for key, part in (("x", documents[:2]), ("y", documents[2:])):
+            (_, tokens), (_, lengths) = pair(key, part, "<u4")
+            # The writer sorts the members of a sample: lengths come first.
+            writer.write({"__key__": key, "tokens.bin": tokens, "lengths.bin": lengths})
+    manifest = index_shards(tmp_path / "tars", tokenizer.path)
+    assert all_documents(manifest) == documents and manifest.dtype == "uint32"
+    assert manifest.text_bytes == sum(len(tokenizer.decode(tokens).encode()) for tokens in documents)
+
+
+def layout(path: Path) -> list[tuple[int, int, int]]:
+    """Header, data begin and data end of every member."""
+    with tarfile.open(path) as tar:
+        return [(info.offset, info.offset_data, info.offset_data + info.size) for info in tar]
+
+
+def damage(path: Path, kind: str) -> None:
+    """One of the six damages, at the third member (the second block of documents)."""
+    header, begin, end = layout(path)[2]
+    data = bytearray(path.read_bytes())
+    if kind == "cut at a member boundary":
+        del data[header:]
+    elif kind == "cut inside a header":
+        del data[header + 100 :]
+    elif kind == "cut inside data":
+        del data[begin + 100 :]
+    elif kind == "flipped header byte":
+        data[header + 3] ^= 1
+    elif kind == "zeroed member":
+        data[header:end] = bytes(end - header)
+    else:
+        data[begin + 1] ^= 0x40
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "cut at a member boundary": ("no end marker: the file is cut at a member boundary", "bytes instead of"),
+    "cut inside a header": ("the file ends inside a header", "bytes instead of"),
+    "cut inside data": ("the file ends inside member", "bytes instead of"),
+    "flipped header byte": ("damaged header", "damaged header"),
+    "zeroed member": ("a zeroed member", "is damaged: its crc32 differs"),
+    "flipped data byte": ("holds token", "is damaged: its crc32 differs"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_six_damages_before_indexing(tars: Path, tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
+    built = np.load(tmp_path / "built" / "shard-000001.index.npy")
+    path = tars / "shard-000001.tar"
+    first = int(np.searchsorted(built["offset"], layout(path)[2][0]))
+    damage(path, kind)
+    before = sorted(file.name for file in tars.iterdir())
+    with pytest.raises(ShardError, match=r"shard-000001\.tar: ") as caught:
+        index_shards(tars, tokenizer.path)
+    assert DAMAGES[kind][0] in str(caught.value)
+    assert f"document {first}" in str(caught.value) or f"documents from {first} on" in str(caught.value)
+    assert sorted(file.name for file in tars.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_six_damages_after_indexing(tars: Path, tokenizer: Tokenizer, kind: str) -> None:
+    manifest = index_shards(tars, tokenizer.path)
+    path = tars / "shard-000001.tar"
+    index = np.load(tars / "shard-000001.index.npy")
+    behind = np.flatnonzero(index["offset"] >= layout(path)[2][0])
+    block = behind[index["offset"][behind] < layout(path)[2][2]]
+    damage(path, kind)
+    problems = verify(manifest)
+    assert all("shard-000001.tar: " in problem and DAMAGES[kind][1] in problem for problem in problems)
+    if kind.startswith("cut"):
+        # The first document of the cut block may lie wholly before the cut.
+        sound = int(index["offset"][behind[0]] + 2 * index["tokens"][behind[0]] <= path.stat().st_size)
+        assert len(problems) == 1
+        assert f"; document {behind[sound]} and {len(behind) - sound - 1} after it are lost" in problems[0]
+    elif kind == "flipped header byte":
+        assert len(problems) == 1 and f"before document {behind[0]}" in problems[0]
+    else:
+        damaged = block if kind == "zeroed member" else block[:1]
+        assert len(problems) == len(damaged)
+        assert all(f": document {number} (" in text for number, text in zip(damaged, problems, strict=True))
+
+
+def test_a_flip_that_only_a_checksum_can_tell(tars: Path, tokenizer: Tokenizer) -> None:
+    sums = "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(tars.glob("*.tar")))
+    path = tars / "shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[layout(path)[0][1]] ^= 1
+    path.write_bytes(data)
+    (tars / "SHA256SUMS").write_text(sums)
+    with pytest.raises(ShardError, match=r"shard-000000\.tar: its sha256 is not that of SHA256SUMS"):
+        index_shards(tars, tokenizer.path)
+    data[layout(path)[0][1]] ^= 1
+    path.write_bytes(data)
+    assert index_shards(tars, tokenizer.path).documents == 40
+    (tars / "manifest.json").unlink()
+    (tars / "SHA256SUMS").write_text(sums + "what\n")
+    with pytest.raises(ValueError, match=r"SHA256SUMS: line \d+ is not"):
+        index_shards(tars, tokenizer.path)
+
+
+class Bait:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> object:
+        return Path.write_text, (self.path, "executed")
+
+
+@pytest.mark.parametrize(
+    "name", ["evil.pyd", "evil.pickle", "x.json", "../a.tokens.bin", "/a.tokens.bin", "b/../../a.tokens.bin"]
+)
+def test_foreign_members_are_refused_and_nothing_is_executed(tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    bait = pickle.dumps(Bait(tmp_path / "executed"))
+    write_tar(tmp_path / "tars" / "a.tar", [*pair("x", [[5], [6]]), (name, bait)])
+    with pytest.raises(ShardError, match=r"a\.tar: member '.*' at document 2: (unsafe name|neither \.tokens\.bin)"):
+        index_shards(tmp_path / "tars", tokenizer.path)
+    assert [file.name for file in tmp_path.rglob("*")] == ["tars", "a.tar"]
+
+
+@pytest.mark.parametrize("type", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
+                                  tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE, tarfile.CONTTYPE])  # fmt: skip
+def test_members_that_are_no_regular_files_are_refused(tokenizer: Tokenizer, tmp_path: Path, type: bytes) -> None:
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        info = tarfile.TarInfo("x.tokens.bin")
+        info.type, info.linkname = type, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(ShardError, match=r"a\.tar: member 'x\.tokens\.bin' at document 0: not a regular file"):
+        index_shards(tmp_path / "tars", tokenizer.path)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (pair("x", [[5]])[:1], r"member 'x\.tokens\.bin' has no partner .* documents from 0 on are lost"),
+        ([*pair("x", [[5]]), *pair("y", [[5]])[1:]], "'y.lengths.bin' has no partner .* documents from 1 on"),
+        ([pair("x", [[5]])[0], *pair("y", [[5]])], r"member 'x\.tokens\.bin' has no partner"),
+        ([*pair("x", [[5]]), *pair("x", [[5]])], "sample key 'x' occurs twice, at document 1"),
+        ([pair("x", [[5, 6]])[0], pair("x", [[5]] * 3)[1]], "4 bytes do not fit the 3 tokens of its lengths"),
+        ([pair("x", [[5]])[0], ("x.lengths.bin", b"\1\0\0")], "3 bytes is no list of uint32"),
+        ([*pair("x", [[5]]), *pair("y", [[5]], "<u4")], "4 bytes per token, but 2 before it"),
+        (pair("x", [[5], [330]]), r"document 1 holds token 330, outside the vocabulary of 330"),
+        ([], "holds no document"),
+    ],
+)
+def test_contradictions_are_named(tokenizer: Tokenizer, tmp_path: Path, members: Members, message: str) -> None:
+    write_tar(tmp_path / "tars" / "a.tar", members)
+    with pytest.raises(ShardError, match=rf"a\.tar: .*{message}"):
+        index_shards(tmp_path / "tars", tokenizer.path)
+
+
+def test_a_folder_without_tars_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"no \.tar file in this folder"):
+            index_shards(folder, tokenizer.path)

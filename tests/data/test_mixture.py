@@ -1,0 +1,188 @@
+"""The mixture: shares kept within a row everywhere, any row at once, each corpus in its own order and epochs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from megatron_md.batch import BatchPosition
+from megatron_md.config import CorpusConfig, DataConfig
+from megatron_md.data.mixture import (
+    LONGEST_PERIOD,
+    MixtureSchedule,
+    MixtureStream,
+    interleave,
+    open_stream,
+    whole_units,
+)
+from megatron_md.data.stream import Prefetcher, SequenceStream, micro_batches
+from tests.data.small_corpus import WriteCorpus, random_documents
+
+L = 16
+WEIGHTS = [
+    [1.0],
+    [0.5, 0.5],
+    [0.7, 0.2, 0.1],
+    [3.0, 1.0, 0.0, 5.0],
+    [0.9, 0.05, 0.03, 0.01, 0.01],
+    [1.0] * 7,
+    [0.61803, 0.2, 0.1, 0.08197],
+    [1 / 3, 1 / 7, 0.2],
+    np.random.default_rng(0).integers(1, 400, 9).tolist(),
+]
+
+
+def largest_gap(corpus_B: np.ndarray, weights: list[float]) -> float:
+    """The largest distance, over all g and corpora, between rows served before g and g times the share."""
+    served_BK = np.cumsum(corpus_B[:, None] == np.arange(len(weights)), axis=0)
+    shares_K = np.array(weights) / sum(weights)
+    return float(np.abs(served_BK - np.arange(1, len(corpus_B) + 1)[:, None] * shares_K).max())
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_shares_are_kept_within_one_row_at_every_row(weights: list[float]) -> None:
+    corpus_B, _ = MixtureSchedule([[(0, weight)] for weight in weights]).locate(range(20_000))
+    # The rounding of shares without a common denominator adds at most 20,000 rows x 1 / LONGEST_PERIOD.
+    is_rounded = sum(whole_units(weights)) > LONGEST_PERIOD - 10
+    assert largest_gap(corpus_B, weights) < (1.0 + 20_000 / LONGEST_PERIOD if is_rounded else 1.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_shares_are_kept_within_one_row(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    units = [1, *random.integers(0, [3, 30, 300][seed % 3], random.integers(0, 12)).tolist()]
+    assert largest_gap(interleave(tuple(units)), units) < 1.0
+
+
+def test_rows_of_each_corpus_come_once_and_in_order() -> None:
+    schedule = MixtureSchedule([[(0, 0.7)], [(0, 0.2), (500, 0.5)], [(300, 0.1)]])
+    corpus_B, row_B = schedule.locate(range(2000))
+    for corpus in range(3):
+        rows = row_B[corpus_B == corpus]
+        assert rows.tolist() == list(range(len(rows))) and len(rows) > 100
+
+
+def test_any_row_is_found_without_the_ones_before() -> None:
+    points = [[(0, 0.61803), (10_000, 0.1)], [(0, 0.38197)]]
+    corpus_B, row_B = MixtureSchedule(points).locate(range(250_000))
+    for g in [0, 1, 9_999, 99_999, 100_000, 249_999]:
+        assert [part.tolist() for part in MixtureSchedule(points).locate([g])] == [[corpus_B[g]], [row_B[g]]]
+    corpus, row = MixtureSchedule([[(0, 3)], [(0, 1)]]).locate([4 * 10**14 + 1])
+    assert (corpus[0], row[0]) in [(0, 3 * 10**14 + 1), (1, 10**14), (0, 3 * 10**14)]
+
+
+def test_weights_change_at_the_rows_that_are_given() -> None:
+    points = [[(0, 0.7), (100, 0.2)], [(0, 0.2)], [(0, 0.1), (100, 0.6), (1000, 0.0)]]
+    corpus_B, _ = MixtureSchedule(points).locate(range(2000))
+    # All changes fall on ends of periods (10 and 5 rows), so the target is the integral of the shares.
+    shares_BK = np.repeat([[0.7, 0.2, 0.1], [0.2, 0.2, 0.6], [0.5, 0.5, 0.0]], [100, 900, 1000], axis=0)
+    served_BK = np.cumsum(corpus_B[:, None] == np.arange(3), axis=0)
+    assert np.abs(served_BK - np.cumsum(shares_BK, axis=0)).max() < 1.0 - 1e-9
+
+
+def test_a_change_waits_for_the_end_of_the_period() -> None:
+    corpus_B, _ = MixtureSchedule([[(0, 7), (13, 0)], [(0, 3)]]).locate(range(40))
+    assert np.bincount(corpus_B[:20]).tolist() == [14, 6] and (corpus_B[20:] == 1).all()
+    # Two changes within one period: the later one is what holds after it.
+    corpus_B, _ = MixtureSchedule([[(0, 7), (13, 0), (14, 1)], [(0, 3), (14, 0)]]).locate(range(40))
+    assert np.bincount(corpus_B[:20]).tolist() == [14, 6] and (corpus_B[20:] == 0).all()
+
+
+def test_units_are_exact_to_five_decimals_and_never_lose_a_corpus() -> None:
+    assert whole_units([0.12345, 0.87655]) == (2469, 17531)
+    assert whole_units([7e-9, 1.0, 0.0]) == (1, 100_000, 0)
+    for weights in [[1 / 3, 1 / 7, 0.2], [0.1234567, 0.9]]:
+        units = whole_units(weights)
+        shares = [Fraction(unit, sum(units)) for unit in units]
+        assert sum(units) <= LONGEST_PERIOD + len(units)
+        assert np.allclose([float(share) for share in shares], np.array(weights) / sum(weights), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([[(0, 0.0)], [(0, 0.0)]], "at row 0 all weights are 0"),
+        ([[(5, 1.0)]], "at row 0 all weights are 0"),
+        ([[(0, 1.0), (70, 0.0)]], "at row 70 all weights are 0"),
+        ([[(0, 1.0), (9, 2.0), (9, 1.0)]], r"\[0, 9, 9\] at which a weight changes must ascend"),
+    ],
+)
+def test_impossible_schedules_are_refused(points: list[list[tuple[int, float]]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MixtureSchedule(points)
+
+
+def mixture(write_tokens: WriteCorpus, **keys: int) -> MixtureStream:
+    """Three corpora whose tokens tell which one they are from."""
+    documents = random_documents(120)
+    streams = []
+    for number in range(3):
+        own = [[token % 300 + 4 + 300 * number for token in tokens] for tokens in documents[: 40 * (number + 1)]]
+        manifest = write_tokens(own, name=f"corpus{number}", shard_tokens=300, block_bytes=200)
+        streams.append(SequenceStream(manifest, seed=5, seq_length=L, window_shards=2, **keys))
+    return MixtureStream(streams, [[(0, 0.5)], [(0, 0.3)], [(0, 0.2), (320, 0.7)]])
+
+
+def test_rows_come_from_their_corpora(write_tokens: WriteCorpus) -> None:
+    mixed = mixture(write_tokens)
+    rows = mixed.rows(range(600))
+    corpus_B, row_B = mixed.schedule.locate(range(600))
+    np.testing.assert_array_equal(rows.corpus_B, corpus_B)
+    assert rows.sample_index_B.tolist() == list(range(600))
+    for b in range(0, 600, 7):
+        alone = mixed.streams[corpus_B[b]].rows([row_B[b]])
+        np.testing.assert_array_equal(rows.tokens_BL[b], alone.tokens_BL[0])
+        np.testing.assert_array_equal(rows.is_maskable_BL[b], alone.is_maskable_BL[0])
+        np.testing.assert_array_equal(rows.cu_seqlens[b], alone.cu_seqlens[0])
+        text = rows.tokens_BL[b][rows.tokens_BL[b] > 3]
+        assert ((text - 4) // 300 == corpus_B[b]).all()
+    epochs = row_B.max() // np.array([stream.rows_per_epoch for stream in mixed.streams])
+    assert len(set(epochs.tolist())) > 1, "the corpora must be in epochs of their own"
+
+
+def digests(mixed: MixtureStream, data_size: int, micro_batch_size: int, first: int, depth: int) -> list[str]:
+    """A hash per global batch of 16 rows up to step 40, read ahead by `depth`."""
+
+    def global_batches() -> itertools.chain[str]:
+        for step in range(first, 40):
+            position = BatchPosition(16 * step, 16)
+            parts = [
+                micro_batches(mixed, position, micro_batch_size, data_rank=rank, data_size=data_size)
+                for rank in range(data_size)
+            ]
+            ordered = [part for group in zip(*parts, strict=True) for part in group]
+            digest = hashlib.sha256()
+            for name in ("tokens_BL", "is_maskable_BL", "sample_index_B"):
+                digest.update(np.concatenate([getattr(part, name) for part in ordered]).tobytes())
+            for part in ordered:
+                digest.update(b"".join(cuts.tobytes() for cuts in part.cu_seqlens or []))
+            yield digest.hexdigest()
+
+    prefetcher = Prefetcher(global_batches(), depth=depth)
+    found = list(prefetcher)
+    prefetcher.close()
+    return found
+
+
+def test_global_batches_are_the_same_for_any_layout_prefetch_and_restart(write_tokens: WriteCorpus) -> None:
+    reference = digests(mixture(write_tokens), 1, 16, 0, 0)
+    assert len(set(reference)) == 40
+    for data_size, micro_batch_size, first, depth in [(2, 4, 0, 1), (4, 4, 0, 2), (8, 1, 0, 50), (2, 2, 21, 3)]:
+        assert digests(mixture(write_tokens), data_size, micro_batch_size, first, depth) == reference[first:]
+
+
+def test_open_stream_reads_the_config(write_tokens: WriteCorpus) -> None:
+    manifests = [write_tokens(random_documents(20, seed=n), name=f"corpus{n}") for n in range(2)]
+    corpora = [CorpusConfig(str(manifests[0].directory), 3.0), CorpusConfig("x/manifest.json", [(0, 0), (8, 1.0)], "b")]
+    config = DataConfig(train=corpora, seq_length=L)
+    assert [corpus.label for corpus in config.corpora()] == [str(manifests[0].directory), "b"]
+    mixed = open_stream(config, manifests, seed=1)
+    assert mixed.rows(range(100)).corpus_B.tolist().count(1) == (100 - 8) // 4
+    state = mixed.state()
+    assert state["corpus"][1] == {"corpus": manifests[1].sha256, "weight": [[0, 0], [8, 1.0]]}
+    single = open_stream(DataConfig(train="one", seq_length=L), manifests[:1], seed=1)
+    assert isinstance(single, SequenceStream) and single.state()["corpus"] == manifests[0].sha256
