@@ -67,19 +67,20 @@ def test_ctrl_c_saves_on_all_ranks_and_the_same_command_goes_on(config_file: Pat
 
 
 @pytest.mark.distributed
-def test_damage_that_a_rank_meets_is_named_by_it_and_ends_the_run(config_file: Path, tmp_path: Path) -> None:
+def test_more_damage_than_tolerated_is_named_once_and_ends_the_run(config_file: Path, tmp_path: Path) -> None:
     # A flipped byte in a document.
     shard = tmp_path / "train" / "shard-000000.tar"
     data = bytearray(shard.read_bytes())
     data[600] ^= 1
     shard.write_bytes(bytes(data))
-    process = start(config_file, "train.steps=200", "data.window_shards=1")
+    process = start(config_file, "train.steps=200", "data.window_shards=1", "data.max_quarantined=0")
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 2, error
-    assert "shard-000000.tar: document" in error and "is damaged" in error and "Traceback" not in error
+    assert error.count("shard-000000.tar document") == 1 and "data.max_quarantined" in error
+    assert "Traceback" not in error
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "failed" and "damaged" in summary["error"]
-    assert "is damaged" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert summary["status"] == "failed" and "damaged documents" in summary["error"]
+    assert "damaged documents" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
 
 
 @pytest.mark.distributed
