@@ -36,6 +36,7 @@ from megatron_md.data.writer import Tokenised, Vocabulary, write_corpus
 
 VOCABULARY = Vocabulary(50_000, 2, 3, 1, "0" * 64)
 ROWS = 8
+RESUME_STEPS, RESUME_BATCH = (10, 10_000, 1_000_000), 128
 Reader = Callable[[], int]
 
 
@@ -121,17 +122,38 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         )
 
 
+def measure_resume(args: argparse.Namespace, folder: Path) -> None:
+    """From an open manifest to the first global batch, early and after hundreds of epochs of a small corpus."""
+    manifest = write_shards(1_300_000, folder / "small", 26_000)
+    medians = []
+    for step in RESUME_STEPS:
+        seconds = []
+        for seed in range(2 * args.repeats + 1):
+            start = time.perf_counter()
+            stream = SequenceStream(manifest, seed=seed, seq_length=512)
+            stream.rows(range(step * RESUME_BATCH, (step + 1) * RESUME_BATCH))
+            seconds.append(time.perf_counter() - start)
+        medians.append(statistics.median(seconds))
+        epoch = step * RESUME_BATCH // stream.rows_per_epoch
+        print(
+            f"resume at step {step:,} (epoch {epoch:,} of {len(manifest.shards)} shards): "
+            f"{medians[-1] * 1e3:.1f} ms for {RESUME_BATCH} rows, {medians[-1] / medians[0]:.2f}x the first"
+        )
+
+
 def measure_build(args: argparse.Namespace, folder: Path) -> None:
     """Builds Python's standard library from text; the time holds the start of the processes."""
     start, before = time.perf_counter(), os.times()
     manifest = build_shards(documents([EMBEDDED]), args.build, folder / "built", workers=args.workers)
     seconds = time.perf_counter() - start
-    cpu = sum(os.times()[:4]) - sum(before[:4])  # of this process and of those that it has waited for
+    times = [now - then for now, then in zip(os.times()[:4], before[:4], strict=True)]
+    own, cpu = sum(times[:2]), sum(times)  # of this process, and with those that it has waited for
     print(
         f"builder, SentencePiece of {manifest.vocab_size} pieces, {args.workers} processes: "
         f"{manifest.text_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: "
         f"{manifest.text_bytes / seconds / 1e6:.2f} MB/s, {manifest.tokens / seconds / 1e6:.2f}M tokens/s; "
-        f"{cpu:.1f} s of CPU time: {manifest.tokens / cpu / 1e6:.2f}M tokens/s of one core"
+        f"{cpu:.1f} s of CPU time ({own:.2f} s of it in the process that reads and writes): "
+        f"{manifest.tokens / cpu / 1e6:.2f}M tokens/s of one core"
     )
 
 
@@ -172,6 +194,7 @@ def main() -> None:
     print(f"{processor()}, {os.cpu_count()} cores, {versions}, commit {commit}")
     with tempfile.TemporaryDirectory() as folder:
         compare(args, Path(folder))
+        measure_resume(args, Path(folder))
         if args.memory:
             measure_memory(args, Path(folder))
         if args.build:

@@ -5,6 +5,11 @@
 Three loops take turns, so that a noisy machine is noisy for all of them: our step, a plain loop that computes logits
 at every position, and the same plain loop with our head at the masked positions. Same shapes, data, masks and optimizer
 settings, fp32, one process, CPU. With --memory each loop runs in a process of its own and the peak is compared.
+
+    python benchmarks/train_step.py 50m --documents 200
+
+compares our step with itself instead: rows of 1024 tokens, attention over whole rows against attention within documents
+of the given length.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -34,11 +40,14 @@ SHAPES = {
     "50m": (ModelConfig(vocab=32000, layers=8, hidden=512, heads=8, kv_heads=8, ffn=1376), 512, 4),
 }
 LOOPS = ("ours", "plain, full logits", "plain, our head")
+DOCUMENT_LOOPS = ("ours", "ours, within documents")
 
 
-def build(shape: str) -> tuple[dict[str, Callable[[], None]], int]:
-    """The three loops' steps, and the tokens of one step."""
+def build(shape: str, documents: int | None) -> tuple[dict[str, Callable[[], None]], int]:
+    """The loops' steps, and the tokens of one step."""
     model, length, rows = SHAPES[shape]
+    if documents is not None:
+        length, rows = 1024, length * rows // 1024
     config = Config(
         model=model,
         data=DataConfig(seq_length=length),
@@ -55,13 +64,23 @@ def build(shape: str) -> tuple[dict[str, Callable[[], None]], int]:
 
     vocab, keys = model.vocab or 0, config.optimizer
     tokens = np.random.default_rng(0).integers(MASK + 1, vocab, (rows, length))
-    clean = CleanBatch(tokens, np.ones_like(tokens, dtype=bool), np.arange(rows), BatchPosition(0, rows))
+    boundaries = np.append(np.arange(0, length, documents or length), length).astype(np.int32)
+    position = BatchPosition(0, rows)
+    clean = CleanBatch(tokens, np.ones_like(tokens, dtype=bool), np.arange(rows), position, [boundaries] * rows)
     objective = build_objective(config.objective, seed=0, mask_token_id=MASK)
     batch = objective.corrupt(clean)
     chunks = wrap_data_parallel(build_model(config, world.device, causal=False, mask_token_id=MASK), config)
     optimizer = build_optimizer(config, chunks)
     set_hyperparameters(optimizer, lr=keys.lr, weight_decay=keys.weight_decay)
     stepper = Stepper(config, world, chunks, optimizer, objective)
+
+    def our_step(stepper: Stepper = stepper) -> None:
+        stepper.train(stepper.corrupt([clean]))
+
+    if documents is not None:
+        apart = replace(config, data=replace(config.data, document_attention="within_document"))
+        within = Stepper(apart, world, chunks, optimizer, objective)
+        return dict(zip(DOCUMENT_LOOPS, (our_step, lambda: our_step(within)), strict=True)), rows * length
 
     plain = PlainTransformer(model, vocab)
     adamw = torch.optim.AdamW(
@@ -90,9 +109,6 @@ def build(shape: str) -> tuple[dict[str, Callable[[], None]], int]:
             torch.nn.utils.clip_grad_norm_(plain.parameters(), keys.clip_grad)
             adamw.step()
 
-    def our_step() -> None:
-        stepper.train([objective.corrupt(clean)])
-
     steps = (our_step, lambda: plain_step(full_logits), lambda: plain_step(our_head))
     return dict(zip(LOOPS, steps, strict=True)), rows * length
 
@@ -106,8 +122,10 @@ def timed(step: Callable[[], None]) -> float:
 def peak_memory(args: argparse.Namespace) -> dict[str, float]:
     """Peak resident GiB of each loop in a process of its own, less what building all of them takes."""
     peaks = {}
-    for number, name in enumerate(LOOPS):
-        command = [sys.executable, __file__, args.shape, "--threads", str(args.threads), "--only", str(number)]
+    options = [args.shape, "--threads", str(args.threads)]
+    options += ["--documents", str(args.documents)] if args.documents is not None else []
+    for number, name in enumerate(LOOPS if args.documents is None else DOCUMENT_LOOPS):
+        command = [sys.executable, __file__, *options, "--only", str(number)]
         peaks[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     return peaks
 
@@ -136,17 +154,18 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--documents", type=int, help="compare attention within documents of this length instead")
     parser.add_argument("--memory", action="store_true", help="also compare peak memory")
     parser.add_argument("--profile", action="store_true", help="print where our step spends its time")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.manual_seed(0)
-    steps, tokens = build(args.shape)
+    steps, tokens = build(args.shape, args.documents)
     torch.set_num_threads(args.threads)
     if args.only is not None:
-        print(memory_of(steps[LOOPS[args.only]]))
+        print(memory_of(list(steps.values())[args.only]))
         return
-    seconds: dict[str, list[float]] = {name: [] for name in LOOPS}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(args.repeats + 1):
         for name, step in steps.items():
             elapsed = timed(step)
@@ -158,11 +177,11 @@ def main() -> None:
     for name, values in seconds.items():
         ratio = statistics.median(v / o for v, o in zip(values, ours, strict=True))
         median = statistics.median(values)
-        print(f"  {name:20s} {tokens / median:8,.0f} tokens/s  {median:6.3f} s   ours is {ratio:.2f}x as fast")
+        print(f"  {name:22s} {tokens / median:8,.0f} tokens/s  {median:6.3f} s   ours is {ratio:.2f}x as fast")
     if args.memory:
         peaks = peak_memory(args)
         for name, peak in peaks.items():
-            print(f"  {name:20s} peak {peak:5.2f} GiB above the built models   {peak / peaks['ours']:.2f}x ours")
+            print(f"  {name:22s} peak {peak:5.2f} GiB above the built models   {peak / peaks['ours']:.2f}x ours")
     if args.profile:
         with torch.profiler.profile() as profile:
             steps["ours"]()

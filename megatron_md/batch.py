@@ -84,6 +84,8 @@ class CorruptedBatch:
         mask_rate_B: the mask rate t drawn for each row (realised l/n for exact-count corruption).
         maskable: number of maskable tokens.
         extra: further host arrays that an objective's own `reduce` wants.
+        cu_seqlens: boundaries of the documents that attention keeps apart, as in `CleanBatch`; None: whole rows. The
+            trainer fills it in, whatever the objective does.
     """
 
     tokens_BL: Int64Array
@@ -94,3 +96,4 @@ class CorruptedBatch:
     mask_rate_B: Float32Array
     maskable: int
     extra: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    cu_seqlens: list[Int32Array] | None = None

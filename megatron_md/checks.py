@@ -8,16 +8,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_md.config import Config
 from megatron_md.config_loader import ConfigError, nearest
+from megatron_md.corpus_checks import corpus_problems, missing_files
 from megatron_md.data.cache import Cache
 from megatron_md.data.mixture import MixtureSchedule
-from megatron_md.data.remote import is_url
-from megatron_md.data.shards import MANIFEST_NAME, Manifest, load_manifest
+from megatron_md.data.shards import load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.train.progress import row_length_unit
@@ -61,10 +62,13 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True) -> La
         *_check_world(config, world_size),
         *_check_batch(config, world_size),
         *_check_learning_rate(config),
+        *_check_spike_factor(config),
         *_check_objective(config),
         *_check_mixture(config),
         *_check_random_length(config),
+        *_check_document_attention(config),
         *_check_run_dir(config),
+        *_check_checkpoint(config),
         *_check_wandb(config),
     ]
     if corpora:
@@ -103,6 +107,9 @@ def import_plugins(config: Config) -> None:
     Raises:
         ConfigError: one of them cannot be imported.
     """
+    # They may lie beside the config, as under `python -m`. Without them, no other import looks there.
+    if config.imports and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     for name in config.imports:
         try:
             importlib.import_module(name)
@@ -223,6 +230,12 @@ def _check_learning_rate(config: Config) -> Iterator[str]:
         yield f"optimizer.lr_schedule.decay_steps belongs to cosine and wsd, but the name is {shape.name}"
 
 
+def _check_spike_factor(config: Config) -> Iterator[str]:
+    factor = config.train.spike_factor
+    if factor and factor <= 1.0:
+        yield f"train.spike_factor {factor:g} would leave out ordinary updates: it must be above 1, or 0 for none"
+
+
 def _check_objective(config: Config) -> Iterator[str]:
     objective = config.objective
     try:
@@ -239,6 +252,11 @@ def _check_objective(config: Config) -> Iterator[str]:
         known = ", ".join(BUILT_IN_OBJECTIVES)
         close = nearest(objective.name, BUILT_IN_OBJECTIVES)
         yield f"objective.name {objective.name!r} is unknown{close} (known: {known}; add others by imports)"
+    if objective.right_shift and config.data.document_attention == "within_document":
+        yield (
+            "objective.right_shift predicts a document's first token from the document before it, which "
+            "data.document_attention within_document keeps apart: set one of them back"
+        )
     if objective.importance and not schedule.has_full_support():
         yield (
             f"objective.importance needs a density above 0 on all of [0, 1], which {objective.mask_schedule} lacks: "
@@ -268,6 +286,15 @@ def _check_random_length(config: Config) -> Iterator[str]:
         )
 
 
+def _check_document_attention(config: Config) -> Iterator[str]:
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if config.data.document_attention == "within_document" and config.train.device != "cpu" and installed:
+        yield (
+            "data.document_attention within_document: Transformer Engine is installed, and its attention does not take "
+            "document boundaries here; uninstall it, or set data.document_attention=full or train.device=cpu"
+        )
+
+
 def _check_wandb(config: Config) -> Iterator[str]:
     if config.log.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         yield "log.wandb_project is set, but wandb is not installed: pip install wandb, or leave the key out"
@@ -282,100 +309,9 @@ def _check_run_dir(config: Config) -> Iterator[str]:
         yield f"run_dir {config.run_dir}: {existing} is not writable"
 
 
-def missing_files(config: Config) -> list[str]:
-    """One line for each corpus that is not set, and each corpus or tokenizer that does not exist."""
-    lines = []
-    if not config.data.corpora():
-        lines.append("data.train is not set: give the manifest.json of the training shards")
-    if config.data.valid is None and config.validation.sequences:
-        lines.append("data.valid is not set, and validation needs it (or set validation.sequences=0)")
-    for key, value in _manifest_paths(config):
-        if is_url(value):
-            continue  # fetched, or refused, when it is opened
-        path = Path(value)
-        path = path / MANIFEST_NAME if path.is_dir() else path
-        if not path.exists():
-            lines.append(f"{key}: {path}: no such file; make it with `megatron-md data build`")
-    if config.data.tokenizer is not None and not Path(config.data.tokenizer).exists():
-        tokenizer = config.data.tokenizer
-        lines.append(f"data.tokenizer: {tokenizer}: no such file; make it with `megatron-md tokenizer train`")
-    return lines
-
-
-def _manifest_paths(config: Config) -> list[tuple[str, str]]:
-    """(key, path) of every corpus: `data.train` (of a mixture `data.train[NAME]`) and `data.valid`."""
-    single = isinstance(config.data.train, str)
-    corpora = config.data.corpora()
-    paths = [("data.train" if single else f"data.train[{corpus.label}]", corpus.manifest) for corpus in corpora]
-    return [*paths, ("data.valid", config.data.valid)] if config.data.valid is not None else paths
-
-
-def corpus_problems(config: Config) -> Iterator[str]:
-    """Contradictions between the tokenizer, the model and the shards, as far as they exist."""
-    tokenizer: Tokenizer | None = None
-    manifests: dict[str, Manifest] = {}
-    paths = dict(_manifest_paths(config))
-    missing = " ".join(missing_files(config))
-    try:
-        if config.data.tokenizer is not None and "data.tokenizer:" not in missing:
-            tokenizer = Tokenizer(config.data.tokenizer)
-    except ValueError as error:
-        yield f"data.tokenizer: {error}"
-    for key, path in paths.items():
-        try:
-            if f"{key}:" not in missing:
-                manifests[key] = load_manifest(path, cache=Cache.of(config.data))
-        except ValueError as error:
-            yield f"{key}: {error}"
-    length = config.data.seq_length
-    for key, manifest in manifests.items():
-        if manifest.tokens < length:
-            yield f"{key}: {paths[key]} holds {manifest.tokens} tokens, less than data.seq_length {length}"
-    yield from _check_distinct({key: manifest for key, manifest in manifests.items() if key != "data.valid"})
-    yield from _check_same_tokenizer(config, tokenizer, manifests)
-    yield from _check_vocabulary(config, tokenizer, manifests)
-
-
-def _check_same_tokenizer(config: Config, tokenizer: Tokenizer | None, manifests: dict[str, Manifest]) -> Iterator[str]:
-    """Everything must have been made with one tokenizer: the one that is set, else that of the training shards."""
-    paths = dict(_manifest_paths(config))
-    source, sha256, size = "", "", 0
-    if tokenizer is not None:
-        source, sha256, size = f"data.tokenizer {tokenizer.path}", tokenizer.sha256, tokenizer.vocab_size
-    elif manifests and next(iter(manifests)) != "data.valid":
-        key, first = next(iter(manifests.items()))
-        source, sha256, size = f"{key} {paths[key]}", first.tokenizer_sha256, first.vocab_size
-    for key, manifest in manifests.items() if source else ():
-        path = paths[key]
-        if manifest.vocab_size != size:
-            yield f"{key}: {path} was made with a vocabulary of {manifest.vocab_size}, but {source} has {size}"
-        elif manifest.tokenizer_sha256 != sha256:
-            yield f"{key}: {path} was made with another tokenizer than {source}; build it again"
-
-
-def _check_distinct(manifests: dict[str, Manifest]) -> Iterator[str]:
-    """A corpus given twice would serve the same rows twice, in the same order."""
-    seen: dict[str, str] = {}
-    for key, manifest in manifests.items():
-        if manifest.sha256 in seen:
-            yield f"{key}: the same corpus as {seen[manifest.sha256]}; give it once, with the sum of the weights"
-        seen.setdefault(manifest.sha256, key)
-
-
-def _check_vocabulary(config: Config, tokenizer: Tokenizer | None, manifests: dict[str, Manifest]) -> Iterator[str]:
-    """The model must know every token, the mask token included; the first file that contradicts is named."""
-    vocab = config.model.vocab
-    if vocab is None:
-        return
-    paths = dict(_manifest_paths(config))
-    sizes = {f"{key} {paths[key]}": (m.mask_id, m.vocab_size) for key, m in manifests.items()}
-    if tokenizer is not None:
-        own = {f"data.tokenizer {tokenizer.path}": (tokenizer.mask_token_id, tokenizer.vocab_size)}
-        sizes = {**own, **sizes}
-    for source, (mask_token_id, size) in sizes.items():
-        if mask_token_id >= vocab:
-            yield f"the mask token id {mask_token_id} of {source} is outside the vocabulary: model.vocab is {vocab}"
-            return
-        if size > vocab:
-            yield f"model.vocab {vocab} is smaller than the vocabulary of {source}, {size}"
-            return
+def _check_checkpoint(config: Config) -> Iterator[str]:
+    keys = config.checkpoint
+    if keys.load_only is not None and keys.load is None:
+        yield "checkpoint.load_only says what to take of checkpoint.load, which is not set"
+    if keys.keep_best and not config.validation.sequences:
+        yield "checkpoint.keep_best chooses by val_nelbo, and validation.sequences 0 turns validation off"

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import linecache
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_md import __version__
-
-EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT = 0, 1, 2
+from megatron_md.exit_codes import EXIT_BAD_INPUT, EXIT_ERROR, RunFailedError, final, is_deliberate
 
 # Name: (module with `add_arguments(parser)` and `run(args) -> int`, what it does). The module's EXAMPLES, if any, are
 # shown by --help.
@@ -26,7 +23,12 @@ COMMANDS = {
     "tokenizer": ("megatron_md.data.tokenizer_commands", "train a tokenizer"),
     "data": ("megatron_md.commands.data", "build, verify and show tokenised corpora"),
     "generate": ("megatron_md.evaluate.generate", "write text with a trained model"),
+    "convert": ("megatron_md.commands.convert", "convert checkpoints between Hugging Face and Megatron"),
+    "evaluate": ("megatron_md.evaluate.likelihood", "bound a run's likelihood, and compare it with another's"),
+    "inspect": ("megatron_md.commands.inspect", "say what a run or a checkpoint holds"),
+    "window": ("megatron_md.commands.window", "predict a window of mask rates from a corpus"),
     "plot": ("megatron_md.evaluate.plot", "draw a run's losses"),
+    "parity": ("megatron_md.commands.parity", "the k-parity task: theory against training, and a check of a machine"),
     "compare": ("megatron_md.evaluate.compare", "say where two runs' figures part"),
 }
 
@@ -72,9 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 2 bad input, 75 stopped on request with a saved checkpoint, 1 anything else.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # `imports` of a config may name modules beside it, as under `python -m`.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     command = next((word for word in arguments if not word.startswith("-")), None)
     parser = build_parser(command)
     args, rest = parser.parse_known_args(arguments)
@@ -85,12 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     try:
         module = importlib.import_module(COMMANDS[args.command][0])
-        return int(module.run(args))
+        return final(int(module.run(args)))
     except ValueError as error:
         if not is_deliberate(error):
             raise
         report_bad_input(error)
-        return EXIT_BAD_INPUT
+        return final(EXIT_BAD_INPUT)
+    except RunFailedError as error:
+        report_bad_input(error)
+        return final(EXIT_ERROR)
     except (IsADirectoryError, NotADirectoryError, PermissionError, FileNotFoundError) as error:
         # A path on the command line that is not what it should be; in training such an error is a fault.
         if args.command == "train" or error.filename is None:
@@ -106,25 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def is_deliberate(error: ValueError) -> bool:
-    """Whether a `raise` in this package made the error: bad input. Others are faults and keep their traceback."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames or os.environ.get("MEGATRON_MD_TRACEBACK"):
-        return False
-    frame, line = frames[-1]
-    module = str(frame.f_globals.get("__name__", ""))
-    statement = linecache.getline(frame.f_code.co_filename, line).strip()
-    return module.split(".")[0] == "megatron_md" and statement.startswith("raise ")
-
-
-def report_bad_input(error: ValueError) -> None:
+def report_bad_input(error: Exception) -> None:
     """Print an error's lines on stderr; of several processes only the first one of each machine does.
 
-    An error that one rank alone may meet (its class says `of_one_rank`) is printed by that rank.
+    An error that one rank alone may meet (its class says `of_one_rank`) is printed by that rank, and so is one of which
+    the ranks have agreed that it was the first.
     """
     if getattr(error, "of_one_rank", False) and "RANK" in os.environ:
         prefix = f"megatron-md rank {os.environ['RANK']}: "
-    elif int(os.environ.get("RANK", "0")) == 0:
+    elif getattr(error, "is_first", False) or int(os.environ.get("RANK", "0")) == 0:
         prefix = "megatron-md: "
     elif os.environ.get("LOCAL_RANK") == "0":
         prefix = f"megatron-md on {socket.gethostname()}: "

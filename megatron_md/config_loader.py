@@ -10,9 +10,10 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -139,6 +140,12 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> set[Pa
     return changed
 
 
+@lru_cache(maxsize=8)
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    """The validator of a dataclass; building one takes tens of milliseconds."""
+    return TypeAdapter(schema)
+
+
 def validate(schema: type[T], mapping: Mapping[str, Any], source: str, overridden: set[Path_] | None = None) -> T:
     """Build a tree of dataclasses from a nested mapping.
 
@@ -160,7 +167,8 @@ def validate(schema: type[T], mapping: Mapping[str, Any], source: str, overridde
         raise ConfigError([f"{source}: {error}"]) from None
     try:
         # Strictness as in JSON: dataclasses come from mappings, floats also from whole numbers, nothing else converts.
-        return TypeAdapter(schema).validate_json(text, strict=True)
+        config: T = _adapter(cast(Hashable, schema)).validate_json(text, strict=True)
+        return config
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=True)
     lines: dict[Path_, str] = {}

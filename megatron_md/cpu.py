@@ -7,7 +7,6 @@ holds the knobs.
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,7 +71,6 @@ def activate() -> None:
         return
     if torch.cuda.is_initialized():
         raise RuntimeError("CPU stand-ins were asked for in a process that already uses CUDA")
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random as core_random
 
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
@@ -81,8 +79,6 @@ def activate() -> None:
     # Recomputation saves and restores the CPU generator by itself; there is no second one here.
     core_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.empty(0)
     core_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None
-    # A save writes from forked processes and hears of them in this one: no manager process (3 s to spawn) is needed.
-    filesystem_async._results_queue = queue.Queue()
     _mode = _CudaLiteralsOnCpu()
     _mode.__enter__()
 

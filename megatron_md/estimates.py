@@ -77,7 +77,8 @@ def training_flops_per_token(
 
     Forward: `layers * (2 * matrices + 4 L A) + fraction * 2 H V`, with the full L x L attention of a bidirectional
     model (half of it under the causal mask of the autoregressive baseline), no embedding look-up, the head at
-    predicted positions only. Backward is twice that.
+    predicted positions only. Backward is twice that. Attention within documents does less than what is counted here,
+    by how much the config cannot tell.
 
     Args:
         config: the run.

@@ -71,7 +71,16 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # The launcher's store outlives a restart (torch 2.13): the addresses of dead processes must not be found there.
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(
+            f"attempt_{attempt}", dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         # One process alone: any free port will do, nobody else looks for it.
@@ -105,7 +114,8 @@ def initialize(config: Config) -> World:
                 "train.device is cpu, but megatron-core found Transformer Engine or apex, whose optimizer knows CUDA "
                 "only: run on a CUDA device, or in an environment without them"
             )
-    timeout = timedelta(seconds=config.parallel.timeout_seconds)
+    # A hang is to be found, and its rank named, before the backend gives up.
+    timeout = timedelta(seconds=max(config.parallel.timeout_seconds, config.train.hang_timeout + 60.0))
     _init_process_group(device, timeout)
 
     from megatron.core import parallel_state

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_md import config as configuration
 from megatron_md import estimates, parallel
+from megatron_md.checkpoint import rollback
 from megatron_md.checkpoint.callback import Checkpointing
-from megatron_md.checkpoint.manager import CheckpointManager, latest_checkpoint
+from megatron_md.checkpoint.directory import checkpoint_name, config_changes, find_checkpoint, model_identity
+from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checks import import_plugins
 from megatron_md.config import Config
 from megatron_md.data.cache import Cache
@@ -22,6 +25,7 @@ from megatron_md.data.shards import Manifest, load_manifest, unigram_entropy
 from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
+from megatron_md.exit_codes import EXIT_DONE, EXIT_STOPPED, RunFailedError
 from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback
@@ -29,11 +33,13 @@ from megatron_md.train.logs import logger, open_rank_log
 from megatron_md.train.metrics import MetricsWriter, append_event, environment, write_json
 from megatron_md.train.optimizer import build_optimizer
 from megatron_md.train.profile import Profiler
+from megatron_md.train.progress import Progress
 from megatron_md.train.quarantine import Quarantine
-from megatron_md.train.resilience import EXIT_DONE, EXIT_STOPPED, StopRequest
+from megatron_md.train.resilience import StopRequest
 from megatron_md.train.step import Stepper
 from megatron_md.train.trainer import Trainer
 from megatron_md.train.validation import NelboEvaluator, Validation, ValidationRows, nelbo_record
+from megatron_md.train.watchdog import Watchdog
 
 ENTROPY_TOKENS = 1_000_000_000  # a larger corpus is not read through just for its unigram entropy
 
@@ -52,8 +58,9 @@ def pretrain(config: Config) -> int:
     manifests = [load_manifest(corpus.manifest, cache=cache) for corpus in config.data.corpora()]
     assert manifests, "checked before"
     config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifests[0].vocab_size))
-    with parallel.session(config) as world:
+    with parallel.session(config) as world, Watchdog(config.train.hang_timeout, world, Path(config.run_dir)) as dog:
         run = Run.build(config, world, manifests)
+        run.trainer.watchdog = dog
         if run.resume():
             run.fit()
         return EXIT_STOPPED if run.trainer.stopped_by else EXIT_DONE
@@ -69,6 +76,7 @@ class Run:
     manifests: list[Manifest]
     trainer: Trainer
     manager: CheckpointManager
+    checkpointing: Checkpointing
     metrics: MetricsWriter
     quarantine: Quarantine
     validation: Validation | None
@@ -78,7 +86,11 @@ class Run:
         """Build model, optimizer, data and callbacks; the corpora of `manifests` share a tokenizer."""
         directory, manifest = Path(config.run_dir), manifests[0]
         objective = build_objective(
-            config.objective, seed=config.seed, mask_token_id=manifest.mask_id, eos_token_id=manifest.eos_id
+            config.objective,
+            seed=config.seed,
+            mask_token_id=manifest.mask_id,
+            eos_token_id=manifest.eos_id,
+            within_document=config.data.document_attention == "within_document",
         )
         chunks = build_model(config, world.device, causal=objective.causal, mask_token_id=manifest.mask_id)
         chunks = wrap_data_parallel(chunks, config)
@@ -89,44 +101,106 @@ class Run:
         manager = CheckpointManager(
             directory,
             keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            keep_best=config.checkpoint.keep_best,
             resolved_config=configuration.to_yaml(config),
-            identity={**stream.state(), **_shape(config), "objective is causal": objective.causal},
+            identity=lambda rows: {
+                **stream.state(rows),
+                **model_identity(config),
+                "tokenizer": manifest.tokenizer_sha256,
+                "objective is causal": objective.causal,
+            },
             texts={LEDGER_NAME: lambda: quarantine.ledger.text()},
         )
         metrics = _metrics_writer(config, world, directory)
         validation = _validation(config, world, stepper, manifest)
-        checkpointing = Checkpointing(manager, every_steps=config.checkpoint.every_steps, metrics=metrics)
+        checkpointing = Checkpointing(manager, config.checkpoint, metrics=metrics)
         # The record is written before the checkpoint, so that a resumed run finds every line up to its step.
         callbacks: list[Callback] = [Profiler(config.train.profile, directory), quarantine, metrics, checkpointing]
         if validation is not None:
             callbacks.insert(0, validation)
-        trainer = Trainer(config, world, stream, stepper, optimizer, callbacks, StopRequest())
-        return cls(config, world, directory, manifests, trainer, manager, metrics, quarantine, validation)
+        stop_request = StopRequest(directory if world.is_main else None)
+        trainer = Trainer(config, world, stream, stepper, optimizer, callbacks, stop_request)
+        run = cls(config, world, directory, manifests, trainer, manager, checkpointing, metrics, quarantine, validation)
+        trainer.roll_back = run.roll_back
+        return run
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint, if there is one; False if the run is finished already.
+        """Continue from the newest undamaged checkpoint, if there is one; False if the run is finished already.
+
+        A run without a checkpoint starts from `checkpoint.load`, if that is set.
 
         Raises:
-            ValueError: there are checkpoints and `checkpoint.resume` is never.
+            ValueError: there are checkpoints and `checkpoint.resume` is never, or none of them can be read.
         """
-        checkpoint = latest_checkpoint(self.directory)
-        if checkpoint is None:
+        returned = rollback.finish(self.directory)
+        loaded = self._load_newest()
+        if loaded is None:
+            loaded = self._start_from_another()
+        if loaded is None:
             return True
-        if self.config.checkpoint.resume == "never":
-            raise ValueError(
-                f"{self.directory} holds checkpoints and checkpoint.resume is never: "
-                "choose another run_dir, remove it, or set checkpoint.resume=auto"
-            )
-        self.trainer.progress = self.manager.load(self.trainer.stepper.chunks, self.trainer.optimizer, checkpoint)
-        self.quarantine.ledger = QuarantineLedger.read(checkpoint / LEDGER_NAME)
-        self.trainer.stream.quarantine(self.quarantine.ledger)
+        checkpoint = loaded[0]
+        self._continue_from(*loaded, returned)
         finished = self.trainer.progress.step >= self.config.train.steps
         if self.world.is_main:
             state = "finished, nothing to do" if finished else "continues"
             print(f"{self.directory}: {state} at step {self.trainer.progress.step}", file=sys.stderr)
             if finished:
                 self._close_late()
+            else:
+                changed = config_changes(checkpoint, self.manager.resolved_config)
+                append_event(self.directory, "loaded", path=str(checkpoint), changed=changed)
         return not finished
+
+    def _load_newest(self) -> tuple[Path, Progress] | None:
+        if self.config.checkpoint.resume == "never" and any((self.directory / "checkpoints").glob("step_*")):
+            raise ValueError(
+                f"{self.directory} holds checkpoints and checkpoint.resume is never: "
+                "choose another run_dir, remove it, or set checkpoint.resume=auto"
+            )
+        return self.manager.load_newest(self.trainer.stepper.chunks, self.trainer.optimizer)
+
+    def _start_from_another(self) -> tuple[Path, Progress] | None:
+        """Take the weights of `checkpoint.load`, or all of it."""
+        keys = self.config.checkpoint
+        if keys.load is None:
+            return None
+        checkpoint, stepper, optimizer = find_checkpoint(Path(keys.load)), self.trainer.stepper, self.trainer.optimizer
+        if self.world.is_main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        if keys.load_only is None:
+            return checkpoint, self.manager.load(stepper.chunks, optimizer, checkpoint)
+        self.manager.load_model_only(stepper.chunks, optimizer, checkpoint)
+        if self.world.is_main:
+            print(f"{self.directory}: starts with the weights of {checkpoint}", file=sys.stderr)
+            append_event(self.directory, "weights_loaded", path=str(checkpoint))
+        return None
+
+    def _continue_from(self, checkpoint: Path, progress: Progress, returned: rollback.Rollback | None) -> None:
+        self.trainer.progress = progress if returned is None else returned.applied(progress)
+        self.quarantine.ledger = QuarantineLedger.read(checkpoint / LEDGER_NAME)
+        self.trainer.stream.quarantine(self.quarantine.ledger)
+
+    def roll_back(self) -> None:
+        """Return to the newest checkpoint from before the bad numbers, and leave out their rows from here on.
+
+        Raises:
+            BadNumbersError: on all ranks, if there is none, or `train.max_rollbacks` is reached.
+        """
+        self.checkpointing.settle(self.trainer)
+        left = self.trainer.progress
+        returned = rollback.agreed(self.directory, left, max_rollbacks=self.config.train.max_rollbacks)
+        checkpoint = self.directory / "checkpoints" / checkpoint_name(returned.step)
+        progress = self.manager.load(self.trainer.stepper.chunks, self.trainer.optimizer, checkpoint)
+        self._continue_from(checkpoint, progress, returned)
+        if self.world.is_main:
+            first, stop = returned.jumps[-1]
+            append_event(self.directory, "rolled back", step=returned.step, left_step=left.step, rows=[first, stop])
+            print(
+                f"megatron-md: bad numbers in {left.guard.skipped_in_row} steps in a row, up to step {left.step}: "
+                f"back to step {returned.step}, from now on without the rows {first} to {stop - 1}",
+                file=sys.stderr,
+            )
 
     def fit(self) -> None:
         """Run the loop, and keep RUN's files true about how it went."""
@@ -134,11 +208,14 @@ class Run:
         open_rank_log(self.directory, self.world)
         if self.world.is_main:
             self._open()
+        if self.trainer.watchdog is not None:
+            # Whoever fails first says so in the run's files, be it the main rank or not.
+            self.trainer.watchdog.on_failure = lambda text: self._close("failed", start, error=text)
         try:
             self.trainer.fit()
-        except BaseException as error:
+        except Exception as error:
             logger.exception("the run failed at step %d", self.trainer.progress.step)
-            if self.world.is_main:
+            if self.world.is_main and (self.world.size == 1 or isinstance(error, RunFailedError)):
                 self._close("failed", start, error=f"{type(error).__name__}: {error}")
             raise
         if self.world.is_main:
@@ -161,7 +238,10 @@ class Run:
         if self.config.data.tokenizer is not None:
             # A run carries its tokenizer: it can be moved, evaluated and converted without the corpus.
             Tokenizer(self.config.data.tokenizer).save(self.directory / "tokenizer.model")
-        append_event(self.directory, "started", step=self.trainer.progress.step, world_size=self.world.size)
+        step, restart = self.trainer.progress.step, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        append_event(self.directory, "started", step=step, world_size=self.world.size, restart=restart)
+        if restart:
+            print(f"megatron-md: restart {restart}, from step {step}", file=sys.stderr)
 
     def _close(self, status: str, start: float, **details: Any) -> None:
         progress = self.trainer.progress
@@ -195,12 +275,6 @@ class Run:
             )
 
 
-def _shape(config: Config) -> dict[str, Any]:
-    """The keys of the model that its weights depend on, under their names in the config."""
-    free = {"preset", "init_std", "scaled_init"}
-    return {f"model.{key}": value for key, value in asdict(config.model).items() if key not in free}
-
-
 def _parameters(config: Config) -> int:
     assert config.model.vocab is not None
     return estimates.parameter_count(
@@ -223,8 +297,10 @@ def _validation(config: Config, world: World, stepper: Stepper, manifest: Manife
         return None
     valid = load_manifest(config.data.valid, cache=Cache.of(config.data))
     rows = validation_rows(valid, config.data.seq_length, config.validation.sequences)
+    if config.objective.right_shift:
+        rows.is_maskable_BL[:, 0] = False  # see Stepper.scorable
     evaluator = NelboEvaluator(
-        ValidationRows(rows.tokens_BL, rows.is_maskable_BL),
+        ValidationRows(rows.tokens_BL, rows.is_maskable_BL, rows.cu_seqlens),
         stepper,
         world,
         seed=config.validation.seed,

@@ -40,10 +40,19 @@ def variant(config: Config = CONFIG, **sections: dict[str, Any]) -> Config:
 
 
 def clean_rows(index: np.ndarray[Any, Any], position: BatchPosition) -> CleanBatch:
-    """Rows that are a function of their number; some end in padding, one in each batch has nothing to mask."""
+    """Rows that are a function of their number; some end in padding, one in each batch has nothing to mask.
+
+    They hold 1 to 6 documents, some of a single token; padding is a document of its own.
+    """
     tokens = np.stack([np.random.default_rng(int(g)).integers(4, VOCAB, LENGTH) for g in index])
     is_maskable = np.arange(LENGTH)[None] < np.where(index % 8 == 5, 0, LENGTH - index % 3)[:, None]
-    return CleanBatch(tokens, is_maskable, index, position)
+    return CleanBatch(tokens, is_maskable, index, position, [boundaries(int(g)) for g in index])
+
+
+def boundaries(g: int) -> np.ndarray[Any, Any]:
+    """Where the documents of row g begin, and L."""
+    inside = np.random.default_rng((g, 1)).integers(1, LENGTH, g % 5)
+    return np.unique([0, *inside, *inside[:1] + 1, LENGTH - g % 3, LENGTH]).clip(max=LENGTH).astype(np.int32)
 
 
 class SmallRun:
@@ -56,7 +65,12 @@ class SmallRun:
         from megatron_md.train.step import Stepper
 
         self.config, self.world = config, world
-        objective = build_objective(config.objective, seed=config.seed, mask_token_id=MASK)
+        objective = build_objective(
+            config.objective,
+            seed=config.seed,
+            mask_token_id=MASK,
+            within_document=config.data.document_attention == "within_document",
+        )
         model = build_model(config, world.device, causal=objective.causal, mask_token_id=MASK)
         self.chunks = wrap_data_parallel(model, config)
         self.optimizer = build_optimizer(config, self.chunks)
@@ -65,9 +79,9 @@ class SmallRun:
 
     def batches(self, step: int) -> list[CleanBatch]:
         """This rank's micro-batches of a step."""
-        size = self.config.train.micro_batch_size
-        position = BatchPosition(step * ROWS, ROWS, 0.0)
-        slots = np.arange(ROWS).reshape(-1, self.world.data_size, size)[:, self.world.data_rank] + step * ROWS
+        size, rows = self.config.train.micro_batch_size, self.config.train.global_batch_size
+        position = BatchPosition(step * rows, rows, 0.0)
+        slots = np.arange(rows).reshape(-1, self.world.data_size, size)[:, self.world.data_rank] + step * rows
         return [clean_rows(index, position) for index in slots]
 
     def train(self, first: int, stop: int) -> Curve:

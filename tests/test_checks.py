@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_md.checks import Layout, check_config, corpus_problems, missing_files, smallest_world, vocabulary
+from megatron_md.checks import Layout, check_config, smallest_world, vocabulary
 from megatron_md.config import Config, ConfigError, config_from_mapping
+from megatron_md.corpus_checks import corpus_problems, missing_files
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import Document, documents, texts
 from megatron_md.data.tokenizer import Tokenizer, train_tokenizer
@@ -143,6 +144,29 @@ def test_run_dir_must_be_a_place_to_write(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     (line,) = problems(config_of(tmp_path))
     assert line == f"run_dir {tmp_path}/run: {tmp_path}/run is a file"
+
+
+def test_attention_within_documents_is_refused_where_transformer_engine_would_do_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"document_attention": "within_document"}
+    assert not problems(config_of(tmp_path, data=data))
+    (tmp_path / "transformer_engine.py").write_text("raise ImportError('must not be imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (line,) = problems(config_of(tmp_path, data=data))
+    assert line.startswith("data.document_attention within_document: Transformer Engine is installed")
+    assert not problems(config_of(tmp_path, data=data, train={"device": "cpu"}))
+    assert not problems(config_of(tmp_path))
+
+
+def test_checkpoint_keys_must_make_sense_together(tmp_path: Path) -> None:
+    (line,) = problems(config_of(tmp_path, checkpoint={"load_only": "model"}))
+    assert line.startswith("checkpoint.load_only says what to take of checkpoint.load")
+    *_, line = missing_files(config_of(tmp_path, checkpoint={"load": str(tmp_path / "nowhere")}))
+    assert line == f"checkpoint.load: {tmp_path}/nowhere: no such run or checkpoint"
+    (line,) = problems(config_of(tmp_path, checkpoint={"keep_best": 1}, validation={"sequences": 0}))
+    assert line.startswith("checkpoint.keep_best chooses by val_nelbo")
+    assert not problems(config_of(tmp_path, checkpoint={"load": str(tmp_path), "load_only": "model", "keep_best": 1}))
 
 
 def test_plugin_module_is_imported_before_its_schedule_is_parsed(
@@ -303,3 +327,10 @@ def test_random_lengths_need_room(tmp_path: Path) -> None:
     sections["data"]["seq_length"] = 2
     (line,) = problems(config_of(tmp_path, model=model, **sections), 4)
     assert line.startswith("data.random_length_fraction needs data.seq_length of at least 4")
+
+
+def test_right_shift_and_attention_within_documents_exclude_each_other(tmp_path: Path) -> None:
+    shifted = {"right_shift": True}
+    assert not problems(config_of(tmp_path, objective=shifted))
+    (line,) = problems(config_of(tmp_path, objective=shifted, data={"document_attention": "within_document"}))
+    assert line.startswith("objective.right_shift predicts a document's first token from the document before it")

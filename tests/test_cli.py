@@ -156,13 +156,15 @@ def test_one_process_trains_here_and_its_exit_code_is_ours(config_file: Path, st
 def test_several_processes_are_launched(config_file: Path, started: dict[str, Any]) -> None:
     words = ["--nproc-per-node", 2, "--nnodes", 2, "--rdzv-endpoint", "a:1", "seed=3", "parallel.tensor=2"]
     assert main("train", config_file, *words) == 0
-    (path, overrides, run_dir), keys = started["launch"]
-    assert (path, overrides, run_dir) == (
-        str(config_file),
-        ["seed=3", "parallel.tensor=2"],
-        f"{config_file.parent}/run",
-    )
-    assert keys == {"nproc_per_node": 2, "nnodes": 2, "rdzv_endpoint": "a:1"}
+    (path, overrides), keys = started["launch"]
+    assert (path, overrides) == (str(config_file), ["seed=3", "parallel.tensor=2"])
+    assert keys == {
+        "nproc_per_node": 2,
+        "nnodes": 2,
+        "rdzv_endpoint": "a:1",
+        "max_restarts": 0,
+        "hang_timeout": 600.0,
+    }
 
 
 def test_inside_a_job_it_is_a_worker(

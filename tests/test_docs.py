@@ -30,6 +30,11 @@ WITH_NAMES = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
     "make test": (".ci/run", "make test"),
+    "megatron-md parity validate": ("tests/parity/test_validate.py", '"parity", "validate"'),
+    "torchrun --nproc-per-node 2 -m megatron_md parity validate parallel.tensor=2": (
+        "tests/parity/test_validate.py",
+        '(2, ["parallel.tensor=2"])',
+    ),
     "pip install --no-deps .": ("tests/test_packaging.py", '"pip", "wheel", "-q", "--no-deps"'),
 }
 PINNED_INSTALL = re.compile(r"pip install --no-deps( [\w.-]+==[\w.]+)+")
@@ -40,7 +45,10 @@ SMALLER = {
     "data build": ["--workers", "1"],
     "train": ["model.hidden=32", "train.global_batch_size=8", "train.micro_batch_size=2",
               "validation.sequences=4", "log.tensorboard=false", "train.device=cpu"],
+    "parity sweep": ["sweep.seeds=[1]", "train.steps=2", "train.global_batch_size=16", "train.micro_batch_size=16",
+                     "train.device=cpu"],
     "generate": ["--length", "16", "--steps", "4"],
+    "evaluate": ["--rows", "4"],
 }  # fmt: skip
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -109,8 +117,9 @@ class Runner:
     def _command(self, words: list[str]) -> None:
         name = words[0] if words[0] in SMALLER else " ".join(words[:2])
         words = [*words, *SMALLER.get(name, [])]
-        # Generation starts megatron-core's process groups, of which this process may hold some for other tests.
-        code = run_ranks(main_in, 1, self.folder, words)[0] if name == "generate" else main_in(self.folder, words)
+        # These start megatron-core's process groups, of which this process may hold some for other tests.
+        starts_groups = name in ("generate", "evaluate")
+        code = run_ranks(main_in, 1, self.folder, words)[0] if starts_groups else main_in(self.folder, words)
         assert code == 0, f"megatron-md {shlex.join(words)} returned {code}"
 
     def _train(self, words: list[str]) -> None:
@@ -279,12 +288,12 @@ def test_versions_are_those_that_are_tested() -> None:
 
 
 def test_exit_codes_are_those_of_the_code() -> None:
-    from megatron_md.train import resilience
+    from megatron_md import exit_codes
 
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)}
     assert codes == {
-        resilience.EXIT_DONE,
-        resilience.EXIT_BAD_INPUT,
-        resilience.EXIT_STOPPED,
-        resilience.EXIT_ERROR,
+        exit_codes.EXIT_DONE,
+        exit_codes.EXIT_BAD_INPUT,
+        exit_codes.EXIT_STOPPED,
+        exit_codes.EXIT_ERROR,
     }

@@ -19,15 +19,31 @@ from megatron_md.config import load_config, preset_names
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # World sizes that the examples are written for; 1 where nothing is said.
-WORLDS = {"tiny/demo": [2], "50m/window": [8], "1b/pretrain": [1, 8], "8b/pretrain": [8, 64], "8b/pipeline": [64]}
+WORLDS = {
+    "tiny/demo": [2],
+    "50m/window": [8],
+    "1b/pretrain": [1, 8],
+    "8b/pretrain": [8, 64],
+    "8b/pipeline": [64],
+    "continue_llada_8b": [8, 64],
+}
+EXAMPLES = sorted(path for path in ROOT.glob("examples/**/*.yaml") if path.parent.name != "parity")
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_example_is_a_sound_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(path.parent))
     config = load_config(path)
-    for world in WORLDS.get(f"{path.parent.name}/{path.stem}", [1]):
+    name = path.relative_to(ROOT / "examples").with_suffix("").as_posix()
+    for world in WORLDS.get(name, [1]):
         assert check_config(config, world, corpora=False).world == world
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/parity/*.yaml")), ids=lambda path: path.stem)
+def test_every_parity_example_is_a_sound_config(path: Path) -> None:
+    from megatron_md.parity.config import check_parity, load_parity_config
+
+    check_parity(load_parity_config(path, []))
 
 
 def test_every_world_size_belongs_to_an_example() -> None:

@@ -1,45 +1,135 @@
-"""Saving during a run."""
+"""Saving during a run: when, in the background or not, and what a failed save means."""
 
 from __future__ import annotations
 
+import sys
 import time
 
-from megatron_md.checkpoint.manager import CheckpointManager
+import torch
+import torch.distributed as dist
+
+from megatron_md.checkpoint.manager import CheckpointManager, Saved
+from megatron_md.checkpoint.writer import SaveError
+from megatron_md.config import CheckpointConfig
 from megatron_md.train.callback import Callback, Record
+from megatron_md.train.logs import logger
 from megatron_md.train.metrics import MetricsWriter, append_event
 from megatron_md.train.trainer import Trainer
 
 
 class Checkpointing(Callback):
-    """Saves every `checkpoint.every_steps` steps, at the end, and when the run is asked to stop."""
+    """Saves every so many steps and minutes, at the end, and when the run is asked to stop."""
 
-    def __init__(self, manager: CheckpointManager, *, every_steps: int, metrics: MetricsWriter) -> None:
+    def __init__(self, manager: CheckpointManager, keys: CheckpointConfig, *, metrics: MetricsWriter) -> None:
         self.manager = manager
-        self.every = every_steps
+        self.keys = keys
         self.metrics = metrics
         self.saved_step: int | None = None
+        self._newest_save = time.monotonic()
+        self._nelbo: tuple[int, float] | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         """A run that has just been resumed stands saved already."""
         if trainer.progress.step:
             self.saved_step = trainer.progress.step
+        self._newest_save = time.monotonic()
 
     def after_step(self, trainer: Trainer, record: Record) -> None:
-        """Save where it is due."""
-        if self.every and trainer.progress.step % self.every == 0:
-            self.save(trainer)
+        """Complete what has been written in the background; save where it is due.
+
+        Raises:
+            SaveError: on all ranks, if a save has failed and `checkpoint.on_error` is stop.
+        """
+        step = trainer.progress.step
+        if "val_nelbo" in record:
+            self._nelbo = step, record["val_nelbo"]
+        self._finish(trainer, wait=False)
+        every = self.keys.every_steps
+        # Every rank asks, whatever the step: the question is collective.
+        is_time = self._is_time(trainer)
+        if is_time or (every and step % every == 0):
+            self._save(trainer, in_background=self.keys.asynchronous)
 
     def on_end(self, trainer: Trainer) -> None:
-        """Save what the last interval left over."""
-        if self.saved_step != trainer.progress.step:
-            self.save(trainer)
+        """Wait for what is being written, and save what the last interval left over.
 
-    def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of where the run stands."""
+        Raises:
+            SaveError: on all ranks, whatever `checkpoint.on_error` says: there is no later save to make up for it.
+        """
+        self._finish(trainer, wait=True)
+        if self.saved_step != trainer.progress.step:
+            self._save(trainer, in_background=False, is_last=True)
+
+    def settle(self, trainer: Trainer) -> None:
+        """Wait for what is being written, before the run returns to an earlier checkpoint.
+
+        Raises:
+            SaveError: as `after_step`.
+        """
+        self._finish(trainer, wait=True)
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        """The clock of rank 0, known to all."""
+        if not self.keys.every_minutes:
+            return False
+        minutes = (time.monotonic() - self._newest_save) / 60.0
+        flag = torch.tensor([float(minutes >= self.keys.every_minutes)], device=trainer.world.device)
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())
+
+    def _save(self, trainer: Trainer, *, in_background: bool, is_last: bool = False) -> None:
+        self._finish(trainer, wait=True)
+        step = trainer.progress.step
+        self._newest_save = time.monotonic()
+        nelbo = self._nelbo[1] if self._nelbo is not None and self._nelbo[0] == step else None
         start = time.perf_counter()
-        path = self.manager.save(trainer.stepper.chunks, trainer.optimizer, trainer.progress)
-        seconds = time.perf_counter() - start
-        self.metrics.save_seconds += seconds
-        self.saved_step = trainer.progress.step
+        try:
+            self.manager.begin(
+                trainer.stepper.chunks,
+                trainer.optimizer,
+                trainer.progress,
+                val_nelbo=nelbo,
+                in_background=in_background,
+            )
+        except SaveError as error:
+            self._failed(trainer, error, is_last)
+            return
+        if in_background:
+            self.metrics.save_seconds += time.perf_counter() - start
+        else:
+            self._finish(trainer, wait=True, is_last=is_last, since=start)
+
+    def _finish(self, trainer: Trainer, *, wait: bool, is_last: bool = False, since: float | None = None) -> None:
+        if not self.manager.is_writing:
+            return
+        start = time.perf_counter() if since is None else since
+        try:
+            saved = self.manager.finish() if wait else self.manager.finish_if_written()
+        except SaveError as error:
+            self._failed(trainer, error, is_last)
+            return
+        self.metrics.save_seconds += time.perf_counter() - start
+        if saved is not None:
+            self._saved(trainer, saved)
+
+    def _saved(self, trainer: Trainer, saved: Saved) -> None:
+        self.saved_step = saved.step
         if trainer.world.is_main:
-            append_event(self.manager.run_dir, "saved", step=trainer.progress.step, path=path.name, seconds=seconds)
+            append_event(
+                self.manager.run_dir,
+                "saved",
+                step=saved.step,
+                path=saved.path.name,
+                seconds=saved.total_seconds,
+                stall_seconds=saved.stall_seconds,
+            )
+
+    def _failed(self, trainer: Trainer, error: SaveError, is_last: bool) -> None:
+        logger.error("%s", error)
+        goes_on = self.keys.on_error == "continue" and not is_last
+        if trainer.world.is_main:
+            append_event(self.manager.run_dir, "save_failed", step=trainer.progress.step, error=str(error))
+            if goes_on:
+                print(f"{error}; training goes on without it (checkpoint.on_error: continue)", file=sys.stderr)
+        if not goes_on:
+            raise error

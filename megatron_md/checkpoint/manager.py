@@ -1,158 +1,55 @@
-"""Saves and loads the state of a run with megatron-core's distributed checkpoints.
+"""Saves and loads the state of a run. Every method is collective: all ranks call it at the same step.
 
-RUN/checkpoints/step_00000100/ is complete or absent: it is written under a temporary name and renamed.
-RUN/checkpoints/latest names the newest complete one.
+One format serves all: it can be read on any layout (see `state`), is sealed by a manifest and verified before it is
+opened (see `integrity`), and may be written while training goes on (see `writer`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_md.checkpoint import directory as names
+from megatron_md.checkpoint import state as states
+from megatron_md.checkpoint.integrity import CheckpointError, verify
+from megatron_md.checkpoint.writer import CheckpointWrite, SaveError, raise_together
 from megatron_md.model.build import settled_parameters
+from megatron_md.train.logs import logger
+from megatron_md.train.metrics import append_event
 from megatron_md.train.progress import Progress
 
-FORMAT_VERSION = 1
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete.
 
-def checkpoint_name(step: int) -> str:
-    """Directory name of the checkpoint at `step`."""
-    return f"step_{step:08d}"
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run: the one that `latest` names or, if it is gone, the newest there is.
-
-    Raises:
-        ValueError: there are checkpoint directories, and none is complete.
+    Attributes:
+        path: its directory.
+        step: of the training state that it holds.
+        stall_seconds: for which training stood still.
+        total_seconds: from the start of the save until it was complete.
     """
-    directory = run_dir / "checkpoints"
-    pointer = directory / "latest"
-    named = [directory / pointer.read_text().strip()] if pointer.is_file() else []
-    found = sorted(directory.glob("step_*"), reverse=True)
-    for path in [*named, *found]:
-        if (path / "progress.json").is_file():
-            return path
-    if found:
-        raise ValueError(f"{directory}: none of its {len(found)} checkpoints is complete; remove them to start anew")
-    return None
+
+    path: Path
+    step: int
+    stall_seconds: float
+    total_seconds: float
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """The progress recorded in a checkpoint.
-
-    Raises:
-        ValueError: the directory is not a complete checkpoint of this format.
-    """
-    path = checkpoint / "progress.json"
-    try:
-        record = json.loads(path.read_text())
-        if record["format"] != FORMAT_VERSION:
-            raise ValueError(f"{path}: format {record['format']} is not {FORMAT_VERSION}")
-        return Progress(**record["progress"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{checkpoint}: not a complete checkpoint ({error})") from error
-
-
-def _unwrapped(chunk: Any) -> Any:
-    """The chunk without megatron-core's data-parallel wrapper, under whose names checkpoints are kept."""
-    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
-
-
-def model_state(chunks: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Sharded state of the model chunks, under the names that megatron-core's optimizer expects."""
-    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
-    return {
-        name: _unwrapped(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
-    }
-
-
-def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
-    """Put a loaded `model_state` into the model chunks."""
-    for number, chunk in enumerate(chunks):
-        _unwrapped(chunk).load_state_dict(state["model" if len(chunks) == 1 else f"model{number}"])
-
-
-def load_model(chunks: list[Any], checkpoint: Path) -> None:
-    """Load weights only, for evaluation and generation on any layout.
-
-    Args:
-        chunks: model chunks without the data-parallel wrapper.
-        checkpoint: a complete checkpoint directory.
-    """
-    metadata = sharding_metadata(chunks, optimizer=None)
-    # Checkpoints hold fp32 weights of the wrapped model under the same names.
-    load_model_state(chunks, dist_checkpointing.load(model_state(chunks, metadata), str(checkpoint)))
-
-
-def sharding_metadata(chunks: list[Any], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
-    """megatron-core's metadata for `sharded_state_dict`: how the optimizer state is cut.
-
-    `fully_reshardable` moves between any layouts, but megatron-core gets it wrong where a rank's gradients lie in
-    several buckets. There the format is `dp_reshardable`, which can change the data-parallel size only.
-    """
-    metadata: dict[str, Any] = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    if optimizer is None:
-        return metadata
-    kind = "dp_reshardable" if _several_buckets(chunks) else "fully_reshardable"
-    return {**metadata, "distrib_optim_sharding_type": kind, "chained_optim_avoid_prefix": True}
-
-
-def _several_buckets(chunks: list[Any]) -> bool:
-    """True on all ranks or none: overlapped communication, or tied embeddings over a pipeline."""
-    denoiser = chunks[0].module
-    while hasattr(denoiser, "module"):
-        denoiser = denoiser.module
-    tied_over_pipeline = (
-        denoiser.share_embeddings_and_output_weights and denoiser.config.pipeline_model_parallel_size > 1
-    )
-    return bool(chunks[0].ddp_config.overlap_grad_reduce or tied_over_pipeline)
-
-
-def _layout() -> dict[str, int]:
-    return {
-        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
-        "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
-    }
-
-
-def _optimizer_kind(optimizer: MegatronOptimizer) -> str:
-    """Class and arithmetic of megatron-core's optimizer: their states differ."""
-    return "/".join(sorted({type(part).__name__ for part in optimizer.chained_optimizers}))
-
-
-def _check_loadable(checkpoint: Path, chunks: list[Any], optimizer: MegatronOptimizer, saved_kind: str | None) -> None:
-    """Refuse by name what megatron-core would load wrongly or not at all.
-
-    Raises:
-        ValueError: the checkpoint's optimizer state cannot move to this layout.
-    """
-    record = json.loads((checkpoint / "progress.json").read_text())
-    saved, was, now = record["layout"], record["optimizer"], _optimizer_kind(optimizer)
-    if was != now:
-        raise ValueError(
-            f"{checkpoint}: its state belongs to megatron-core's {was}, this run has {now}: put "
-            "parallel.distributed_optimizer and train.precision back to what it was trained with"
-        )
-    if saved == _layout():
-        return
-    if saved_kind == "dp_reshardable" or _several_buckets(chunks):
-        raise ValueError(
-            f"{checkpoint}: its optimizer state was saved at {saved} and cannot move to {_layout()}: resume with the "
-            "layout that wrote it (overlapped communication or tied embeddings over a pipeline keep it tied to that)"
-        )
+@dataclass
+class _Pending:
+    step: int
+    write: CheckpointWrite
+    started: float
+    stall_seconds: float
 
 
 class CheckpointManager:
@@ -163,8 +60,10 @@ class CheckpointManager:
         run_dir: Path,
         *,
         keep_last: int,
+        keep_every: int = 0,
+        keep_best: int = 0,
         resolved_config: str,
-        identity: dict[str, Any] | None = None,
+        identity: Callable[[int], dict[str, Any]] | None = None,
         texts: Mapping[str, Callable[[], str]] | None = None,
     ) -> None:
         """Take charge of RUN/checkpoints; nothing is written yet.
@@ -172,110 +71,227 @@ class CheckpointManager:
         Args:
             run_dir: the run's directory.
             keep_last: newest checkpoints that are kept.
+            keep_every: those at multiples of this many steps are kept as well; 0 keeps none for that reason.
+            keep_best: so many with the lowest val_nelbo are kept as well.
             resolved_config: text of `config.yaml` in every checkpoint.
-            identity: what a checkpoint must agree on to be resumed (JSON values by name): corpus, seed, model shape.
+            identity: gives what a checkpoint at row g of the run must agree on to be resumed (JSON values by name):
+                corpus and weights up to there, seed, model shape.
             texts: what else to keep in every checkpoint: file names, and what gives their content when it is saved.
         """
-        self.identity = identity or {}
+        self.identity = identity or (lambda next_sample_index: {})
         self.texts = texts or {}
         self.directory = run_dir / "checkpoints"
         self.run_dir = run_dir
-        self.keep_last = keep_last
+        self.retention = names.Retention(keep_last, keep_every, keep_best)
         self.resolved_config = resolved_config
+        self._pending: _Pending | None = None
+        self._validated = False
 
-    def save(self, chunks: list[Any], optimizer: MegatronOptimizer, progress: Progress) -> Path:
-        """Write a checkpoint; every rank calls this.
+    @property
+    def is_writing(self) -> bool:
+        """A save has begun and is not complete; the same on all ranks."""
+        return self._pending is not None
+
+    def save(
+        self, chunks: list[Any], optimizer: MegatronOptimizer, progress: Progress, *, val_nelbo: float | None = None
+    ) -> Saved:
+        """Write a checkpoint and wait until it is complete.
+
+        Args:
+            chunks: model chunks.
+            optimizer: over them.
+            progress: where the run stands.
+            val_nelbo: measured at this step, if it was.
+
+        Raises:
+            SaveError: it could not be written; the same on all ranks. The checkpoints before it are as they were.
+        """
+        self.begin(chunks, optimizer, progress, val_nelbo=val_nelbo, in_background=False)
+        saved = self.finish()
+        assert saved is not None
+        return saved
+
+    def begin(
+        self,
+        chunks: list[Any],
+        optimizer: MegatronOptimizer,
+        progress: Progress,
+        *,
+        val_nelbo: float | None = None,
+        in_background: bool = True,
+    ) -> None:
+        """Start to write a checkpoint: `finish`, or `finish_if_written` at a later step, completes it.
+
+        Raises:
+            SaveError: as `save`; also if an earlier save is still being written.
+        """
+        if self._pending is not None:
+            raise SaveError("a save has begun before the one before it was finished")
+        start = time.perf_counter()
+        error: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                names.prepare(self.directory, progress.step)
+            except OSError as failure:
+                error = failure
+        raise_together(error)
+        with settled_parameters(chunks):
+            state = states.model_state(chunks)
+            state["optimizer"] = states.optimizer_state(optimizer, state)
+            record = {
+                "format": names.FORMAT_VERSION,
+                "progress": asdict(progress),
+                "layout": states.layout(),
+                "optimizer": states.state_names(optimizer),
+                "identity": self.identity(progress.next_sample_index),
+                "val_nelbo": val_nelbo,
+            }
+            texts = {name: text() for name, text in self.texts.items()}
+            texts |= {names.CONFIG_NAME: self.resolved_config, names.RECORD_NAME: json.dumps(record, indent=1)}
+            partial = names.partial_path(self.directory, progress.step)
+            write = CheckpointWrite(partial, state, texts, copy=in_background, validate=not self._validated)
+        self._validated = True
+        write.start(in_background=in_background)
+        self._pending = _Pending(progress.step, write, start, time.perf_counter() - start)
+
+    def finish_if_written(self) -> Saved | None:
+        """Complete the save that has begun if all ranks have written their files; never waits for them.
+
+        Raises:
+            SaveError: as `save`.
+        """
+        if self._pending is None:
+            return None
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        waiting = torch.tensor([float(not self._pending.write.is_written)], device=device)
+        dist.all_reduce(waiting, op=dist.ReduceOp.MAX)
+        return None if waiting.item() else self.finish()
+
+    def finish(self) -> Saved | None:
+        """Wait for the save that has begun and complete it; None if there is none.
+
+        Raises:
+            SaveError: as `save`.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        start = time.perf_counter()
+        error: Exception | None = None
+        path: Path | None = None
+        try:
+            pending.write.finish()
+            if dist.get_rank() == 0:
+                try:
+                    path = names.publish(self.directory, pending.step, self.retention)
+                except OSError as failure:
+                    error = failure
+            raise_together(error)
+        except SaveError:
+            if dist.get_rank() == 0:
+                names.remove([names.partial_path(self.directory, pending.step)])
+            raise
+        now = time.perf_counter()
+        path = path or self.directory / names.checkpoint_name(pending.step)
+        return Saved(path, pending.step, pending.stall_seconds + now - start, now - pending.started)
+
+    @torch.no_grad()
+    def load_newest(self, chunks: list[Any], optimizer: MegatronOptimizer) -> tuple[Path, Progress] | None:
+        """Read the newest checkpoint that is undamaged; damaged ones are named in a warning and in events.jsonl.
 
         Returns:
-            Its directory.
+            The checkpoint and its progress; None if the run has no checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, and every one is damaged.
+            ValueError: as `load`.
         """
-        target = self.directory / checkpoint_name(progress.step)
-        partial = self.directory / f".writing_{target.name}"
+        self.finish()
+        # Rank 0 lists, so that all ranks try the same ones.
+        found: list[Any] = [None, None]
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        with settled_parameters(chunks):
-            metadata = sharding_metadata(chunks, optimizer)
-            state = model_state(chunks, metadata)
-            state["optimizer"] = optimizer.sharded_state_dict(state, metadata=metadata)
-            content = {key: value for key, value in metadata.items() if key != "dp_cp_group"}
-            dist_checkpointing.save(state, str(partial), content_metadata=content)
-        if dist.get_rank() == 0:
-            record = {
-                "format": FORMAT_VERSION,
-                "progress": asdict(progress),
-                "layout": _layout(),
-                "optimizer": _optimizer_kind(optimizer),
-                "identity": self.identity,
-            }
-            for name, text in self.texts.items():
-                _write_synced(partial / name, text())
-            _write_synced(partial / "config.yaml", self.resolved_config)
-            _write_synced(partial / "progress.json", json.dumps(record, indent=1))
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(partial, target)
-            _sync_directory(self.directory)
-            _replace_text(self.directory / "latest", target.name)
-            self._prune()
-        dist.barrier()
-        return target
+            try:
+                found = [names.complete_checkpoints(self.run_dir), None]
+            except (OSError, ValueError) as error:
+                found = [None, str(error)]
+        dist.broadcast_object_list(found)
+        checkpoints, problem = found
+        if problem is not None:
+            raise CheckpointError(problem)
+        damages = []
+        for checkpoint in checkpoints:
+            try:
+                verify(checkpoint)
+            except CheckpointError as error:
+                damages.append(str(error))
+                logger.warning("%s; the checkpoint before it is tried", error)
+                if dist.get_rank() == 0:
+                    append_event(self.run_dir, "checkpoint_damaged", path=checkpoint.name, error=str(error))
+                continue
+            return checkpoint, self._load_verified(chunks, optimizer, checkpoint)
+        if damages:
+            raise CheckpointError(
+                f"{self.directory}: every checkpoint is damaged ({damages[0]}): "
+                "restore one, or remove them to start anew"
+            )
+        return None
 
     @torch.no_grad()
     def load(self, chunks: list[Any], optimizer: MegatronOptimizer, checkpoint: Path) -> Progress:
-        """Read a checkpoint into model and optimizer; every rank calls this.
+        """Verify a checkpoint and read it into model and optimizer.
 
         Raises:
-            ValueError: it is incomplete, belongs to another run, or holds optimizer state that this layout cannot take.
+            CheckpointError: it is damaged.
+            ValueError: it is incomplete, belongs to another run, or holds optimizer state of another kind.
         """
-        progress = read_progress(checkpoint)
-        self._check_identity(checkpoint)
-        saved = dist_checkpointing.load_content_metadata(str(checkpoint)) or {}
-        _check_loadable(checkpoint, chunks, optimizer, saved.get("distrib_optim_sharding_type"))
-        metadata = {**sharding_metadata(chunks, optimizer), **saved}
-        template = model_state(chunks, metadata)
-        template["optimizer"] = optimizer.sharded_state_dict(template, is_loading=True, metadata=metadata)
-        state = dist_checkpointing.load(template, str(checkpoint))
-        load_model_state(chunks, state)
-        optimizer.load_state_dict(state["optimizer"])
+        self.finish()
+        verify(checkpoint)
+        return self._load_verified(chunks, optimizer, checkpoint)
+
+    def _load_verified(self, chunks: list[Any], optimizer: MegatronOptimizer, checkpoint: Path) -> Progress:
+        progress = names.read_progress(checkpoint)
+        record = names.read_record(checkpoint)
+        _refuse_differences(checkpoint, record["identity"], self.identity(progress.next_sample_index))
+        states.allocate_optimizer(optimizer)
+        needed = states.state_names(optimizer)
+        if record["optimizer"] != needed:
+            raise ValueError(
+                f"{checkpoint}: its optimizer state is {record['optimizer']}, this run's is {needed}: put "
+                "train.precision and megatron.optimizer back to what it was trained with"
+            )
+        with settled_parameters(chunks):
+            state = states.model_state(chunks)
+            state["optimizer"] = states.optimizer_state(optimizer, state)
+            loaded = states.read_state(state, checkpoint)
+            states.load_model_state(chunks, loaded)
+            states.set_optimizer_updates(optimizer, loaded["optimizer"]["updates"])
         return progress
 
-    def _check_identity(self, checkpoint: Path) -> None:
-        saved = json.loads((checkpoint / "progress.json").read_text())["identity"]
-        now = json.loads(json.dumps(self.identity))
-        lines = [f"{key}: {saved.get(key)} there, {value} now" for key, value in now.items() if saved.get(key) != value]
-        if lines:
-            raise ValueError(
-                f"{checkpoint} belongs to another run ({'; '.join(lines)}): "
-                "choose another run_dir, or put these keys back to what it was trained with"
-            )
+    @torch.no_grad()
+    def load_model_only(self, chunks: list[Any], optimizer: MegatronOptimizer, checkpoint: Path) -> None:
+        """Verify a checkpoint of another run and take its weights as the start of this one.
 
-    def _prune(self) -> None:
-        complete = sorted(self.directory.glob("step_*"))
-        newest = (self.directory / "latest").read_text()
-        for old in complete[: -self.keep_last]:
-            if old.name != newest:
-                shutil.rmtree(old)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        Raises:
+            CheckpointError: it is damaged.
+            ValueError: its model has another shape, or another tokenizer.
+        """
+        verify(checkpoint)
+        there = names.read_record(checkpoint)["identity"]
+        # A converted checkpoint may come without a tokenizer.
+        shared = {key for key in there if key.startswith(("model.", "tokenizer"))}
+        here = {key: value for key, value in self.identity(0).items() if key in shared}
+        _refuse_differences(checkpoint, there, here)
+        with settled_parameters(chunks):
+            states.load_model(chunks, checkpoint)
+            # The optimizer's own fp32 parameters, which would undo the load at its first step.
+            optimizer.reload_model_params()
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old or the new text, never a part."""
-    temporary = path.with_name(f".{path.name}.writing")
-    _write_synced(temporary, text)
-    os.replace(temporary, path)
-    _sync_directory(path.parent)
+def _refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    here = json.loads(json.dumps(here))
+    lines = [f"{key}: {there.get(key)} there, {value} now" for key, value in here.items() if there.get(key) != value]
+    if lines:
+        raise ValueError(
+            f"{checkpoint} belongs to another run ({'; '.join(lines)}): "
+            "choose another run_dir, or put these keys back to what it was trained with"
+        )

@@ -17,6 +17,10 @@ from megatron_md.data.stream import WINDOW_SHARDS, Rows, SequenceStream
 from megatron_md.data.tokenizer import Tokenizer
 
 BAR_WIDTH = 40
+ASSUMED = (
+    "masks as in a run on this corpus alone whose global batches all have {} rows (no train.batch_ramp) of full length "
+    "(no data.random_length_fraction), with a curriculum at its start"
+)
 MASKED_STYLE, HEADING_STYLE = "bold white on red", "bold cyan"
 EXAMPLES = f"""{commands.EXAMPLES.rstrip()}
   megatron-md data show corpus/train --stats
@@ -35,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument(
         "--row", type=int, action="append", default=[], metavar="G", help="print row G of the training order"
     )
-    show.add_argument("--masks", metavar="SCHEDULE", help="mark the tokens of these rows that a run masks: uniform:0,1")
+    show.add_argument(
+        "--masks",
+        metavar="SCHEDULE",
+        help="mark the tokens of these rows that a run with constant batches masks: uniform:0,1",
+    )
     show.add_argument("--tokenizer", metavar="FILE", help="print text instead of token ids")
     keys = {
         "seed": (1234, "seed"),
@@ -114,6 +122,8 @@ def _show_rows(console: Console, manifest: Manifest, args: argparse.Namespace) -
     stream = SequenceStream(
         manifest, seed=args.seed, seq_length=args.seq_length, window_shards=args.window_shards, keep_going=True
     )
+    if args.masks:
+        console.print(ASSUMED.format(args.global_batch_size))
     for g in args.row:
         rows = stream.rows([g])
         is_masked_L, rate = np.zeros(args.seq_length, dtype=np.bool_), None

@@ -6,14 +6,14 @@ import argparse
 import os
 import sys
 
+from megatron_md.arguments import positive
 from megatron_md.checks import (
     check_config,
-    corpus_problems,
-    missing_files,
     smallest_world,
     vocabulary,
 )
 from megatron_md.config import Config, ConfigError, explain, load_config
+from megatron_md.corpus_checks import corpus_problems, missing_files
 from megatron_md.estimates import report
 
 EXAMPLES = f"""examples:
@@ -22,9 +22,10 @@ EXAMPLES = f"""examples:
   megatron-md train examples/8b/pretrain.yaml --dry-run --world-size 64
   torchrun --nproc-per-node 2 -m megatron_md train examples/tiny/demo.yaml
   megatron-md train CONFIG.yaml --nnodes 8 --nproc-per-node 8 --rdzv-endpoint HOST:29500      (on every node)
+  megatron-md train CONFIG.yaml --nproc-per-node 8 --max-restarts 10
 
 exit codes:
-  0 done   2 bad input   75 stopped by a signal with a saved checkpoint: the same command goes on   1 anything else
+  0 done   2 bad input   75 stopped on request (signal, RUN/stop) and saved: the same command goes on   1 anything else
   (torchrun has its own: 1 whatever a worker ends with)
 
 keys of the YAML file and of section.key=value (a key of the command line wins over the file, the file over the preset):
@@ -38,17 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run; see the keys below")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="keys to change")
     parser.add_argument("--dry-run", action="store_true", help="print config, layout and estimates; start nothing")
-    parser.add_argument("--world-size", type=_positive, metavar="N", help="processes that --dry-run assumes")
-    parser.add_argument("--nproc-per-node", type=_positive, metavar="N", help="processes on this machine (default 1)")
-    parser.add_argument("--nnodes", type=_positive, default=1, metavar="N", help="machines of the job (default 1)")
+    parser.add_argument("--world-size", type=positive, metavar="N", help="processes that --dry-run assumes")
+    parser.add_argument("--nproc-per-node", type=positive, metavar="N", help="processes on this machine (default 1)")
+    parser.add_argument("--nnodes", type=positive, default=1, metavar="N", help="machines of the job (default 1)")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after a fault, go on from the newest checkpoint N times",
+    )
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; needed for several")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         check_config(config, world)
     except ConfigError as error:
         raise ConfigError([f"{args.config}: {line}" for line in error.lines]) from None
-    if is_worker or world == 1:
+    if is_worker or (world == 1 and not args.max_restarts):
         from megatron_md.pretrain import pretrain
 
         return pretrain(config)
@@ -89,10 +90,11 @@ def run(args: argparse.Namespace) -> int:
     return launch(
         args.config,
         args.overrides,
-        config.run_dir,
         nproc_per_node=nproc,
         nnodes=args.nnodes,
         rdzv_endpoint=args.rdzv_endpoint,
+        max_restarts=args.max_restarts,
+        hang_timeout=config.train.hang_timeout,
     )
 
 

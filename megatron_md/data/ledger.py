@@ -7,12 +7,12 @@ run had left out before, whatever has happened to the files since.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_md.batch import DamagedDocument
+from megatron_md.files import replace_file
 
 LEDGER_NAME = "quarantine.jsonl"
 
@@ -44,12 +44,7 @@ class QuarantineLedger:
 
     def write(self, path: Path) -> None:
         """Write the file so that readers see the old or the new one, never a part."""
-        temporary = path.with_name(f".{path.name}.writing")
-        with temporary.open("w") as file:
-            file.write(self.text())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, self.text())
 
     @classmethod
     def read(cls, path: Path) -> QuarantineLedger:

@@ -6,8 +6,8 @@ import importlib
 from typing import Any
 
 
-def optional_package(module: str, wanted_by: str) -> Any:
-    """Import a module of an optional package.
+def optional_package(module: str, wanted_by: str, extra: str = "data") -> Any:
+    """Import a module of a package that belongs to one of our extras.
 
     Raises:
         ValueError: it is not installed; names what wants it and how to install it.
@@ -16,4 +16,4 @@ def optional_package(module: str, wanted_by: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
-        raise ValueError(f"{wanted_by}: reading it needs {package}: pip install 'megatron-md[data]'") from None
+        raise ValueError(f"{wanted_by}: needs {package}: pip install 'megatron-md[{extra}]'") from None

@@ -1,15 +1,15 @@
 """The row order: which tokens of the corpus make up row g of a run. Arithmetic only, no file is read here.
 
-Every epoch permutes the shards, groups them into windows of W, permutes the documents of a window, concatenates them
-with `<eos>` after each, cuts rows of L tokens (the window's last row is padded) and permutes those rows. The number
-of rows of a window follows from its shards' totals in the manifest, so any g is found without reading what came
-before. All is a pure function of (manifest hash, seed, L, W, g), and epochs go on for ever.
+Every epoch permutes the shards, groups them into windows of W, permutes the documents of a window, concatenates all
+windows with `<eos>` after each document, cuts rows of L tokens (the epoch's last row is padded) and permutes the rows
+that begin in the same window. So every epoch has ceil(tokens / L) rows, however its windows fall out, and any g is
+found by division and the shards' totals in the manifest: nothing before it is looked at. All is a pure function of
+(manifest hash, seed, L, W, g), and epochs go on for ever.
 """
 
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,17 +31,29 @@ def permutation(count: int, *key: str | int) -> Int64Array:
     return np.argsort(words, kind="stable")
 
 
+class Span(NamedTuple):
+    """Tokens `start` to `stop` (not included) of the concatenated documents of window `window`."""
+
+    window: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class RowPlace:
-    """Where row g lies: row `row` (in reading order) of window `window` of epoch `epoch`."""
+    """What row g is cut from: spans of epoch `epoch`, one unless the row runs on into the next window."""
 
     epoch: int
-    window: int
-    row: int
+    spans: tuple[Span, ...]
 
 
 class RowOrder:
-    """Finds the window that holds row g, and the shards of that window."""
+    """Finds what row g is cut from, and the shards of a window.
+
+    Attributes:
+        rows_per_epoch: rows of every epoch, ceil(tokens / L).
+        key: what all permutations depend on besides the epoch.
+    """
 
     def __init__(
         self, shard_tokens: Int64Array, *, seq_length: int, window_shards: int, seed: int, corpus: str
@@ -57,39 +69,42 @@ class RowOrder:
         """
         self._shard_tokens = np.asarray(shard_tokens, dtype=np.int64)
         self._seq_length, self._window_shards = seq_length, window_shards
+        self.rows_per_epoch = -(-int(self._shard_tokens.sum()) // seq_length)
         self.key = (corpus, seed)
-        # First row of each epoch: windows group other shards each time, so the counts of padded rows differ.
-        self._epoch_starts = [0]
         self._epoch = lru_cache(maxsize=4)(self._lay_out_epoch)
+        self._rows = lru_cache(maxsize=4)(self._permute_rows)
 
     def locate(self, row: int) -> RowPlace:
         """Place of row g = `row`."""
-        if len(self._shard_tokens) <= self._window_shards:
-            epoch, local = divmod(row, self.rows_of_epoch(0))
-            return RowPlace(epoch, 0, local)
-        while self._epoch_starts[-1] <= row:
-            self._epoch_starts.append(self._epoch_starts[-1] + self.rows_of_epoch(len(self._epoch_starts) - 1))
-        epoch = bisect_right(self._epoch_starts, row) - 1
-        window_starts = self._epoch(epoch)[1]
-        local = row - self._epoch_starts[epoch]
-        window = int(np.searchsorted(window_starts, local, side="right")) - 1
-        return RowPlace(epoch, window, local - int(window_starts[window]))
-
-    def rows_of_epoch(self, epoch: int) -> int:
-        """Number of rows of an epoch."""
-        return int(self._epoch(epoch)[1][-1])
+        epoch, local = divmod(row, self.rows_per_epoch)
+        _, starts, first_rows = self._epoch(epoch)
+        window = int(np.searchsorted(first_rows, local, side="right")) - 1
+        first = int(first_rows[window])
+        begin = (first + int(self._rows(epoch, window)[local - first])) * self._seq_length
+        end = min(begin + self._seq_length, int(starts[-1]))
+        spans = []
+        while begin < end:
+            start, stop = int(starts[window]), min(end, int(starts[window + 1]))
+            spans.append(Span(window, begin - start, stop - start))
+            begin, window = stop, window + 1
+        return RowPlace(epoch, tuple(spans))
 
     def shards_of_window(self, epoch: int, window: int) -> Int64Array:
-        """Numbers of the shards that make up a window."""
+        """Numbers of the shards that make up a window; none beyond the epoch's last window."""
         first = window * self._window_shards
         return self._epoch(epoch)[0][first : first + self._window_shards]
 
-    def _lay_out_epoch(self, epoch: int) -> tuple[Int64Array, Int64Array]:
-        """Order of the shards, and the first row of each window followed by the number of rows."""
+    def _lay_out_epoch(self, epoch: int) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Order of the shards; the first token and the first row of each window, followed by the totals."""
         shards = permutation(len(self._shard_tokens), "shards", *self.key, epoch)
         tokens = np.add.reduceat(self._shard_tokens[shards], np.arange(0, len(shards), self._window_shards))
-        rows = -(-tokens // self._seq_length)
-        return shards, np.concatenate([[0], np.cumsum(rows)])
+        starts = np.concatenate([[0], np.cumsum(tokens)])
+        return shards, starts, -(-starts // self._seq_length)
+
+    def _permute_rows(self, epoch: int, window: int) -> Int64Array:
+        """In which order the rows are read that begin in a window."""
+        first_rows = self._epoch(epoch)[2]
+        return permutation(int(first_rows[window + 1] - first_rows[window]), "rows", *self.key, epoch, window)
 
 
 class Piece(NamedTuple):
@@ -106,37 +121,27 @@ class Piece(NamedTuple):
 
 
 class WindowLayout:
-    """The rows of one window.
+    """The permuted and concatenated documents of one window."""
 
-    Attributes:
-        rows: number of rows.
-    """
-
-    def __init__(self, document_tokens: Int64Array, seq_length: int, *key: str | int) -> None:
-        """Permute documents and rows.
+    def __init__(self, document_tokens: Int64Array, *key: str | int) -> None:
+        """Permute the documents.
 
         Args:
             document_tokens: tokens [documents] of the window's documents in file order, without `<eos>`.
-            seq_length: tokens per row (L).
-            key: what the two permutations depend on.
+            key: what the permutation depends on.
         """
-        self._seq_length = seq_length
         self._documents = permutation(len(document_tokens), "documents", *key)
         self._ends = np.cumsum(document_tokens[self._documents] + 1)
-        self.rows = -(-int(self._ends[-1]) // seq_length)
-        self._rows = permutation(self.rows, "rows", *key)
 
-    def pieces(self, row: int) -> list[Piece]:
-        """What row `row` (in reading order) is made of, from left to right; less than L tokens in one row only."""
-        begin = int(self._rows[row]) * self._seq_length
-        end = min(begin + self._seq_length, int(self._ends[-1]))
-        first = int(np.searchsorted(self._ends, begin, side="right"))
-        last = int(np.searchsorted(self._ends, end, side="left"))
+    def pieces(self, start: int, stop: int) -> list[Piece]:
+        """What the window's tokens `start` to `stop` (not included) are made of, from left to right."""
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        last = int(np.searchsorted(self._ends, stop, side="left"))
         start_of_first = int(self._ends[first - 1]) if first else 0
         document_ends = self._ends[first : last + 1].tolist()
         pieces = []
-        for document, start, stop in zip(
+        for document, begin, end in zip(
             self._documents[first : last + 1].tolist(), [start_of_first, *document_ends], document_ends, strict=False
         ):
-            pieces.append(Piece(document, max(begin, start) - start, min(end, stop) - start))
+            pieces.append(Piece(document, max(start, begin) - begin, min(stop, end) - begin))
         return pieces

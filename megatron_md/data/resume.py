@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_md.data.entries import Document, Entry, TokenDocument
 from megatron_md.data.shards import REJECTED_NAME, Shard
+from megatron_md.files import replace_file
 
 PROGRESS_NAME = "progress.json"
 
@@ -56,8 +57,7 @@ class BuildState:
     def save(self, folder: Path) -> None:
         """Write it into the folder of the build, in one step."""
         content = {**vars(self), "progress": vars(self.progress), "shards": [asdict(shard) for shard in self.shards]}
-        write_synced(folder / (PROGRESS_NAME + ".new"), json.dumps(content).encode())
-        os.replace(folder / (PROGRESS_NAME + ".new"), folder / PROGRESS_NAME)
+        replace_file(folder / PROGRESS_NAME, json.dumps(content))
 
 
 def settings_key(settings: dict[str, Any]) -> str:
@@ -124,11 +124,3 @@ def skip_done(entries: Iterator[Entry], state: BuildState, folder: Path) -> None
         raise ValueError(
             f"{folder}: the input has changed since the build was interrupted; delete the folder to start over"
         )
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -330,21 +330,6 @@ def unigram_entropy(manifest: Manifest) -> float:
     return float(-(probabilities * np.log(probabilities)).sum())
 
 
-def unigram_cross_entropy(valid: Manifest, train: Manifest) -> float:
-    """Cross-entropy in nats per token of `valid` under the token frequencies of `train`.
-
-    H = -sum_v q_v log p_v with add-one smoothing, p_v = (n_v + 1) / (n + V), so that unseen tokens stay finite.
-
-    Raises:
-        ValueError: the two corpora were tokenised with different tokenizers.
-    """
-    if valid.tokenizer_sha256 != train.tokenizer_sha256:
-        raise ValueError(f"{valid.location} and {train.location} were tokenised with different tokenizers")
-    train_counts, valid_counts = token_counts(train) + 1, token_counts(valid)
-    log_probabilities = np.log(train_counts / train_counts.sum())
-    return float(-(valid_counts / valid_counts.sum() * log_probabilities).sum())
-
-
 def document_lengths(manifest: Manifest) -> npt.NDArray[np.int64]:
     """Tokens [documents] of every document, in file order."""
     lengths = [ShardReader(manifest, number).index["tokens"] for number in range(len(manifest.shards))]

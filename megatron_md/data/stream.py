@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, DamagedDocument, Int32Array, Int64Array
 from megatron_md.data.cache import WindowFetcher
-from megatron_md.data.packing import RowOrder, WindowLayout
+from megatron_md.data.packing import RowOrder, Span, WindowLayout
 from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader, load_manifest
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Rows:
     """Packed rows.
 
     Attributes:
-        tokens_BL: token ids; a window's last row ends in padding.
+        tokens_BL: token ids; an epoch's last row ends in padding.
         is_maskable_BL: False on padding, also where a quarantined document would stand.
         sample_index_B: g of each row.
         cu_seqlens: per row the boundaries of its documents, from 0 to L ascending; padding counts as a last document.
@@ -56,8 +56,8 @@ class RowStream(Protocol):
     def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
         """The rows of these g, in this order."""
 
-    def state(self) -> dict[str, Any]:
-        """What the order depends on, as JSON values; equal states serve equal rows."""
+    def state(self, rows: int) -> dict[str, Any]:
+        """What the first `rows` rows depend on, as JSON values; where it is equal, so are they."""
 
     def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
         """Leave these documents out from here on without looking at them: a resumed run's known damage."""
@@ -73,7 +73,7 @@ class SequenceStream:
         manifest: the corpus.
         seq_length: tokens per row (L).
         tokens: tokens of one epoch, `<eos>` included.
-        rows_per_epoch: rows of the first epoch (later ones may differ by fewer rows than there are windows).
+        rows_per_epoch: rows of every epoch, ceil(tokens / L).
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class SequenceStream:
             shard_tokens, seq_length=seq_length, window_shards=window_shards, seed=seed, corpus=self.manifest.sha256
         )
         self.tokens = int(shard_tokens.sum())
-        self.rows_per_epoch = self._order.rows_of_epoch(0)
+        self.rows_per_epoch = self._order.rows_per_epoch
         remote = self.manifest.remote
         self._fetcher = WindowFetcher(self.manifest.remote_files, remote.cache) if remote is not None else None
         self._window = lru_cache(maxsize=2)(self._open_window)
@@ -127,12 +127,15 @@ class SequenceStream:
         damaged: set[DamagedDocument] = set()
         for b, g in enumerate(sample_index):
             place = self._order.locate(int(g))
-            window = self._window(place.epoch, place.window)
-            boundaries, gaps = window.fill(place.row, tokens_BL[b])
-            is_maskable_BL[b, : boundaries[-1]] = True
-            for begin, end, document in gaps:
-                is_maskable_BL[b, begin:end] = False
-                damaged.add(window.describe(document))
+            boundaries = [0]
+            for span in place.spans:
+                window, begin = self._window(place.epoch, span.window), boundaries[-1]
+                ends, gaps = window.fill(span, tokens_BL[b, begin:])
+                boundaries += [begin + end for end in ends]
+                is_maskable_BL[b, begin : boundaries[-1]] = True
+                for gap_begin, gap_end, document in gaps:
+                    is_maskable_BL[b, begin + gap_begin : begin + gap_end] = False
+                    damaged.add(window.describe(document))
             if boundaries[-1] < self.seq_length:
                 boundaries.append(self.seq_length)
             cu_seqlens.append(np.array(boundaries, dtype=np.int32))
@@ -146,8 +149,8 @@ class SequenceStream:
                 self._quarantined.setdefault(damaged.shard, []).append(damaged.document)
         self._window.cache_clear()
 
-    def state(self) -> dict[str, Any]:
-        """What the order depends on; equal states serve equal rows. There is nothing else to restore."""
+    def state(self, rows: int) -> dict[str, Any]:
+        """What the first `rows` rows depend on (here all others too). There is nothing else to restore."""
         return {
             "corpus": self.manifest.sha256,
             "seed": self._seed,
@@ -161,7 +164,7 @@ class SequenceStream:
             self._fetcher.bring(self._order, epoch, window)
         readers = [ShardReader(self.manifest, int(shard)) for shard in shards]
         document_tokens = np.concatenate([reader.index["tokens"] for reader in readers]).astype(np.int64)
-        layout = WindowLayout(document_tokens, self.seq_length, *self._order.key, epoch, window)
+        layout = WindowLayout(document_tokens, *self._order.key, epoch, window)
         names = [self.manifest.shards[shard].name for shard in shards.tolist()]
         opened = _Window(self.manifest, names, readers, layout, document_tokens, self._verify, self._keep_going)
         for number, name in enumerate(names):
@@ -193,28 +196,28 @@ class _Window:
         """Treat these documents of the window's shard number `shard` as damaged."""
         self._is_left_out[self._first_documents[shard] + np.array(documents, dtype=np.int64)] = True
 
-    def fill(self, row: int, tokens_L: Int64Array) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """Write a row.
+    def fill(self, span: Span, tokens_n: Int64Array) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Write a span of this window to the beginning of `tokens_n`.
 
         Returns:
-            The boundaries of its documents, from 0 to the end of its last token, and (begin, end, document) of the
-            gaps that damaged documents (with their `<eos>`) leave.
+            Where each of its documents ends, and (begin, end, document) of the gaps that damaged documents (with
+            their `<eos>`) leave.
         """
-        boundaries = [0]
+        ends = []
         gaps = []
-        for piece in self._layout.pieces(row):
-            begin = boundaries[-1]
-            end = begin + piece.stop - piece.start
-            boundaries.append(end)
-            document_n = self._document(piece.document)
-            if document_n is None:
+        end = 0
+        for piece in self._layout.pieces(span.start, span.stop):
+            begin, end = end, end + piece.stop - piece.start
+            ends.append(end)
+            document_m = self._document(piece.document)
+            if document_m is None:
                 gaps.append((begin, end, piece.document))
                 continue
-            tokens_n = document_n[piece.start : piece.stop]
-            tokens_L[begin : begin + len(tokens_n)] = tokens_n
-            if piece.stop > len(document_n):
-                tokens_L[end - 1] = self._manifest.eos_id
-        return boundaries, gaps
+            piece_m = document_m[piece.start : piece.stop]
+            tokens_n[begin : begin + len(piece_m)] = piece_m
+            if piece.stop > len(document_m):
+                tokens_n[end - 1] = self._manifest.eos_id
+        return ends, gaps
 
     def describe(self, document: int) -> DamagedDocument:
         """What a ledger says about a document of this window."""

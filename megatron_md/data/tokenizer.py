@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +15,13 @@ import numpy.typing as npt
 
 from megatron_md.data.entries import Document
 from megatron_md.data.tokenizer_json import JsonTokenizer
+from megatron_md.files import replacing
 
 JSON_NAME = "tokenizer.json"
 MASK, EOS, PAD, UNKNOWN = "<mask>", "<eos>", "<pad>", "<unk>"
 SPACE_PIECE = "\u2581"  # how SentencePiece spells a space; a literal one is encoded through its bytes
 TABS = ["\t" * count for count in range(1, 5)]  # SentencePiece cannot learn pieces with tabs: it reserves the character
+FEWEST_PIECES = 256 + len((MASK, EOS, PAD, UNKNOWN)) + len(TABS) + 1  # the bytes, what else is always there, one more
 TRAINING_BYTES = 3_000_000
 EXCERPT_CHARACTERS = 4_000
 TRAINING_THREADS = 4  # fixed, whatever the machine: the model file depends on it
@@ -144,9 +145,8 @@ class Tokenizer:
         if isinstance(self._model, JsonTokenizer):
             self._model.save_config(path.parent)
         if not path.exists() or not path.samefile(self.path):
-            partial = path.with_name(path.name + ".partial")
-            shutil.copyfile(self.path, partial)
-            os.replace(partial, path)
+            with replacing(path) as temporary:
+                shutil.copyfile(self.path, temporary)
 
 
 class _SentencePiece:
@@ -217,13 +217,32 @@ def train_tokenizer(
         The tokenizer, loaded from `output` and checked: 200 excerpts survive a round trip.
 
     Raises:
-        ValueError: there is no text, it is too little for `vocab_size`, or the round trip fails.
+        ValueError: a size is out of range, there is no text or too little for `vocab_size`, or the round trip fails.
     """
-    import sentencepiece
-
+    if vocab_size < FEWEST_PIECES:
+        raise ValueError(
+            f"--vocab {vocab_size}: must be at least {FEWEST_PIECES}: bytes and special tokens take the rest"
+        )
+    if training_bytes < 1:
+        raise ValueError(f"--sample-bytes {training_bytes}: must be at least 1")
     sample = _sample(documents, training_bytes)
     if not sample:
         raise ValueError("no text to train a tokenizer on; give text files, folders of them, or 'embedded'")
+    model = _trained_model(sample, vocab_size)
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as temporary:
+        temporary.write_bytes(model)
+        tokenizer = Tokenizer(temporary)
+        for excerpt in sample[:: max(1, len(sample) // 200)]:
+            tokenizer.check_round_trip(excerpt)
+    return Tokenizer(output)
+
+
+def _trained_model(sample: list[Document], vocab_size: int) -> bytes:
+    """The file of a SentencePiece model that is trained on these excerpts."""
+    import sentencepiece
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -253,15 +272,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ValueError(f"cannot train {vocab_size} pieces on this text: {_advice(error)}") from error
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_bytes(model.getvalue())
-    tokenizer = Tokenizer(partial)
-    for excerpt in sample[:: max(1, len(sample) // 200)]:
-        tokenizer.check_round_trip(excerpt)
-    os.replace(partial, output)
-    return Tokenizer(output)
+    return model.getvalue()
 
 
 def _advice(error: RuntimeError) -> str:

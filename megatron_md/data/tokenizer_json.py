@@ -7,12 +7,12 @@ the file, else added tokens with a customary name (LLaDA and Dream name theirs s
 from __future__ import annotations
 
 import json
-import os
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 from megatron_md.data.optional import optional_package
+from megatron_md.files import replace_file
 
 CONFIG_NAME = "tokenizer_config.json"
 CUSTOMARY = {
@@ -89,9 +89,7 @@ class JsonTokenizer:
 
     def save_config(self, folder: Path) -> None:
         """Write the names of the special tokens into the `tokenizer_config.json` of a folder."""
-        partial = folder / (CONFIG_NAME + ".partial")
-        partial.write_text(json.dumps(self._config, indent=1) + "\n")
-        os.replace(partial, folder / CONFIG_NAME)
+        replace_file(folder / CONFIG_NAME, json.dumps(self._config, indent=1) + "\n")
 
 
 def _special_names(path: Path, tokens: dict[str, str | None], added: dict[str, Any]) -> dict[str, str]:

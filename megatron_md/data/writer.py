@@ -28,7 +28,6 @@ from megatron_md.data.resume import (
     BuildState,
     load_state,
     settings_key,
-    write_synced,
 )
 from megatron_md.data.shards import (
     FORMAT,
@@ -41,10 +40,13 @@ from megatron_md.data.shards import (
     load_manifest,
 )
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.files import replace_file, write_synced
 
 BLOCK_BYTES = 1 << 20
 SHARD_TOKENS = 1 << 24
-OWN_FILES = re.compile(r"shard-\d{6}\.(tar|index\.npy)|manifest\.json|rejected\.jsonl|progress\.json(\.new)?")
+OWN_FILES = re.compile(
+    r"shard-\d{6}\.(tar|index\.npy)|manifest\.json|rejected\.jsonl|progress\.json|\.(manifest|progress)\.json\.writing"
+)
 
 Tokens = npt.NDArray[np.integer]
 
@@ -238,8 +240,7 @@ def write_manifest(
         "shards": [asdict(shard) for shard in shards],
     }
     content["sha256"] = content_hash(content)
-    write_synced(folder / (MANIFEST_NAME + ".new"), (json.dumps(content, indent=1) + "\n").encode())
-    os.replace(folder / (MANIFEST_NAME + ".new"), folder / MANIFEST_NAME)
+    replace_file(folder / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
 
 
 def _check_own(folder: Path) -> None:

@@ -10,15 +10,19 @@ floats here.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.batch import BoolArray, CleanBatch, CorruptedBatch, Int64Array
+from megatron_md.batch import BoolArray, CleanBatch, CorruptedBatch, Int32Array, Int64Array
+from megatron_md.diffusion.philox import philox_words
 
 FloatArray = npt.NDArray[np.float64]
 
+_SHORT_ROW = 64  # up to this length the words of many rows are drawn together
+_ROWS_TOGETHER = 512  # keeps their arrays in the processor's cache
 _ONE_BELOW = float(np.nextafter(1.0, 0.0))
 
 
@@ -51,7 +55,19 @@ def uniforms(seed: int, purpose: str, index: int | tuple[int, ...], count: int, 
 
     The first n of a row do not depend on how many are drawn. Arguments as for `random_words`.
     """
-    words = random_words(seed, purpose, index if isinstance(index, tuple) else (index,), count, start)
+    return _as_uniforms(random_words(seed, purpose, index if isinstance(index, tuple) else (index,), count, start))
+
+
+def uniforms_of_rows(seed: int, purpose: str, index_B: Int64Array, count: int) -> FloatArray:
+    """`uniforms(seed, purpose, g, count)` of each row g: float64 [B, count]."""
+    if count <= _SHORT_ROW:
+        parts = range(0, len(index_B), _ROWS_TOGETHER)
+        words = [philox_words(_key(seed, purpose), index_B[start : start + _ROWS_TOGETHER], count) for start in parts]
+        return _as_uniforms(np.concatenate(words))
+    return np.stack([uniforms(seed, purpose, g, count) for g in index_B.tolist()])
+
+
+def _as_uniforms(words: npt.NDArray[np.uint64]) -> FloatArray:
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -108,10 +124,7 @@ def mask_at_rate(
         mask_rate_B: t of each row.
         is_maskable_BL: positions that may be masked.
     """
-    length = is_maskable_BL.shape[1]
-    u_BL = np.empty(is_maskable_BL.shape)
-    for row, g in enumerate(sample_index_B.tolist()):
-        u_BL[row] = uniforms(seed, "is_masked", g, length)
+    u_BL = uniforms_of_rows(seed, "is_masked", sample_index_B, is_maskable_BL.shape[1])
     return is_below_rate(u_BL, mask_rate_B, is_maskable_BL)
 
 
@@ -181,3 +194,13 @@ def assemble(
 def maskable_count(batch: CleanBatch) -> Int64Array:
     """Number of maskable tokens of each row: int64 [B]."""
     return np.asarray(np.count_nonzero(batch.is_maskable_BL, axis=1), dtype=np.int64)
+
+
+def shift_right(tokens_BL: Int64Array, bos_token_id: int, cu_seqlens: Sequence[Int32Array] | None = None) -> Int64Array:
+    """[BOS, x_0, ..., x_{L-2}] of each row, or of each document between the boundaries of `cu_seqlens`."""
+    shifted_BL = np.empty_like(tokens_BL)
+    shifted_BL[:, 0] = bos_token_id
+    shifted_BL[:, 1:] = tokens_BL[:, :-1]
+    for row, boundaries in enumerate(cu_seqlens or ()):
+        shifted_BL[row, boundaries[:-1]] = bos_token_id
+    return shifted_BL

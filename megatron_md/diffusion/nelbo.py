@@ -13,13 +13,13 @@ gathers them from its ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.batch import CleanBatch, CorruptedBatch, Int64Array
+from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, CorruptedBatch, Int32Array, Int64Array
 from megatron_md.diffusion.corruption import (
     FloatArray,
     assemble,
@@ -53,13 +53,59 @@ class NelboEstimate:
     ce_by_rate: tuple[float, ...]
 
 
-def _purpose(randomisation: int) -> str:
+def purpose_of(randomisation: int) -> str:
+    """Name of a pass' random numbers."""
     return f"{_PURPOSE}/{randomisation}"
+
+
+def exact_counts(u_B: FloatArray, maskable_B: Int64Array) -> Int64Array:
+    """Counts l = 1 + floor(n u) of rows with n maskable positions: uniform on 1..n for uniform u."""
+    return np.minimum(1 + np.floor(u_B * maskable_B).astype(np.int64), maskable_B)
+
+
+def exact_masks(batch: CleanBatch, count_B: Int64Array, *, seed: int, randomisation: int) -> BoolArray:
+    """is_masked_BL with `count_B` maskable positions of each row, as its number and the pass decide."""
+    streams: list[tuple[int, ...]] = [(int(i), randomisation) for i in batch.sample_index_B]
+    return mask_exact_count(seed, streams, count_B, batch.is_maskable_BL, f"{_PURPOSE}/is_masked")
+
+
+def micro_batches(
+    tokens_RL: Int64Array,
+    is_maskable_RL: BoolArray,
+    index_C: Int64Array,
+    *,
+    size: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+    round_size: int = 1,
+    cu_seqlens: Sequence[Int32Array] | None = None,
+) -> Iterator[tuple[CleanBatch, BoolArray]]:
+    """One data-parallel rank's share of some rows, in micro-batches of one size: (batch, is_real_B).
+
+    Args:
+        tokens_RL: all rows.
+        is_maskable_RL: tokens that are scored.
+        index_C: numbers of the rows to serve.
+        size: rows of a micro-batch; the last ones are filled up with rows that hold nothing to score.
+        data_rank: this rank.
+        data_size: ranks that share the rows.
+        round_size: the number of micro-batches is a multiple of it.
+        cu_seqlens: boundaries of the documents of all rows, where they are known.
+    """
+    rounds = math.ceil(len(index_C) / (size * data_size))
+    for number in range(-(-rounds // round_size) * round_size):
+        place_B = (number * data_size + data_rank) * size + np.arange(size)
+        is_real_B = place_B < len(index_C)
+        index_B = index_C[np.where(is_real_B, place_B, 0)]
+        is_maskable_BL = is_maskable_RL[index_B] & is_real_B[:, None]
+        boundaries = None if cu_seqlens is None else [cu_seqlens[row] for row in index_B.tolist()]
+        position = BatchPosition(0, len(tokens_RL))
+        yield CleanBatch(tokens_RL[index_B], is_maskable_BL, index_B, position, boundaries), is_real_B
 
 
 def stratum_order(rows: int, *, seed: int, randomisation: int = 0) -> Int64Array:
     """Validation row numbers sorted by the stratum that `exact_count_corruption` gave them: int64 [R]."""
-    return np.argsort(stratified_uniforms(seed, 0, rows, _purpose(randomisation)), kind="stable").astype(np.int64)
+    return np.argsort(stratified_uniforms(seed, 0, rows, purpose_of(randomisation)), kind="stable").astype(np.int64)
 
 
 def exact_count_corruption(
@@ -80,10 +126,9 @@ def exact_count_corruption(
     """
     assert batch.position.first_sample_index == 0, "validation rows are numbered from 0"
     n_B = maskable_count(batch)
-    u_B = stratified_uniforms_of_rows(seed, batch, _purpose(randomisation))
-    count_B = np.minimum(1 + np.floor(u_B * n_B).astype(np.int64), n_B)
-    streams: list[tuple[int, ...]] = [(int(i), randomisation) for i in batch.sample_index_B]
-    is_masked_BL = mask_exact_count(seed, streams, count_B, batch.is_maskable_BL, f"{_PURPOSE}/is_masked")
+    u_B = stratified_uniforms_of_rows(seed, batch, purpose_of(randomisation))
+    count_B = exact_counts(u_B, n_B)
+    is_masked_BL = exact_masks(batch, count_B, seed=seed, randomisation=randomisation)
     return assemble(
         batch,
         tokens_BL=np.where(is_masked_BL, mask_token_id, batch.tokens_BL),
@@ -139,7 +184,7 @@ def estimate(
     residual_R = (maskable_R * (values_R - nelbo) / tokens)[order]
     return NelboEstimate(
         nelbo=nelbo,
-        stderr=_grouped_stderr(residual_R, len(order) if order_R is None else 2),
+        stderr=grouped_stderr(residual_R, len(order) if order_R is None else 2),
         ppl_bound=math.exp(nelbo) if nelbo < 700.0 else math.inf,
         tokens=tokens,
         rows=len(order),
@@ -147,7 +192,7 @@ def estimate(
     )
 
 
-def _grouped_stderr(residual_R: FloatArray, size: int) -> float:
+def grouped_stderr(residual_R: FloatArray, size: int) -> float:
     """Standard error of a sum of terms whose means agree within groups of `size` neighbours (the rest joins the last).
 
     A group of k terms contributes k / (k-1) * sum of squared deviations from its mean: (a - b)^2 for a pair.

@@ -17,7 +17,13 @@ import torch
 
 from megatron_md.batch import CleanBatch, CorruptedBatch, Int64Array
 from megatron_md.config import ObjectiveConfig
-from megatron_md.diffusion.corruption import assemble, mask_at_rate, maskable_count, stratified_uniforms_of_rows
+from megatron_md.diffusion.corruption import (
+    assemble,
+    mask_at_rate,
+    maskable_count,
+    shift_right,
+    stratified_uniforms_of_rows,
+)
 from megatron_md.diffusion.registry import Registry
 from megatron_md.diffusion.schedule import MaskSchedule, parse_schedule
 from megatron_md.diffusion.weighting import Normalise, Weighting
@@ -59,6 +65,7 @@ class ObjectiveContext:
         seed: the run's seed.
         mask_token_id: the token that stands for a masked position.
         eos_token_id: the token at the end of a document, if the tokenizer has one.
+        within_document: attention does not cross the boundaries in `CleanBatch.cu_seqlens`.
     """
 
     config: ObjectiveConfig
@@ -66,6 +73,7 @@ class ObjectiveContext:
     seed: int
     mask_token_id: int
     eos_token_id: int | None = None
+    within_document: bool = False
 
 
 _registry: Registry[Callable[..., Objective]] = Registry("objective")
@@ -73,7 +81,12 @@ register_objective = _registry.register
 
 
 def build_objective(
-    config: ObjectiveConfig, *, seed: int, mask_token_id: int, eos_token_id: int | None = None
+    config: ObjectiveConfig,
+    *,
+    seed: int,
+    mask_token_id: int,
+    eos_token_id: int | None = None,
+    within_document: bool = False,
 ) -> Objective:
     """The objective that the config names, given an `ObjectiveContext` and `config.options` as keywords.
 
@@ -81,7 +94,8 @@ def build_objective(
         ValueError: unknown name, options that the objective does not take, or a combination that makes no sense.
     """
     factory = _registry.get(config.name)
-    context = ObjectiveContext(config, parse_schedule(config.mask_schedule), seed, mask_token_id, eos_token_id)
+    schedule = parse_schedule(config.mask_schedule)
+    context = ObjectiveContext(config, schedule, seed, mask_token_id, eos_token_id, within_document)
     try:
         inspect.signature(factory).bind(context, **config.options)
     except TypeError as error:
@@ -164,9 +178,10 @@ class MaskedDiffusionSFT(MaskedDiffusion):
 class Autoregressive:
     """The causal baseline: predict every maskable token from those to its left.
 
-    The row is shifted right behind a BOS token, so that the same tokens are scored as under masked diffusion. BOS is
-    the mask token, which nothing else uses here. Every weight of masked diffusion is 1 at t = 1, where this objective
-    stands; only `normalise` changes anything.
+    The row (within documents: each of its documents) is shifted right behind a BOS token, so that the same tokens are
+    scored as under masked diffusion. BOS is the mask token, which nothing else uses here. Every weight of masked
+    diffusion is 1 at t = 1, where this objective stands; only `normalise` changes anything. Under `right_shift` the
+    rows stay as they are, as causal models are trained elsewhere: the output at a position predicts the next token.
     """
 
     name: str = "autoregressive"
@@ -175,6 +190,8 @@ class Autoregressive:
     def __init__(self, context: ObjectiveContext) -> None:
         """Build from the config; the mask schedule, `weight` and `importance` do not matter."""
         self.bos_token_id = context.mask_token_id
+        self.within_document = context.within_document
+        self.right_shift = context.config.right_shift
         self.normalise: Normalise = context.config.normalise or "maskable"
 
     def corrupt(self, batch: CleanBatch) -> CorruptedBatch:
@@ -184,21 +201,16 @@ class Autoregressive:
         weights_B = 1.0 / np.maximum(maskable_B, 1) if per_sequence else np.ones(len(maskable_B))
         return assemble(
             batch,
-            tokens_BL=shift_right(batch.tokens_BL, self.bos_token_id),
+            tokens_BL=batch.tokens_BL if self.right_shift else self._shifted(batch),
             is_scored_BL=batch.is_maskable_BL,
             weights_B=weights_B,
             denominator=int(np.count_nonzero(maskable_B) if per_sequence else maskable_B.sum()),
             mask_rate_B=np.ones(len(maskable_B)),
         )
 
+    def _shifted(self, batch: CleanBatch) -> Int64Array:
+        return shift_right(batch.tokens_BL, self.bos_token_id, batch.cu_seqlens if self.within_document else None)
+
     def reduce(self, nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
         """`masked_ce` (the mean cross-entropy) and `mean_mask_rate` (1); see `Objective.reduce`."""
         return mean_metrics(nll_M, corrupted)
-
-
-def shift_right(tokens_BL: Int64Array, bos_token_id: int) -> Int64Array:
-    """[BOS, x_0, ..., x_{L-2}] of each row."""
-    shifted_BL = np.empty_like(tokens_BL)
-    shifted_BL[:, 0] = bos_token_id
-    shifted_BL[:, 1:] = tokens_BL[:, :-1]
-    return shifted_BL

@@ -1,8 +1,8 @@
-"""Generation: fill a canvas of mask tokens in steps, with any callable as the denoiser.
+"""Generation: fill the open positions of a canvas in steps, with any callable as the denoiser.
 
-Each step asks the denoiser for the open positions of the current block, proposes a token for each, and lets a strategy
-choose which proposals to commit. Strategies are small functions in a registry. Shape letters: B rows, L positions of
-the canvas (prompt and answer), K positions of the block, V vocabulary, N open positions of all rows.
+Each step asks the denoiser for the current block, proposes a token for each open position (proposal.py), and lets a
+strategy choose which proposals to commit (unmasking.py). Shape letters: B rows, P prompt, L positions of the canvas
+(prompt and answer), K positions of the block, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,45 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
-from megatron_md.diffusion.registry import Registry
+from megatron_md.diffusion.proposal import guide, propose
+from megatron_md.diffusion.unmasking import Choice, strategies, transfer_counts
 
 Denoiser = Callable[[torch.Tensor], torch.Tensor]
-
-_POSITIONS_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a strategy decides on.
-
-    Attributes:
-        is_open_BK: positions of the block that still hold the mask token.
-        confidence_BK: the denoiser's probability of each proposed token (fp32); 0 where not open.
-        quota_B: positions that a strategy with a fixed number per step is to commit in each row.
-        step: number of this step within the block, from 0.
-        steps: steps of the block.
-        generator: source of randomness on the denoiser's device.
-    """
-
-    is_open_BK: torch.Tensor
-    confidence_BK: torch.Tensor
-    quota_B: torch.Tensor
-    step: int
-    steps: int
-    generator: torch.Generator
-
-    def uniforms_BK(self) -> torch.Tensor:
-        """A fresh uniform for every position of the block, float64."""
-        shape, device = self.is_open_BK.shape, self.is_open_BK.device
-        return torch.rand(shape, dtype=torch.float64, device=device, generator=self.generator)
-
-
-Strategy = Callable[[Choice], torch.Tensor]
-_registry: Registry[Strategy] = Registry("sampling strategy")
-register_strategy = _registry.register
+EosHandling = Literal["keep", "stop", "suppress"]
 
 
 @dataclass(frozen=True)
@@ -56,40 +26,80 @@ class SamplerConfig:
     """How to generate.
 
     Attributes:
-        length: tokens to generate.
-        steps: denoising steps over all blocks.
+        length: tokens to generate after a prompt; for `infill` the length of the canvas.
+        steps: denoising steps over all blocks; one per token if None. `threshold` and `factor` take it as the most.
         block: tokens per block, filled from left to right one block after the other; `length` if None.
         strategy: name of a strategy: which proposals a step commits.
         temperature: 0 takes the likeliest token, 1 samples from the denoiser's distribution (MDLM's sampler is
             `ancestral` at 1).
+        top_p: sample from the likeliest tokens that together have this probability; needs a temperature.
+        guidance: w of classifier-free guidance against the canvas without its given tokens; 0 is off, more doubles
+            the forward passes.
+        threshold: probability from which the strategy `threshold` commits.
+        factor: f of the strategy `factor`.
+        eos: `keep` treats it as any token; `stop` ends a row at an `<eos>` with nothing open before it and fills what
+            follows with `<eos>`; `suppress` never generates it.
         seed: of all random draws.
     """
 
     length: int
-    steps: int
+    steps: int | None = None
     block: int | None = None
     strategy: str = "low_confidence"
     temperature: float = 0.0
     seed: int = 0
+    top_p: float = 1.0
+    guidance: float = 0.0
+    threshold: float = 0.9
+    factor: float = 1.0
+    eos: EosHandling = "keep"
 
     def __post_init__(self) -> None:
-        for key, value in (("length", self.length), ("steps", self.steps), ("block", self.block_size)):
+        for key, value in (("length", self.length), ("steps", self.total_steps), ("block", self.block_size)):
             if value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
+        strategies.get(self.strategy)
+        self._check_division()
+        self._check_numbers()
+        if self.eos not in get_args(EosHandling):
+            raise ValueError(f"eos must be one of {', '.join(get_args(EosHandling))}, got {self.eos!r}")
+
+    def _check_division(self) -> None:
         if self.block_size > self.length:
             raise ValueError(
                 f"block {self.block_size} is longer than length {self.length}; make it at most {self.length}"
             )
         if self.length % self.block_size:
             raise ValueError(f"length {self.length} is not a multiple of block {self.block_size}")
-        if self.steps % self.blocks:
+        if self.total_steps % self.blocks:
             raise ValueError(
-                f"steps {self.steps} is not a multiple of the {self.blocks} blocks (length {self.length} / block "
+                f"steps {self.total_steps} is not a multiple of the {self.blocks} blocks (length {self.length} / block "
                 f"{self.block_size})"
             )
+        if self.strategy == "first_hitting" and self.total_steps != self.length:
+            raise ValueError(
+                f"first_hitting commits one token per step: steps must be the length {self.length}, got "
+                f"{self.total_steps}"
+            )
+
+    def _check_numbers(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
-        _registry.get(self.strategy)
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_p < 1.0 and self.temperature == 0.0:
+            raise ValueError(f"top_p {self.top_p} changes nothing at temperature 0; set a temperature or top_p 1")
+        if not 0.0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be 0 or a positive number, got {self.guidance}")
+        if not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        if not 0.0 < self.factor < math.inf:
+            raise ValueError(f"factor must be a positive number, got {self.factor}")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps over all blocks."""
+        return self.length if self.steps is None else self.steps
 
     @property
     def block_size(self) -> int:
@@ -108,7 +118,7 @@ class SamplerStep:
 
     Attributes:
         step: steps done so far, over all blocks.
-        steps: steps in all.
+        steps: the most that there can be.
         tokens_BL: the canvas (do not change it); open positions hold the mask token.
         is_committed_BL: positions that this step filled.
     """
@@ -126,20 +136,41 @@ class Sample:
     Attributes:
         tokens_BL: prompt and answer.
         forward_passes: how often the denoiser was called.
+        steps: steps done; fewer than configured where all rows were full before.
+        fixed_step_BL: the step, from 1, that fixed each token; 0 for given ones.
     """
 
     tokens_BL: torch.Tensor
     forward_passes: int
+    steps: int
+    fixed_step_BL: torch.Tensor
 
 
-@torch.no_grad()
+OnStep = Callable[[SamplerStep], None]
+
+
+def check_fits(prompt_length: int, length: int, max_length: int) -> None:
+    """Check that prompt and answer fit into the model's context.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if prompt_length + length > max_length:
+        raise ValueError(
+            f"the prompt's {prompt_length} tokens and length {length} exceed the model's {max_length} positions; "
+            "shorten the prompt or the length"
+        )
+
+
 def sample(
     denoiser: Denoiser,
     prompt_tokens_BP: torch.Tensor,
     config: SamplerConfig,
     *,
     mask_token_id: int,
-    on_step: Callable[[SamplerStep], None] | None = None,
+    eos_token_id: int | None = None,
+    max_length: int | None = None,
+    on_step: OnStep | None = None,
 ) -> Sample:
     """Generate `config.length` tokens after each prompt.
 
@@ -148,130 +179,161 @@ def sample(
         prompt_tokens_BP: prompts of one length P (0 is allowed), on the denoiser's device.
         config: how.
         mask_token_id: fills the canvas at first, and is never generated.
+        eos_token_id: the token that `config.eos` is about.
+        max_length: the model's context, checked before the first forward pass.
         on_step: called after every step, for a terminal that shows the canvas.
 
     Raises:
-        ValueError: a prompt contains the mask token, or the logits have no column for it.
+        ValueError: a prompt contains the mask token or does not fit, the logits have no column for the mask token,
+            `config` handles an `<eos>` that is not given, or guides where nothing is given.
     """
     if bool((prompt_tokens_BP == mask_token_id).any()):
         raise ValueError(f"the prompt contains the mask token ({mask_token_id})")
     rows, prompt_length = prompt_tokens_BP.shape
+    if max_length is not None:
+        check_fits(prompt_length, config.length, max_length)
     canvas_BL = prompt_tokens_BP.new_full((rows, prompt_length + config.length), mask_token_id)
     canvas_BL[:, :prompt_length] = prompt_tokens_BP
-    generator = torch.Generator(device=canvas_BL.device).manual_seed(config.seed)
-    steps = config.steps // config.blocks
-    forward_passes = 0
-    for number in range(config.blocks):
-        start = prompt_length + number * config.block_size
-        block = slice(start, start + config.block_size)
-        quota_BS = transfer_counts((canvas_BL[:, block] == mask_token_id).sum(dim=1), steps)
+    return _Run(denoiser, canvas_BL, config, mask_token_id, eos_token_id, on_step).fill(prompt_length)
+
+
+def infill(
+    denoiser: Denoiser,
+    canvas_BL: torch.Tensor,
+    config: SamplerConfig,
+    *,
+    mask_token_id: int,
+    eos_token_id: int | None = None,
+    max_length: int | None = None,
+    on_step: OnStep | None = None,
+) -> Sample:
+    """Fill the positions of a canvas that hold the mask token, wherever they lie; the others stay as they are.
+
+    Blocks divide the whole canvas. Rows may have different open positions. Arguments as for `sample`.
+
+    Raises:
+        ValueError: as for `sample`, or `config.length` is not the canvas' length.
+    """
+    length = canvas_BL.shape[1]
+    if config.length != length:
+        raise ValueError(f"length {config.length} is not the {length} positions of the canvas to fill in")
+    if max_length is not None:
+        check_fits(0, length, max_length)
+    return _Run(denoiser, canvas_BL.clone(), config, mask_token_id, eos_token_id, on_step).fill(0)
+
+
+class _Run:
+    """The one loop: a canvas on its way from masked to full."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        canvas_BL: torch.Tensor,
+        config: SamplerConfig,
+        mask_token_id: int,
+        eos_token_id: int | None,
+        on_step: OnStep | None,
+    ) -> None:
+        if config.eos != "keep" and eos_token_id is None:
+            raise ValueError(f"eos {config.eos!r} needs an eos token id")
+        self.denoiser, self.canvas_BL, self.config, self.on_step = denoiser, canvas_BL, config, on_step
+        self.mask_token_id, self.eos_token_id = mask_token_id, eos_token_id
+        self.excluded: tuple[int, ...] = (mask_token_id,)
+        self.is_given_BL = canvas_BL != mask_token_id
+        if config.guidance > 0.0 and not bool(self.is_given_BL.any()):
+            raise ValueError("guidance needs a prompt or other given tokens to do without")
+        if config.eos == "suppress" and eos_token_id is not None:
+            self.excluded += (eos_token_id,)
+        self.fixed_step_BL = torch.zeros_like(canvas_BL, dtype=torch.long)
+        self.generator = torch.Generator(device=canvas_BL.device).manual_seed(config.seed)
+        self.forward_passes = 0
+        self.steps_done = 0
+
+    @torch.no_grad()
+    def fill(self, start: int) -> Sample:
+        """All blocks, the first of which begins at `start`."""
+        for number in range(self.config.blocks):
+            first = start + number * self.config.block_size
+            self._fill_block(slice(first, first + self.config.block_size))
+        return Sample(self.canvas_BL, self.forward_passes, self.steps_done, self.fixed_step_BL)
+
+    def _fill_block(self, block: slice) -> None:
+        steps = self.config.total_steps // self.config.blocks
+        quota_BS = transfer_counts((self.canvas_BL[:, block] == self.mask_token_id).sum(dim=1), steps)
         logits_BKV: torch.Tensor | None = None
         for step in range(steps):
-            is_open_BK = canvas_BL[:, block] == mask_token_id
+            is_open_BK = self.canvas_BL[:, block] == self.mask_token_id
             if not bool(is_open_BK.any()):
                 break
             if logits_BKV is None:
-                logits_BKV = denoiser(canvas_BL)[:, block]
-                forward_passes += 1
-            proposal_BK, confidence_BK = _propose(logits_BKV, is_open_BK, config.temperature, mask_token_id, generator)
-            choice = Choice(is_open_BK, confidence_BK, quota_BS[:, step], step, steps, generator)
-            is_committed_BK = _registry.get(config.strategy)(choice) & is_open_BK
-            if bool(is_committed_BK.any()):
-                canvas_BL[:, block] = torch.where(is_committed_BK, proposal_BK, canvas_BL[:, block])
-                # Only a changed canvas needs another forward pass: the denoiser knows nothing of time.
+                logits_BKV = self._logits(block)
+            is_changed = self._step(block, logits_BKV, is_open_BK, quota_BS[:, step], step, steps)
+            # Only a changed canvas needs another forward pass: the denoiser knows nothing of time.
+            if is_changed:
                 logits_BKV = None
-            if on_step is not None:
-                is_committed_BL = torch.zeros_like(canvas_BL, dtype=torch.bool)
-                is_committed_BL[:, block] = is_committed_BK
-                on_step(SamplerStep(number * steps + step + 1, config.steps, canvas_BL, is_committed_BL))
-    return Sample(canvas_BL, forward_passes)
 
+    def _step(
+        self,
+        block: slice,
+        logits_BKV: torch.Tensor,
+        is_open_BK: torch.Tensor,
+        quota_B: torch.Tensor,
+        step: int,
+        steps: int,
+    ) -> bool:
+        """Propose and commit once; whether the canvas changed."""
+        config = self.config
+        proposal = propose(
+            logits_BKV,
+            is_open_BK,
+            self.generator,
+            excluded=self.excluded,
+            temperature=config.temperature,
+            top_p=config.top_p,
+        )
+        choice = Choice(
+            is_open_BK=is_open_BK,
+            probability_BK=proposal.probability_BK,
+            margin_BK=proposal.margin_BK,
+            negative_entropy_BK=proposal.negative_entropy_BK,
+            quota_B=quota_B,
+            step=step,
+            steps=steps,
+            threshold=config.threshold,
+            factor=config.factor,
+            generator=self.generator,
+        )
+        is_committed_BK = is_open_BK
+        if step < steps - 1:
+            is_committed_BK = strategies.get(config.strategy)(choice) & is_open_BK
+        self.steps_done += 1
+        is_committed_BL = torch.zeros_like(self.is_given_BL)
+        is_committed_BL[:, block] = is_committed_BK
+        self.canvas_BL[:, block] = torch.where(is_committed_BK, proposal.tokens_BK, self.canvas_BL[:, block])
+        if config.eos == "stop":
+            is_committed_BL |= self._close_after_eos()
+        self.fixed_step_BL[is_committed_BL] = self.steps_done
+        if self.on_step is not None:
+            self.on_step(SamplerStep(self.steps_done, config.total_steps, self.canvas_BL, is_committed_BL))
+        return bool(is_committed_BL.any())
 
-def transfer_counts(open_B: torch.Tensor, steps: int) -> torch.Tensor:
-    """Positions to commit in each step, as even as possible, the larger numbers first: [B, steps].
+    def _logits(self, block: slice) -> torch.Tensor:
+        """The denoiser's logits of the block, guided if wanted."""
+        conditional_BKV = self.denoiser(self.canvas_BL)[:, block]
+        self.forward_passes += 1
+        if self.config.guidance == 0.0:
+            return conditional_BKV
+        without_given_BL = self.canvas_BL.masked_fill(self.is_given_BL, self.mask_token_id)
+        unconditional_BKV = self.denoiser(without_given_BL)[:, block]
+        self.forward_passes += 1
+        return guide(conditional_BKV.float(), unconditional_BKV.float(), self.config.guidance)
 
-    Row with n open positions: n // steps in every step and one more in the first n % steps (LLaDA's sampler).
-    """
-    extra_BS = torch.arange(steps, device=open_B.device)[None] < (open_B % steps)[:, None]
-    return (open_B // steps)[:, None] + extra_BS.to(open_B.dtype)
-
-
-def exclude_mask_token(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
-    """Logits [..., V] with the mask token's column at -inf, so that the softmax is over real tokens."""
-    if not 0 <= mask_token_id < logits.shape[-1]:
-        raise ValueError(f"mask token {mask_token_id} lies outside the {logits.shape[-1]} columns of the logits")
-    logits = logits.clone()
-    logits[..., mask_token_id] = -torch.inf
-    return logits
-
-
-def gumbel_scores(logits: torch.Tensor, temperature: float, uniforms: torch.Tensor) -> torch.Tensor:
-    """Logarithm of exp(logits) / (-log u)^T in float64: its argmax is a sample from softmax(logits / T).
-
-    Args:
-        logits: [..., V].
-        temperature: T; 0 leaves the logits as they are.
-        uniforms: u in [0, 1), float64, of the logits' shape.
-    """
-    if temperature == 0.0:
-        return logits
-    return logits.double() - temperature * torch.log(-torch.log(uniforms))
-
-
-def ancestral_commit_probability(step: int, steps: int) -> float:
-    """Chance 1 - s/t that an open position is committed between t = 1 - step/steps and s = t - 1/steps.
-
-    The reverse step of MDLM (Sahoo et al. 2024): stay masked with s/t, else a token from the denoiser's distribution.
-    """
-    return 1.0 / (steps - step)
-
-
-@register_strategy("low_confidence")
-def low_confidence(choice: Choice) -> torch.Tensor:
-    """Commit the proposals with the highest probability; those of low confidence stay masked (LLaDA)."""
-    return _largest(choice.confidence_BK.double(), choice)
-
-
-@register_strategy("random")
-def random_order(choice: Choice) -> torch.Tensor:
-    """Commit as many, at random positions."""
-    return _largest(choice.uniforms_BK(), choice)
-
-
-@register_strategy("ancestral")
-def ancestral(choice: Choice) -> torch.Tensor:
-    """Commit every open position independently with the reverse process's probability; all in the last step."""
-    return choice.uniforms_BK() < ancestral_commit_probability(choice.step, choice.steps)
-
-
-def _largest(score_BK: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """The `quota_B` open positions of each row with the largest scores; the leftmost among equals."""
-    score_BK = score_BK.masked_fill(~choice.is_open_BK, -torch.inf)
-    order_BK = torch.sort(score_BK, dim=1, descending=True, stable=True).indices
-    is_chosen_BK = torch.arange(score_BK.shape[1], device=score_BK.device)[None] < choice.quota_B[:, None]
-    return torch.zeros_like(choice.is_open_BK).scatter(1, order_BK, is_chosen_BK)
-
-
-def _propose(
-    logits_BKV: torch.Tensor,
-    is_open_BK: torch.Tensor,
-    temperature: float,
-    mask_token_id: int,
-    generator: torch.Generator,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token for each open position, and the denoiser's probability of it: ([B, K], fp32 [B, K])."""
-    open_N = is_open_BK.nonzero()
-    proposal_BK = torch.full_like(is_open_BK, mask_token_id, dtype=torch.long)
-    confidence_BK = torch.zeros_like(is_open_BK, dtype=torch.float32)
-    # A few positions at a time: float64 noise over a large vocabulary is big.
-    for index_N in torch.split(open_N, _POSITIONS_AT_ONCE):
-        row_N, column_N = index_N.unbind(dim=1)
-        logits_NV = exclude_mask_token(logits_BKV[row_N, column_N].float(), mask_token_id)
-        scores_NV = logits_NV
-        if temperature > 0.0:
-            noise_NV = torch.rand(logits_NV.shape, dtype=torch.float64, device=logits_NV.device, generator=generator)
-            scores_NV = gumbel_scores(logits_NV, temperature, noise_NV)
-        token_N = scores_NV.argmax(dim=-1)
-        proposal_BK[row_N, column_N] = token_N
-        confidence_BK[row_N, column_N] = logits_NV.softmax(dim=-1).gather(1, token_N[:, None])[:, 0]
-    return proposal_BK, confidence_BK
+    def _close_after_eos(self) -> torch.Tensor:
+        """Turn what follows a row's settled `<eos>` into `<eos>` (but for given tokens); the positions that changed."""
+        assert self.eos_token_id is not None
+        is_settled_BL = (self.canvas_BL == self.mask_token_id).cumsum(dim=1) == 0
+        is_end_BL = is_settled_BL & (self.canvas_BL == self.eos_token_id) & ~self.is_given_BL
+        is_after_BL = is_end_BL.long().cumsum(dim=1) - is_end_BL.long() > 0
+        is_closed_BL = is_after_BL & ~self.is_given_BL & (self.canvas_BL != self.eos_token_id)
+        self.canvas_BL[is_closed_BL] = self.eos_token_id
+        return is_closed_BL

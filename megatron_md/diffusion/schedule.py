@@ -12,17 +12,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_md.diffusion._composite_schedules import Curriculum, Mixture
 from megatron_md.diffusion._schedule_base import (
     FloatArray,
     MaskSchedule,
     check_keys,
-    first_true,
     number,
     parse_schedule,
     register_schedule,
@@ -238,158 +237,6 @@ class Knots(MaskSchedule):
 
     def __str__(self) -> str:
         return f"knots:{self.file or ' '.join(f'({t:g},{density:g})' for t, density in self.points)}"
-
-
-@register_schedule("mixture")
-@dataclass(frozen=True)
-class Mixture(MaskSchedule):
-    """A weighted sum of schedules; its strata are strata of the whole sum.
-
-    Attributes:
-        components: the schedules.
-        weights: their positive weights, normalised to sum 1.
-    """
-
-    components: tuple[MaskSchedule, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.components:
-            raise ValueError("components must not be empty")
-        if any(weight <= 0.0 for weight in self.weights):
-            raise ValueError(
-                f"every weight must be positive, got {', '.join(f'{weight:g}' for weight in self.weights)}"
-            )
-        total = math.fsum(self.weights)
-        object.__setattr__(self, "weights", tuple(weight / total for weight in self.weights))
-
-    def _sum(self, values: Sequence[FloatArray]) -> FloatArray:
-        return np.asarray(sum(w * value for w, value in zip(self.weights, values, strict=True)), dtype=np.float64)
-
-    def density(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
-        """Weighted sum of the components' densities."""
-        return self._sum([component.density(t, progress) for component in self.components])
-
-    def cdf(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
-        """Weighted sum of the components' CDFs."""
-        return self._sum([component.cdf(t, progress) for component in self.components])
-
-    def inverse_cdf(self, u: FloatArray, progress: float = 0.0) -> FloatArray:
-        """Bisection of the mixture's CDF, to the last bit, between the smallest and largest component's value."""
-        u = np.asarray(u, dtype=np.float64)
-        values = np.stack([component.inverse_cdf(u, progress) for component in self.components])
-        return first_true(lambda t: self.cdf(t, progress) >= u, values.min(axis=0), values.max(axis=0))
-
-    def expectation(self, function: Callable[[FloatArray], FloatArray], progress: float = 0.0) -> float:
-        """Weighted sum of the components' expectations."""
-        values = [component.expectation(function, progress) for component in self.components]
-        return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
-
-    def mean(self, progress: float = 0.0) -> float:
-        """Weighted sum of the components' means."""
-        values = [component.mean(progress) for component in self.components]
-        return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
-
-    def has_full_support(self) -> bool:
-        """Whether a component's support is full, or the sum's is."""
-        return any(component.has_full_support() for component in self.components) or super().has_full_support()
-
-    @classmethod
-    def from_mapping(cls, options: Mapping[str, Any]) -> Mixture:
-        """Build from `components: [{weight: W, schedule: SPEC}, ...]`."""
-        check_keys(options, required=["components"])
-        items = _mappings(options["components"], "components", ["weight", "schedule"])
-        return cls(
-            tuple(parse_schedule(item["schedule"]) for item in items),
-            tuple(number(item["weight"], "weight") for item in items),
-        )
-
-    @classmethod
-    def from_text(cls, arguments: str) -> Mixture:
-        """Refused: composites are mappings."""
-        raise ValueError("is written as a mapping: {name: mixture, components: [{weight: 1, schedule: ...}]}")
-
-    def __str__(self) -> str:
-        terms = (f"{weight:g}*{part}" for weight, part in zip(self.weights, self.components, strict=True))
-        return f"mixture({' + '.join(terms)})"
-
-
-@register_schedule("curriculum")
-@dataclass(frozen=True)
-class Curriculum(MaskSchedule):
-    """One schedule after another: stage i holds while progress < untils[i].
-
-    Attributes:
-        stages: the schedules.
-        untils: the progress at which each one ends, increasing; the last one is 1.
-    """
-
-    stages: tuple[MaskSchedule, ...]
-    untils: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.stages:
-            raise ValueError("stages must not be empty")
-        if self.untils[0] <= 0.0 or any(later <= earlier for earlier, later in pairwise(self.untils)):
-            raise ValueError(f"`until` must be positive and increase, got {', '.join(f'{u:g}' for u in self.untils)}")
-        if self.untils[-1] != 1.0:
-            raise ValueError(f"the last stage must have until: 1, got {self.untils[-1]:g}")
-
-    def stage(self, progress: float) -> MaskSchedule:
-        """The schedule that holds at `progress`; the last one also at 1."""
-        index = int(np.searchsorted(self.untils, progress, side="right"))
-        return self.stages[min(index, len(self.stages) - 1)]
-
-    def density(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
-        """The current stage's density."""
-        return self.stage(progress).density(t, progress)
-
-    def cdf(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
-        """The current stage's CDF."""
-        return self.stage(progress).cdf(t, progress)
-
-    def inverse_cdf(self, u: FloatArray, progress: float = 0.0) -> FloatArray:
-        """The current stage's inverse CDF."""
-        return self.stage(progress).inverse_cdf(u, progress)
-
-    def expectation(self, function: Callable[[FloatArray], FloatArray], progress: float = 0.0) -> float:
-        """The current stage's expectation."""
-        return self.stage(progress).expectation(function, progress)
-
-    def mean(self, progress: float = 0.0) -> float:
-        """The current stage's mean."""
-        return self.stage(progress).mean(progress)
-
-    def has_full_support(self) -> bool:
-        """Whether every stage's support is full."""
-        return all(stage.has_full_support() for stage in self.stages)
-
-    @classmethod
-    def from_mapping(cls, options: Mapping[str, Any]) -> Curriculum:
-        """Build from `stages: [{until: P, schedule: SPEC}, ...]`."""
-        check_keys(options, required=["stages"])
-        items = _mappings(options["stages"], "stages", ["until", "schedule"])
-        return cls(
-            tuple(parse_schedule(item["schedule"]) for item in items),
-            tuple(number(item["until"], "until") for item in items),
-        )
-
-    @classmethod
-    def from_text(cls, arguments: str) -> Curriculum:
-        """Refused: composites are mappings."""
-        raise ValueError("is written as a mapping: {name: curriculum, stages: [{until: 1, schedule: ...}]}")
-
-    def __str__(self) -> str:
-        terms = (f"{stage} until {until:g}" for stage, until in zip(self.stages, self.untils, strict=True))
-        return f"curriculum({', '.join(terms)})"
-
-
-def _mappings(value: object, key: str, required: list[str]) -> list[Mapping[str, Any]]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(i, Mapping) for i in value):
-        raise ValueError(f"{key} must be a list of {{{', '.join(f'{name}: ...' for name in required)}}}")
-    for item in value:
-        check_keys(item, required=required)
-    return list(value)
 
 
 def _pairs(value: object, source: str) -> tuple[tuple[float, float], ...]:

@@ -112,6 +112,8 @@ class Weighting:
 
     def _expected_count_over_sum(self, n: int, progress: float) -> float:
         """E[d] / E[m r] of a row with n maskable tokens."""
+        if self.weight == "none" and self.normalise == "masked" and not self.importance:
+            return 1.0  # n E_p[s] on both sides
         counted = covered = 1.0
         # Otherwise C_p stands on both sides and cancels; it is the only costly term.
         if self.weight == "realised" and (self.importance or self.normalise == "masked"):

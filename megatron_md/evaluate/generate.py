@@ -9,26 +9,30 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_md.arguments import add_model_arguments, positive
+from megatron_md.files import replace_file
+
 EXAMPLES = """examples:
   megatron-md generate runs/demo --prompt 'def main(' --length 64
   megatron-md generate runs/demo --length 128 --steps 32 --strategy ancestral --temperature 1 --samples 4
   megatron-md generate runs/demo --length 128 --steps 64 --block 32 --output samples.jsonl
 """
 
+STRATEGIES = "low_confidence | random | margin | entropy | ancestral | first_hitting | threshold | factor"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("run_path", metavar="RUN", help="run directory or checkpoint")
+    add_model_arguments(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: none)")
     parser.add_argument("--length", type=int, default=64, help="tokens to generate (default: 64)")
     parser.add_argument("--steps", type=int, default=None, help="denoising steps (default: one per token)")
     parser.add_argument("--block", type=int, default=None, help="tokens per block, filled left to right (default: all)")
-    parser.add_argument("--strategy", default="low_confidence", help="low_confidence | random | ancestral")
+    parser.add_argument("--strategy", default="low_confidence", help=STRATEGIES)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default: 0)")
-    parser.add_argument("--samples", type=int, default=1, help="how many texts, with seeds that follow each other")
+    parser.add_argument("--samples", type=positive, default=1, help="how many texts, with seeds that follow each other")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     parser.add_argument("--output", metavar="FILE.jsonl", default=None, help="also write the texts as JSON lines")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,35 +42,18 @@ def run(args: argparse.Namespace) -> int:
         ValueError: bad input, with the way out.
     """
     # Everything that can be wrong is checked before torch is imported and the model is loaded.
-    from megatron_md.data.tokenizer import Tokenizer
-
-    if args.samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {args.samples}")
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {args.steps}")
-    if args.output and Path(args.output).is_dir():
-        raise ValueError(f"--output {args.output} is a folder: name a file")
-    if args.output and not Path(args.output).parent.is_dir():
-        raise ValueError(f"--output {args.output}: the folder {Path(args.output).parent} does not exist")
-
+    _check_output(args.output)
     import torch
 
     from megatron_md import parallel
-    from megatron_md.diffusion.sampler import SamplerConfig, sample
+    from megatron_md.data.tokenizer import Tokenizer
+    from megatron_md.diffusion.sampler import SamplerConfig, check_fits, sample
     from megatron_md.evaluate.load import LoadedDenoiser, open_run
 
-    saved = open_run(args.run_path, world_size=int(os.environ.get("WORLD_SIZE", "1")), device=args.device)
-    tokenizer = Tokenizer(saved.tokenizer)
-    prompt: list[int] = tokenizer.encode(args.prompt).tolist() if args.prompt else []
-    limit = saved.config.model.max_length or saved.config.data.seq_length
-    if len(prompt) + args.length > limit:
-        raise ValueError(
-            f"the prompt's {len(prompt)} tokens and --length {args.length} exceed the model's {limit} positions"
-        )
     settings = [
         SamplerConfig(
             length=args.length,
-            steps=args.steps or args.length,
+            steps=args.steps,
             block=args.block,
             strategy=args.strategy,
             temperature=args.temperature,
@@ -74,6 +61,12 @@ def run(args: argparse.Namespace) -> int:
         )
         for number in range(args.samples)
     ]
+    saved = open_run(
+        args.run_path, world_size=int(os.environ.get("WORLD_SIZE", "1")), device=args.device, trust=args.trust
+    )
+    tokenizer = Tokenizer(saved.tokenizer)
+    prompt: list[int] = tokenizer.encode(args.prompt).tolist() if args.prompt else []
+    check_fits(len(prompt), args.length, saved.config.model.max_length or saved.config.data.seq_length)
     with parallel.session(saved.config) as world:
         denoiser = LoadedDenoiser(saved, world, tokenizer)
         prompt_BP = torch.tensor([prompt], dtype=torch.int64, device=world.device)
@@ -98,5 +91,12 @@ def run(args: argparse.Namespace) -> int:
                     file=sys.stderr,
                 )
         if args.output and world.is_main:
-            Path(args.output).write_text("".join(line + "\n" for line in lines))
+            replace_file(Path(args.output), "".join(line + "\n" for line in lines))
     return 0
+
+
+def _check_output(output: str | None) -> None:
+    if output and Path(output).is_dir():
+        raise ValueError(f"--output {output} is a folder: name a file")
+    if output and not Path(output).parent.is_dir():
+        raise ValueError(f"--output {output}: the folder {Path(output).parent} does not exist")

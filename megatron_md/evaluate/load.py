@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_md.checkpoint.manager import latest_checkpoint, load_model, read_progress
+from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
+from megatron_md.checkpoint.integrity import CheckpointError, read_manifest, verify
+from megatron_md.checkpoint.safe_pickle import guarded
+from megatron_md.checkpoint.state import load_model
+from megatron_md.checks import import_plugins
 from megatron_md.config import Config, ParallelConfig, load_config
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.diffusion.objective import build_objective
+from megatron_md.evaluate.scorer import StepperScorer
 from megatron_md.model.build import build_model
 from megatron_md.parallel import World
+from megatron_md.train.step import Stepper
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -26,24 +35,31 @@ class SavedRun:
         config: its resolved config, with all processes given to tensor parallelism.
         step: optimizer steps that it has seen.
         tokenizer: file of its tokenizer.
+        trust: load it even if it has no manifest, and import what its config lists under `imports`.
     """
 
     checkpoint: Path
     config: Config
     step: int
     tokenizer: Path
+    trust: bool = False
 
 
-def open_run(path: str | Path, *, world_size: int = 1, device: Device = "auto") -> SavedRun:
+def open_run(path: str | Path, *, world_size: int = 1, device: Device = "auto", trust: bool = False) -> SavedRun:
     """Find the newest complete checkpoint of a run directory, or take a checkpoint directory itself.
+
+    Nothing in it is run: its config is data, and `imports` in it are not imported.
 
     Raises:
         ValueError: there is none; the message says what was looked for.
+        CheckpointError: it has no manifest and is not trusted.
     """
     path = Path(path)
     checkpoint = path if (path / "progress.json").is_file() else latest_checkpoint(path)
     if checkpoint is None:
         raise ValueError(f"{path}: neither a run directory with a complete checkpoint nor a checkpoint")
+    if not trust:
+        read_manifest(checkpoint)
     config = load_config(checkpoint / "config.yaml", [])
     config = replace(
         config,
@@ -54,26 +70,48 @@ def open_run(path: str | Path, *, world_size: int = 1, device: Device = "auto") 
     tokenizer = next((file for file in copies if file.is_file()), None)
     if tokenizer is None:
         raise ValueError(f"{path}: its tokenizer is not there (looked for {copies[0]} and {copies[1]})")
-    return SavedRun(checkpoint, config, read_progress(checkpoint).step, tokenizer)
+    return SavedRun(checkpoint, config, read_progress(checkpoint).step, tokenizer, trust)
+
+
+def is_causal(run: SavedRun, *, mask_token_id: int) -> bool:
+    """Whether a run's denoiser attends to the left only: as its checkpoint recorded, else as its objective says.
+
+    Raises:
+        CheckpointError: only third-party modules could tell, and the run is not trusted.
+    """
+    record = json.loads((run.checkpoint / "progress.json").read_text())
+    identity = record.get("identity")
+    if isinstance(identity, dict) and isinstance(identity.get("objective is causal"), bool):
+        return bool(identity["objective is causal"])
+    if run.config.imports and not run.trust:
+        raise CheckpointError(
+            f"{run.checkpoint}: its config imports {', '.join(run.config.imports)}, which would run their code here: "
+            "--trust allows it"
+        )
+    import_plugins(run.config)
+    return build_objective(run.config.objective, seed=run.config.seed, mask_token_id=mask_token_id).causal
 
 
 class LoadedDenoiser:
     """Calls a model: tokens [B, L] -> logits fp32 [B, L, V], -inf for tokens that it never predicts."""
 
     def __init__(self, run: SavedRun, world: World, tokenizer: Tokenizer) -> None:
-        """Build the model and read its weights.
+        """Verify the checkpoint, build the model and read its weights; every rank does this.
 
         Raises:
+            CheckpointError: the checkpoint is damaged, or cannot be verified and is not trusted.
             ValueError: the run trained a causal model, which denoises nothing.
         """
-        if run.config.objective.name == "autoregressive":
+        verify(run.checkpoint, trust=run.trust)
+        if is_causal(run, mask_token_id=tokenizer.mask_token_id):
             raise ValueError(f"{run.checkpoint}: an autoregressive baseline cannot denoise; give a diffusion run")
         self.max_length = run.config.model.max_length or run.config.data.seq_length
         self.device = world.device
+        self.right_shift = run.config.objective.right_shift
         chunks: list[Any] = build_model(
             run.config, world.device, causal=False, mask_token_id=tokenizer.mask_token_id, initialize=False
         )
-        load_model(chunks, run.checkpoint)
+        _load(chunks, run)
         self._model = chunks[0].eval()
 
     @torch.no_grad()
@@ -81,4 +119,38 @@ class LoadedDenoiser:
         """Logits at every position."""
         positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
         logits_BLV: torch.Tensor = self._model(tokens_BL, positions_BL, None)
+        if self.right_shift:
+            # The output at a position predicts the next one; nothing predicts the first.
+            logits_BLV = torch.cat((logits_BLV[:, :1], logits_BLV[:, :-1]), dim=1)
         return logits_BLV
+
+
+def load_scorer(run: SavedRun, world: World, tokenizer: Tokenizer) -> StepperScorer:
+    """The model behind `negative_log_likelihoods`, causal or not; every rank does this.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or cannot be verified and is not trusted.
+    """
+    verify(run.checkpoint, trust=run.trust)
+    causal = is_causal(run, mask_token_id=tokenizer.mask_token_id)
+    chunks: list[Any] = build_model(
+        run.config, world.device, causal=causal, mask_token_id=tokenizer.mask_token_id, initialize=False
+    )
+    _load(chunks, run)
+    # Scoring asks the objective only if it is causal; a third party's stays where it is.
+    name = "autoregressive" if causal else "masked_diffusion"
+    keys = replace(run.config.objective, name=name, mask_schedule="uniform:0,1", importance=False, options={})
+    objective = build_objective(keys, seed=run.config.seed, mask_token_id=tokenizer.mask_token_id)
+    return StepperScorer(Stepper(run.config, world, chunks, None, objective))
+
+
+def _load(chunks: list[Any], run: SavedRun) -> None:
+    """Read the weights; what megatron-core makes of files that nothing vouches for is the files' fault."""
+    try:
+        with guarded(run.checkpoint):
+            load_model(chunks, run.checkpoint)
+    except (Exception, CheckpointException) as error:
+        if not run.trust or isinstance(error, CheckpointError):
+            raise
+        first_line = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(f"{run.checkpoint}: cannot be loaded ({type(error).__name__}: {first_line})") from error

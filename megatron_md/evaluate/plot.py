@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from megatron_md.files import replacing
 
 EXAMPLES = """examples:
   megatron-md plot runs/demo
@@ -92,7 +93,7 @@ def plot_run(run_dir: Path, output: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
@@ -118,12 +119,23 @@ def _unigram_entropy(run_dir: Path) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def _save(figure: Any, output: Path) -> None:
-    """Write the picture under another name first: nobody sees half of one."""
+def picture_format(output: Path) -> str:
+    """The picture format that a file's name asks for.
+
+    Raises:
+        ValueError: it is none that can be drawn.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
     kind = output.suffix.removeprefix(".").lower()
-    if kind not in figure.canvas.get_supported_filetypes():
+    if kind not in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f"{output}: no picture format {kind!r}; use .png, .svg or .pdf")
+    return kind
+
+
+def save_figure(figure: Any, output: Path) -> None:
+    """Write the picture under another name first: nobody sees half of one."""
+    kind = picture_format(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.writing")
-    figure.savefig(temporary, format=kind, dpi=150)
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        figure.savefig(temporary, format=kind, dpi=150)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_md.batch import Int32Array
 
 
 @lru_cache(maxsize=8)
@@ -50,6 +55,21 @@ def apply_rotary(x_LBHD: torch.Tensor, base: float) -> torch.Tensor:
     return rotated
 
 
+def packed_documents(cu_seqlens: Sequence[Int32Array]) -> PackedSeqParams:
+    """The documents of a micro-batch, as megatron-core's models hand them on to the core attention.
+
+    Args:
+        cu_seqlens: per row the boundaries of its documents, from 0 to L ascending.
+
+    Returns:
+        Parameters whose `cu_seqlens_q` are the boundaries in the B rows laid end to end, from 0 to B * L. They stay on
+        the host, which starts a kernel per document. The format `sbhd` says that the tensors are not packed.
+    """
+    lengths = np.concatenate([np.diff(boundaries) for boundaries in cu_seqlens])
+    boundaries = torch.from_numpy(np.append(0, lengths.cumsum()).astype(np.int32))
+    return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+
+
 class SDPACoreAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d)) v for the heads of one tensor-parallel rank; bidirectional or causal.
 
@@ -85,9 +105,9 @@ class SDPACoreAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Attend, over whole rows or within the documents of `packed_seq_params`.
 
         Args:
             query: [L, B, heads, d] of this rank.
@@ -96,21 +116,31 @@ class SDPACoreAttention(torch.nn.Module):
             attention_mask: must be None; the spec decides.
             attn_mask_type: ignored, as in megatron-core's local attention.
             attention_bias: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: `packed_documents` of the rows; None: each row is one document.
 
         Returns:
             [L, B, heads * d].
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        assert attention_mask is None and attention_bias is None
         length, rows, heads, width = query.shape
         if self.rotary_base is not None:
             query, key = apply_rotary(query, self.rotary_base), apply_rotary(key, self.rotary_base)
-        context = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
+        if packed_seq_params is None:
+            return self._attend(query, key, value).reshape(length, rows, heads * width)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        # The gradient of `split` is put together once; that of a slice per document would be a whole tensor each.
+        parts = [x_LBHD.transpose(0, 1).flatten(0, 1)[:, None].split(lengths) for x_LBHD in (query, key, value)]
+        context = torch.cat([self._attend(*document) for document in zip(*parts, strict=True)])
+        return context.view(rows, length, heads * width).transpose(0, 1).contiguous()
+
+    def _attend(self, query_LBHD: torch.Tensor, key_LBHD: torch.Tensor, value_LBHD: torch.Tensor) -> torch.Tensor:
+        """Attention of all L tokens (or those to the left) for each: [L, B, heads, d]."""
+        context_BHLD = F.scaled_dot_product_attention(
+            query_LBHD.permute(1, 2, 0, 3),
+            key_LBHD.permute(1, 2, 0, 3),
+            value_LBHD.permute(1, 2, 0, 3),
             is_causal=self.is_causal,
             scale=self.softmax_scale,
-            enable_gqa=key.shape[2] != heads,
+            enable_gqa=key_LBHD.shape[2] != query_LBHD.shape[2],
         )
-        return context.permute(2, 0, 1, 3).reshape(length, rows, heads * width)
+        return context_BHLD.permute(2, 0, 1, 3)

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_md import cpu
-from megatron_md.config import Config
+from megatron_md.config import Config, ParallelConfig
 from megatron_md.model.head import Prediction, PredictionLoss, masked_cross_entropy, select_hidden
 from megatron_md.model.initialize import initialize_weights
 from megatron_md.model.spec import block_spec, use_transformer_engine
@@ -118,10 +118,9 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     Raises:
         ValueError: an unknown field under `megatron.transformer`.
     """
-    model, layout = config.model, config.parallel
+    model = config.model
     bf16 = config.train.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    interleaved = layout.virtual_pipeline > 1
     fields: dict[str, Any] = dict(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -142,16 +141,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
-        context_parallel_size=layout.context,
-        sequence_parallel=layout.sequence_parallel,
-        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
-        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=True,
+        **_layout_fields(config.parallel),
         bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -177,6 +167,23 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     if device.type == "cpu":
         cpu.assert_safe_transformer_config(core)
     return core
+
+
+def _layout_fields(layout: ParallelConfig) -> dict[str, Any]:
+    """How the model is split, in the fields of megatron-core's configuration."""
+    interleaved = layout.virtual_pipeline > 1
+    return dict(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+        num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=True,
+    )
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,10 @@ class Callback:
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this process, after a checkpoint has been loaded."""
 
+    def on_rollback(self, trainer: Trainer) -> None:
+        """After the return to a checkpoint within a run; by default what is done at a start."""
+        self.on_start(trainer)
+
     def after_step(self, trainer: Trainer, record: Record) -> None:
         """After an optimizer step; `trainer.progress` already counts it."""
 

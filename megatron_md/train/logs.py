@@ -12,11 +12,16 @@ from megatron_md.parallel import World
 logger = logging.getLogger("megatron_md")
 
 
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """Where a rank writes."""
+    return run_dir / "logs" / f"rank_{rank}.log"
+
+
 def open_rank_log(run_dir: Path, world: World) -> None:
     """Append this process's log, with megatron-core's and torch's warnings, to its own file."""
-    folder = run_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank_{world.rank}.log")
+    path = rank_log(run_dir, world.rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.INFO)
     logging.getLogger().addHandler(handler)

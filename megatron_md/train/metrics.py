@@ -16,20 +16,24 @@ from typing import Any
 import torch
 
 from megatron_md.config import Config
+from megatron_md.files import replace_file
 from megatron_md.train.callback import Callback, Record
+from megatron_md.train.logs import logger
 from megatron_md.train.trainer import Trainer
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that readers see the old or the new file, never a part."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(without_nan(value), indent=1) + "\n")
-    os.replace(temporary, path)
+    replace_file(path, json.dumps(without_nan(value), indent=1) + "\n")
 
 
-def without_nan(value: dict[str, Any]) -> dict[str, Any]:
+def without_nan(value: Any) -> Any:
     """The same figures with null for what is not a finite number, which JSON does not know."""
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in value.items()}
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append_event(run_dir: Path, name: str, **details: Any) -> None:
@@ -68,9 +72,7 @@ def truncate_metrics(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             break
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    os.replace(temporary, path)
+    replace_file(path, "".join(line + "\n" for line in kept))
 
 
 class MetricsWriter(Callback):
@@ -119,8 +121,12 @@ class MetricsWriter(Callback):
         record["save_seconds"] = self.save_seconds
         step = trainer.progress.step
         due = step % self.every == 0 or step == self.config.train.steps or "val_nelbo" in record
-        if record["skipped"] and trainer.world.is_main:
-            append_event(self.run_dir, "skipped", step=step, loss=record["loss"], grad_norm=record["grad_norm"])
+        if trainer.fault is not None and trainer.world.is_main:
+            details = {"reason": trainer.fault, "rows": trainer.rows}
+            append_event(
+                self.run_dir, "skipped", step=step, loss=record["loss"], grad_norm=record["grad_norm"], **details
+            )
+            logger.warning("step %d leaves out its update, rows %d to %d: %s", step, *trainer.rows, trainer.fault)
         if due:
             record["tokens_per_second"] = (trainer.progress.tokens - self.last_tokens) / max(self.seconds, 1e-9)
             record["data_seconds"] = self.data_seconds
@@ -135,6 +141,13 @@ class MetricsWriter(Callback):
                 self._write(record)
         elif self._console is not None:
             self._console.advance(step)
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """Close the files and open them anew, cut back to the checkpoint."""
+        self.on_end(trainer)
+        self._reset(trainer.progress.tokens)
+        self.total_seconds = 0.0
+        self.on_start(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the files."""

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatron_md.batch import BatchPosition
 from megatron_md.config import Config
+from megatron_md.train.bad_numbers import GuardState
 
 
 @dataclass(frozen=True)
 class Progress:
-    """All integers, so that nothing drifts.
+    """Positions are integers, so that nothing drifts; the rest comes back from JSON to the bit.
 
     Attributes:
-        step: optimizer steps done.
+        step: optimizer steps done; one whose update was left out counts as well.
         next_sample_index: the sample_index that the next global batch starts at.
         tokens: tokens served so far.
         total_tokens: tokens of the whole run, frozen at its start (a curriculum's progress is tokens / total_tokens).
+        jumps: [first, stop) ranges of g that no batch begins in: bad numbers came of them.
+        guard: what the guard against bad numbers remembers.
     """
 
     step: int
     next_sample_index: int
     tokens: int
     total_tokens: int
+    jumps: tuple[tuple[int, int], ...] = ()
+    guard: GuardState = field(default_factory=GuardState)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Progress:
+        """The progress that `dataclasses.asdict` and JSON have been through; records of older releases lack the guard.
+
+        Raises:
+            TypeError: an entry is missing or unknown.
+        """
+        jumps = tuple((int(first), int(stop)) for first, stop in record.get("jumps", ()))
+        return cls(**{**record, "jumps": jumps, "guard": GuardState.from_record(record.get("guard", {}))})
 
     @classmethod
     def start(cls, config: Config) -> Progress:
@@ -47,9 +63,20 @@ class Progress:
         return replace(
             self,
             step=self.step + 1,
-            next_sample_index=self.next_sample_index + rows,
+            next_sample_index=self._beyond_jumps(self.next_sample_index + rows),
             tokens=self.tokens + rows * row_length_at(config, self.next_sample_index),
         )
+
+    def with_jumps(self, jumps: tuple[tuple[int, int], ...]) -> Progress:
+        """The same place in the run, with these ranges of g to be left out from here on."""
+        progress = replace(self, jumps=jumps)
+        return replace(progress, next_sample_index=progress._beyond_jumps(self.next_sample_index))
+
+    def _beyond_jumps(self, sample_index: int) -> int:
+        for first, stop in sorted(self.jumps):
+            if first <= sample_index < stop:
+                sample_index = stop
+        return sample_index
 
 
 def batch_size_at(config: Config, step: int) -> int:

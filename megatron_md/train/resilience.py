@@ -1,55 +1,52 @@
-"""Stopping on request: signals set a flag, all ranks agree on it after a step, the run saves and ends."""
+"""Stopping on request: a signal or the file RUN/stop; all ranks agree on it after a step, the run saves and ends."""
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import signal
-import sys
+from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-class Watchdog:
-    """Ends this process, its Python stacks printed, when nothing has happened for too long.
-
-    A rank that hangs makes its peers wait in a collective, so all ranks print where they stand at about the same time.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def alive(self) -> None:
-        """Something has been done: start waiting anew."""
-        # pytest and the like replace sys.stderr by objects without a file descriptor.
-        faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__ or 2)
-
-    def stop(self) -> None:
-        """Wait no longer."""
-        faulthandler.cancel_dump_traceback_later()
+STOP_FILE = "stop"
+_FILE = 1000  # above every signal's number
 
 
 class StopRequest:
-    """Remembers the first SIGTERM, SIGINT or SIGUSR1; the second one ends the process at once."""
+    """Remembers the first SIGTERM, SIGINT or SIGUSR1, and looks for RUN/stop; a second signal ends the process at once.
 
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
+    The file is removed when it is honoured, so that the next start does not stop again.
+    """
+
+    def __init__(self, run_dir: Path | None = None) -> None:
+        """Handle the signals from here on.
+
+        Args:
+            run_dir: the run's directory, on the one rank that looks for the file.
+        """
+        self.file = run_dir / STOP_FILE if run_dir is not None else None
+        self.signal: int | None = None
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None:
+        if self.signal is not None:
+            # print() is not safe here: the signal may have interrupted one.
+            os.write(2, b"megatron-md: a second signal: ended at once, nothing is saved\n")
             os._exit(128 + number)
-        self.signal_name = signal.Signals(number).name
+        self.signal = number
 
-    def agreed(self, device: torch.device) -> bool:
-        """True on all ranks once any of them has been asked to stop; every rank calls this after each step."""
-        flag = torch.tensor([float(self.signal_name is not None)], device=device)
+    def agreed(self, device: torch.device) -> str | None:
+        """What asked any of the ranks to stop, the same on all of them; every rank calls this after each step."""
+        found = _FILE if self.file is not None and self.file.exists() else self.signal or 0
+        flag = torch.tensor([float(found)], device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        number = int(flag.item())
+        if number == _FILE:
+            if self.file is not None:
+                self.file.unlink(missing_ok=True)
+            return f"the file {STOP_FILE}"
+        return signal.Signals(number).name if number else None

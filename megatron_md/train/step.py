@@ -6,8 +6,8 @@ Nothing else knows both the diffusion objective and megatron-core.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +23,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_md.batch import CleanBatch, CorruptedBatch
 from megatron_md.config import Config
 from megatron_md.diffusion.objective import Objective
+from megatron_md.model.attention import packed_documents
 from megatron_md.model.head import Prediction, PredictionLoss
 from megatron_md.parallel import World
+from megatron_md.train.bad_numbers import not_finite
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,22 @@ class StepReport:
     Attributes:
         loss: the training objective in nats per counted token.
         grad_norm: global gradient norm before clipping.
-        skipped: the update was left out because loss or gradient norm is not finite.
+        fault: why the update was left out, else None.
         metrics: the objective's own means (`masked_ce`, `mean_mask_rate`, ...).
     """
 
     loss: float
     grad_norm: float
-    skipped: bool
+    fault: str | None
     metrics: dict[str, float]
+
+    @property
+    def skipped(self) -> bool:
+        """The update was left out: weights and optimizer state are as they were."""
+        return self.fault is not None
+
+
+Judge = Callable[[float, float], str | None]
 
 
 def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
@@ -65,6 +75,8 @@ class Stepper:
         self.objective = objective
         self.world = world
         self.clip_grad = config.optimizer.clip_grad
+        self.within_document = config.data.document_attention == "within_document"
+        self.right_shift = config.objective.right_shift
         self.micro_batch_size = config.train.micro_batch_size
         self.round_micro_batches = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
         self._schedule = get_forward_backward_func()
@@ -75,10 +87,29 @@ class Stepper:
 
     def corrupt(self, batches: Sequence[CleanBatch]) -> list[CorruptedBatch]:
         """Corrupt this rank's micro-batches of one global batch (host work, safe in a background thread)."""
-        return [self.objective.corrupt(batch) for batch in batches]
+        return [self.keep_apart(batch, self.objective.corrupt(self.scorable(batch))) for batch in batches]
 
-    def train(self, batches: Sequence[CorruptedBatch]) -> StepReport:
-        """One optimizer step on this rank's micro-batches of a global batch."""
+    def scorable(self, batch: CleanBatch) -> CleanBatch:
+        """The rows; under `right_shift` without scoring their first token, to whose left no output lies."""
+        if not self.right_shift:
+            return batch
+        is_maskable_BL = batch.is_maskable_BL.copy()
+        is_maskable_BL[:, 0] = False
+        return replace(batch, is_maskable_BL=is_maskable_BL)
+
+    def keep_apart(self, clean: CleanBatch, corrupted: CorruptedBatch) -> CorruptedBatch:
+        """The corrupted rows with the boundaries of their documents, where the config has attention heed them."""
+        assert not self.within_document or clean.cu_seqlens is not None, "these rows do not know their documents"
+        return replace(corrupted, cu_seqlens=clean.cu_seqlens if self.within_document else None)
+
+    def train(self, batches: Sequence[CorruptedBatch], judge: Judge | None = None) -> StepReport:
+        """One optimizer step on this rank's micro-batches of a global batch.
+
+        Args:
+            batches: the micro-batches.
+            judge: from loss and gradient norm, why the update must be left out, or None to make it; the same function
+                on every rank. By default numbers that are not finite are a reason.
+        """
         assert self.optimizer is not None
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -87,11 +118,23 @@ class Stepper:
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         loss, metrics = self._reduce(batches, outputs)
-        # Both numbers are equal on all ranks, so all of them skip or none does.
-        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
-        if not skipped:
+        loss, grad_norm = self._agreed(loss, grad_norm)
+        fault = (judge or not_finite)(loss, grad_norm)
+        if fault is None:
             self._update(grad_norm)
-        return StepReport(loss, grad_norm, skipped, metrics)
+        return StepReport(loss, grad_norm, fault, metrics)
+
+    def _agreed(self, *figures: float) -> list[float]:
+        """Rank 0's figures, given to all; NaN where any rank's is not finite.
+
+        They should be equal already. A last bit that differs, or one device that computes wrongly, must not make some
+        ranks update and others not.
+        """
+        is_main = self.world.is_main
+        local = [[float(not math.isfinite(x)), x if is_main and math.isfinite(x) else 0.0] for x in figures]
+        table = torch.tensor(local, dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(table)
+        return [math.nan if bad else value for bad, value in table.tolist()]
 
     def _update(self, grad_norm: float) -> None:
         assert self.optimizer is not None
@@ -145,13 +188,15 @@ class Stepper:
     def _forward_step(self, iterator: Iterator[CorruptedBatch], model: Any) -> tuple[Any, Any]:
         batch, device = next(iterator), self.world.device
         prediction = Prediction(
-            _to_device(batch.positions_M, device),
+            _to_device(batch.positions_M - int(self.right_shift), device),
             _to_device(batch.targets_M, device),
             _to_device(batch.weights_M, device),
         )
         tokens_BL = _to_device(batch.tokens_BL, device)
         positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
-        output = model(tokens_BL, positions_BL, None, labels=prediction)
+        # Every pipeline stage has the batch, so the boundaries need not travel from stage to stage.
+        documents = None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens)
+        output = model(tokens_BL, positions_BL, None, labels=prediction, packed_seq_params=documents)
         return output, partial(self._loss, batch.denominator)
 
     def _loss(self, denominator: int, output: PredictionLoss) -> tuple[torch.Tensor, torch.Tensor, PredictionLoss]:

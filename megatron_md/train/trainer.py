@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -16,8 +16,9 @@ from megatron_md.parallel import World
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.optimizer import learning_rate, set_hyperparameters
 from megatron_md.train.progress import Progress, row_length_at
-from megatron_md.train.resilience import StopRequest, Watchdog
+from megatron_md.train.resilience import StopRequest
 from megatron_md.train.step import Stepper
+from megatron_md.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,12 @@ class Trainer:
 
     Attributes:
         progress: steps, samples and tokens done; set it before `fit` to continue from a checkpoint.
-        stopped_by: name of the signal that ended the run early, else None.
+        stopped_by: the signal, file or callback that ended the run early, else None.
+        watchdog: is told of every sign of life.
+        roll_back: puts a checkpoint and its progress in place of the present state, or fails the run.
         damaged: documents that left gaps in this rank's rows of the newest global batch.
+        fault: why the newest step's update was left out, else None.
+        rows: [first, stop) of the newest global batch, in g.
     """
 
     config: Config
@@ -45,37 +50,64 @@ class Trainer:
     optimizer: MegatronOptimizer
     callbacks: Sequence[Callback]
     stop_request: StopRequest | None = None
+    watchdog: Watchdog | None = None
+    roll_back: Callable[[], None] | None = None
     progress: Progress = field(init=False)
     stopped_by: str | None = None
     damaged: frozenset[DamagedDocument] = frozenset()
+    fault: str | None = None
+    rows: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         self.progress = Progress.start(self.config)
 
     def fit(self) -> None:
-        """Train until `train.steps` steps are done or a signal asks to stop."""
-        watchdog = Watchdog(self.config.train.hang_timeout)
+        """Train until `train.steps` steps are done or the run is asked to stop.
+
+        Raises:
+            BadNumbersError: on all ranks, when bad numbers come again and again.
+        """
+        self._alive()
         for callback in self.callbacks:
             callback.on_start(self)
-        try:
-            self._loop(watchdog)
-            for callback in self.callbacks:
-                watchdog.alive()
-                callback.on_end(self)
-        finally:
-            watchdog.stop()
+        # A run that ended right before its rollback begins with it.
+        while self._must_roll_back() or self._has_steps():
+            if self._must_roll_back() and self.roll_back is not None:
+                self._alive()
+                self.roll_back()
+                for callback in self.callbacks:
+                    callback.on_rollback(self)
+            self._run_steps()
+        for callback in self.callbacks:
+            self._alive()
+            callback.on_end(self)
+        if self.watchdog is not None:
+            self.watchdog.disarm()
 
-    def _loop(self, watchdog: Watchdog) -> None:
+    def _run_steps(self) -> None:
+        """Steps to the end of the run, to a stop, or to where a rollback is due."""
         with closing(Prefetcher(self._global_batches(), depth=self.config.data.prefetch)) as batches:
-            while self.progress.step < self.config.train.steps and self.stopped_by is None:
-                watchdog.alive()
+            while self._has_steps() and not self._must_roll_back():
+                self._alive()
                 record = self.train_step(batches)
                 for callback in self.callbacks:
-                    watchdog.alive()
+                    self._alive()
                     callback.after_step(self, record)
-                is_last = self.progress.step >= self.config.train.steps
-                if self.stop_request is not None and not is_last and self.stop_request.agreed(self.world.device):
-                    self.stopped_by = self.stop_request.signal_name or "another rank's signal"
+                # A callback may have ended the run already, on all ranks.
+                is_open = self.stopped_by is None and self.progress.step < self.config.train.steps
+                if self.stop_request is not None and is_open:
+                    self.stopped_by = self.stop_request.agreed(self.world.device)
+
+    def _has_steps(self) -> bool:
+        return self.progress.step < self.config.train.steps and self.stopped_by is None
+
+    def _must_roll_back(self) -> bool:
+        most = self.config.train.max_skipped
+        return bool(most) and self.roll_back is not None and self.progress.guard.skipped_in_row >= most
+
+    def _alive(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.alive(self.progress.step)
 
     def train_step(self, batches: Iterator[PreparedBatch]) -> Record:
         """One optimizer step on the next global batch; returns its record."""
@@ -85,9 +117,18 @@ class Trainer:
         keys = self.config.optimizer
         lr = learning_rate(keys, self.progress.step, self.config.train.steps)
         set_hyperparameters(self.optimizer, lr=lr, weight_decay=keys.weight_decay)
-        report = self.stepper.train(batch.micro_batches)
+        progress, spike_factor = self.progress, self.config.train.spike_factor
+        report = self.stepper.train(
+            batch.micro_batches, lambda loss, grad_norm: progress.guard.fault(loss, grad_norm, spike_factor)
+        )
         self.damaged = batch.damaged
-        self.progress = self.progress.after(self.config)
+        guard = progress.guard.after(
+            report.loss, skipped=report.skipped, step=progress.step, first_row=progress.next_sample_index
+        )
+        self.progress = replace(progress.after(self.config), guard=guard)
+        self.fault = report.fault
+        position = progress.batch_position(self.config)
+        self.rows = (position.first_sample_index, position.first_sample_index + position.global_batch_size)
         return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -98,6 +139,7 @@ class Trainer:
             "step_seconds": time.perf_counter() - start,
             "data_seconds": fetched - start,
             "skipped": int(report.skipped),
+            "skipped_total": guard.skipped_total,
         }
 
     def _global_batches(self) -> Iterator[PreparedBatch]:

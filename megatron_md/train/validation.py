@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, CorruptedBatch, Int64Array
+from megatron_md.batch import BoolArray, CleanBatch, CorruptedBatch, Int32Array, Int64Array
 from megatron_md.config import Config
-from megatron_md.diffusion.nelbo import NelboEstimate, estimate, exact_count_corruption, row_values, stratum_order
+from megatron_md.diffusion.nelbo import (
+    NelboEstimate,
+    estimate,
+    exact_count_corruption,
+    micro_batches,
+    row_values,
+    stratum_order,
+)
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.step import Stepper
@@ -25,10 +31,12 @@ class ValidationRows:
     Attributes:
         tokens_RL: token ids.
         is_maskable_RL: tokens that are scored.
+        cu_seqlens: per row the boundaries of its documents, from 0 to L.
     """
 
     tokens_RL: Int64Array
     is_maskable_RL: BoolArray
+    cu_seqlens: list[Int32Array]
 
 
 class NelboEvaluator:
@@ -54,12 +62,23 @@ class NelboEvaluator:
         causal = self.stepper.objective.causal
         # value and rate of each row; every row is scored by one data-parallel rank and is 0 on the others.
         table_2R = torch.zeros(2, count, dtype=torch.float64)
-        batches = list(self._batches())
-        corrupted = [self._corrupt(batch, causal) for batch in batches]
+        batches = list(
+            micro_batches(
+                self.rows.tokens_RL,
+                self.rows.is_maskable_RL,
+                np.arange(count),
+                size=self.stepper.micro_batch_size,
+                data_rank=self.world.data_rank,
+                data_size=self.world.data_size,
+                # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
+                round_size=self.stepper.round_micro_batches,
+                cu_seqlens=self.rows.cu_seqlens,
+            )
+        )
+        corrupted = [self._corrupt(batch, causal) for batch, _ in batches]
         losses = self.stepper.negative_log_likelihoods(corrupted)
         if losses is not None:
-            for batch, masked, nll_M in zip(batches, corrupted, losses, strict=True):
-                is_real_B = batch.sample_index_B < count
+            for (batch, is_real_B), masked, nll_M in zip(batches, corrupted, losses, strict=True):
                 index = torch.from_numpy(batch.sample_index_B[is_real_B])
                 table_2R[0, index] = torch.from_numpy(row_values(nll_M, masked)[is_real_B])
                 table_2R[1, index] = torch.from_numpy(masked.mask_rate_B[is_real_B].astype(np.float64))
@@ -72,36 +91,11 @@ class NelboEvaluator:
             rate_bins=self.rate_bins,
         )
 
-    def _batches(self) -> Iterator[CleanBatch]:
-        """This rank's micro-batches; the last ones are filled up with rows that hold nothing to score."""
-        count = len(self.rows.tokens_RL)
-        size = self.stepper.micro_batch_size
-        rounds = math.ceil(count / (size * self.world.data_size))
-        # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
-        rounds = -(-rounds // self.stepper.round_micro_batches) * self.stepper.round_micro_batches
-        for number in range(rounds):
-            start = (number * self.world.data_size + self.world.data_rank) * size
-            index_B = np.arange(start, start + size)
-            is_real_B = index_B < count
-            source_B = np.where(is_real_B, index_B, 0)
-            yield CleanBatch(
-                self.rows.tokens_RL[source_B],
-                self.rows.is_maskable_RL[source_B] & is_real_B[:, None],
-                index_B,
-                BatchPosition(0, count),
-            )
-
     def _corrupt(self, batch: CleanBatch, causal: bool) -> CorruptedBatch:
         if causal:
-            return self.stepper.objective.corrupt(batch)
-        # Rows beyond the last one borrow a stratum: they mask nothing and are dropped.
-        inside = CleanBatch(
-            batch.tokens_BL,
-            batch.is_maskable_BL,
-            np.minimum(batch.sample_index_B, batch.position.global_batch_size - 1),
-            batch.position,
-        )
-        return exact_count_corruption(inside, seed=self.seed, mask_token_id=self.mask_token_id)
+            return self.stepper.corrupt([batch])[0]
+        corrupted = exact_count_corruption(batch, seed=self.seed, mask_token_id=self.mask_token_id)
+        return self.stepper.keep_apart(batch, corrupted)
 
 
 def nelbo_record(result: NelboEstimate) -> Record:
@@ -110,7 +104,7 @@ def nelbo_record(result: NelboEstimate) -> Record:
         "val_nelbo": result.nelbo,
         "val_nelbo_stderr": result.stderr,
         "val_ppl_bound": result.ppl_bound,
-        "val_ce_by_rate": [None if math.isnan(value) else value for value in result.ce_by_rate],
+        "val_ce_by_rate": [value if math.isfinite(value) else None for value in result.ce_by_rate],
     }
 
 

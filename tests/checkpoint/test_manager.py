@@ -1,146 +1,274 @@
-"""Checkpoints: exact on the same layout, equal within rounding on another, complete or absent on the disk."""
+"""Saving and loading: whole or not at all, in the background as at once, damaged ones refused, errors on all ranks."""
 
 from __future__ import annotations
 
+import errno
 import json
-import shutil
-from functools import cache
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
-from megatron_md.checkpoint.manager import CheckpointManager, checkpoint_name, latest_checkpoint, read_progress
+from megatron_md.checkpoint.directory import checkpoint_name, complete_checkpoints, latest_checkpoint, read_progress
+from megatron_md.checkpoint.writer import _explained
 from megatron_md.config import Config
-from megatron_md.train.progress import Progress
+from tests.checkpoint.legs import ONE, SHARDED, build_manager, leg, legs_config, progress_at, uninterrupted
 from tests.ranks import RankError, run_ranks
-from tests.small_run import Curve, small_run, variant
+from tests.small_run import small_run
 
-ONE: dict[str, Any] = {"distributed_optimizer": False}
-TENSOR2, PIPELINE2, DATA2 = {"tensor": 2}, {"pipeline": 2}, {"distributed_optimizer": True}
-SHARDED = {"distributed_optimizer": True}
+CONFIG = legs_config(SHARDED, tied=True)
 
 
-def leg(config: Config, run_dir: Path, first: int, stop: int, save: bool) -> Curve:
-    """Train from the newest checkpoint (or from the start) and save."""
+def save_steps(config: Config, run_dir: Path, steps: list[int], keys: dict[str, Any]) -> None:
+    """Save a fresh model as if it stood at these steps."""
     with small_run(config) as run:
-        manager = CheckpointManager(run_dir, keep_last=2, resolved_config="")
-        newest = latest_checkpoint(run_dir)
-        if newest is not None:
-            assert manager.load(run.chunks, run.optimizer, newest).step == first
-        curve = run.train(first, stop)
-        if save:
-            manager.save(run.chunks, run.optimizer, Progress(stop, stop * 8, stop * 256, 10_000))
-        return curve
+        manager = build_manager(run_dir, **keys)
+        for step in steps:
+            manager.save(run.chunks, run.optimizer, progress_at(step))
 
 
-@cache
-def uninterrupted(size: int, layout: str, tied: bool) -> Curve:
-    config = variant(model={"tied": tied}, parallel=json.loads(layout))
-    return run_ranks(leg, size, config, Path("/nonexistent"), 0, 8, False)[0]
+@pytest.mark.distributed
+def test_a_checkpoint_is_named_by_latest_and_carries_what_it_was_given(tmp_path: Path) -> None:
+    run_ranks(save_steps, 1, CONFIG, tmp_path, [1, 2, 3], {"texts": {"notes": notes_text}})
+    directory = tmp_path / "checkpoints"
+    assert sorted(path.name for path in directory.glob("*")) == ["latest", checkpoint_name(2), checkpoint_name(3)]
+    newest = latest_checkpoint(tmp_path)
+    assert newest == directory / checkpoint_name(3) and read_progress(newest) == progress_at(3)
+    assert (newest / "config.yaml").read_text() == "seed: 1\n" and (newest / "notes").read_text() == "of this moment"
+    listed = json.loads((newest / "manifest.json").read_text())["files"]
+    assert {path.name for path in newest.iterdir()} == {*listed, "manifest.json"}
+
+
+def notes_text() -> str:
+    """What the file holds; a lambda could not be sent to another process."""
+    return "of this moment"
+
+
+@pytest.mark.distributed
+def test_a_background_save_holds_the_moment_at_which_it_began(tmp_path: Path) -> None:
+    config = legs_config(ONE, tied=True)
+    start = run_ranks(leg, 1, config, tmp_path, 0, 3, True, True)[0]  # trains on while it is written
+    end = run_ranks(leg, 1, config, tmp_path, 3, 6, False)[0]
+    assert start + end == uninterrupted(1, json.dumps(ONE), True)
+
+
+def slow_save(config: Config, run_dir: Path, slow_rank: int) -> tuple[bool, bool, float]:
+    """A background save with one slow rank, asked for at once and later."""
+    from megatron_md.checkpoint import writer
+
+    with small_run(config) as run:
+        manager = build_manager(run_dir)
+        digest = writer.digest_files
+        if torch.distributed.get_rank() == slow_rank:
+            writer.digest_files = lambda *args: (time.sleep(1.0), digest(*args))[1]
+        manager.begin(run.chunks, run.optimizer, progress_at(1))
+        early = manager.finish_if_written()
+        with pytest.raises(writer.SaveError, match="before the one before it was finished"):
+            manager.begin(run.chunks, run.optimizer, progress_at(2))
+        saved = manager.finish()
+        return early is None, saved.path.is_dir(), saved.total_seconds
+
+
+@pytest.mark.distributed
+def test_no_rank_completes_a_save_before_all_have_written(tmp_path: Path) -> None:
+    for early_is_none, is_there, total_seconds in run_ranks(slow_save, 2, CONFIG, tmp_path, 1):
+        assert early_is_none and is_there and total_seconds > 1.0
+
+
+def full_disk(config: Config, run_dir: Path, where: str, background: bool) -> str:
+    """A second save that meets a full disk on rank 1, or on rank 0 where only that one writes."""
+    from megatron_md.checkpoint import directory, writer
+
+    def fail(*args: Any, **keys: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with small_run(config) as run:
+        manager = build_manager(run_dir)
+        manager.save(run.chunks, run.optimizer, progress_at(1))
+        rank = torch.distributed.get_rank()
+        if where == "data" and rank == 1:
+            writer.filesystem_async._write_item = fail
+        if where == "texts" and rank == 0:
+            writer.write_synced = fail
+        if where == "metadata" and rank == 0:
+            writer.filesystem_async.FileSystemWriterAsync.finish = fail
+        if where == "mkdir" and rank == 0:
+            directory.Path.mkdir = fail
+        if where == "rename" and rank == 0:
+            directory.os.rename = fail
+        try:
+            manager.begin(run.chunks, run.optimizer, progress_at(2), in_background=background)
+            manager.finish()
+        except writer.SaveError as error:
+            return str(error)
+    return ""
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("size", "layout", "tied"),
+    ("where", "background"),
     [
-        (1, ONE, True),
-        (1, SHARDED, True),
-        (2, TENSOR2, True),
-        (2, PIPELINE2, True),
-        (2, DATA2, True),
-        (2, {**DATA2, "overlap_grad_reduce": True, "overlap_param_gather": True}, True),
-        (2, {**PIPELINE2, "virtual_pipeline": 2}, False),
-        (4, {"tensor": 2, "pipeline": 2}, False),
+        ("data", True),
+        pytest.param("data", False, marks=pytest.mark.slow),
+        pytest.param("texts", False, marks=pytest.mark.slow),
+        pytest.param("texts", True, marks=pytest.mark.slow),
+        pytest.param("metadata", False, marks=pytest.mark.slow),
+        pytest.param("mkdir", False, marks=pytest.mark.slow),
+        ("rename", False),
     ],
 )
-def test_resume_on_the_same_layout_is_exact(size: int, layout: dict[str, Any], tied: bool, tmp_path: Path) -> None:
-    config = variant(model={"tied": tied}, parallel=layout)
-    start = run_ranks(leg, size, config, tmp_path, 0, 4, True)[0]
-    end = run_ranks(leg, size, config, tmp_path, 4, 8, False)[0]
-    assert start + end == uninterrupted(size, json.dumps(layout), tied)
+def test_a_full_disk_is_told_on_all_ranks_and_leaves_the_checkpoint_before(
+    where: str, background: bool, tmp_path: Path
+) -> None:
+    messages = run_ranks(full_disk, 2, CONFIG, tmp_path, where, background)
+    assert len(set(messages)) == 1
+    assert f"rank {int(where == 'data')}: " in messages[0] and "No space left on device" in messages[0]
+    directory = tmp_path / "checkpoints"
+    assert complete_checkpoints(tmp_path) == [directory / checkpoint_name(1)]
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", checkpoint_name(1)]
 
 
-@pytest.mark.distributed
-def test_four_legs_on_four_layouts_follow_the_single_run(tmp_path: Path) -> None:
-    legs = [(2, {**TENSOR2, **SHARDED}), (2, {**PIPELINE2, **SHARDED}), (2, DATA2), (1, SHARDED)]
-    curve: Curve = []
-    for number, (size, layout) in enumerate(legs):
-        config = variant(model={"tied": False}, parallel=layout)
-        curve += run_ranks(leg, size, config, tmp_path, 2 * number, 2 * number + 2, True)[0]
-    np.testing.assert_allclose(curve, uninterrupted(1, json.dumps(SHARDED), False), rtol=1e-5)
+def short_files(config: Config, run_dir: Path) -> str:
+    """Save where the system takes no file above 20 kB, and say what came of it."""
+    import resource
 
-
-@pytest.mark.distributed
-def test_optimizer_state_is_carried_over_not_just_weights(tmp_path: Path) -> None:
-    config = variant(parallel=SHARDED)
-    run_ranks(leg, 1, config, tmp_path, 0, 4, True)
-    (cold,) = run_ranks(cold_start, 1, config, latest_checkpoint(tmp_path))
-    assert cold[0] == uninterrupted(1, json.dumps(SHARDED), True)[4]
-    assert abs(cold[3][0] / uninterrupted(1, json.dumps(SHARDED), True)[7][0] - 1) > 1e-4
-
-
-def cold_start(config: Config, checkpoint: Path) -> Curve:
-    """Continue with the checkpoint's weights and a fresh optimizer."""
-    from megatron_md.checkpoint.manager import load_model
+    from megatron_md.checkpoint.writer import SaveError
 
     with small_run(config) as run:
-        load_model(run.chunks, checkpoint)
-        run.optimizer.reload_model_params()
-        return run.train(4, 8)
+        manager = build_manager(run_dir)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(SaveError) as caught:
+            manager.save(run.chunks, run.optimizer, progress_at(1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return str(caught.value)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("first", "then"), [(PIPELINE2, TENSOR2), (TENSOR2, PIPELINE2)])
-def test_what_core_cannot_move_is_refused_by_name(first: dict[str, Any], then: dict[str, Any], tmp_path: Path) -> None:
-    run_ranks(leg, 2, variant(parallel={**first, **SHARDED}), tmp_path, 0, 1, True)
-    with pytest.raises(RankError, match="resume with the layout that wrote it"):
-        run_ranks(leg, 2, variant(parallel={**then, **SHARDED}), tmp_path, 1, 2, False)
+def test_a_file_that_the_system_cuts_short_is_told_in_words(tmp_path: Path) -> None:
+    first, second = run_ranks(short_files, 2, CONFIG, tmp_path)
+    assert first == second and "rank 1: OSError: [Errno 27] File too large" in first
+    assert not any((tmp_path / "checkpoints").iterdir())
+    # What torch makes of a disk that is full in the middle of a tensor.
+    text = str(
+        _explained(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), tmp_path)
+    )
+    assert text.startswith(f"{tmp_path}: a file could not be written whole; the disk has ")
+    other = RuntimeError("something else")
+    assert _explained(other, tmp_path) is other
 
 
-def save_many(config: Config, run_dir: Path) -> None:
-    """Save after each of four steps."""
+def die_during_save(config: Config, run_dir: Path, point: str) -> None:
+    """Kill -9 of the process at one point of its second save."""
+    import os as kernel
+
+    from megatron_md.checkpoint import directory, manager, writer
+
+    def die(*args: Any, **keys: Any) -> None:
+        kernel.kill(kernel.getpid(), 9)
+
     with small_run(config) as run:
-        manager = CheckpointManager(run_dir, keep_last=2, resolved_config="seed: 1\n")
-        for step in range(1, 5):
-            manager.save(run.chunks, run.optimizer, Progress(step, step, step, 10))
+        saving = build_manager(run_dir, keep_last=1)
+        saving.save(run.chunks, run.optimizer, progress_at(1))
+        module, name = {
+            "planned": (writer.CheckpointWrite, "start"),
+            "first file": (writer.filesystem_async, "_write_item"),
+            "texts": (writer, "write_synced"),
+            "unsealed": (writer, "seal"),
+            "sealed": (manager.names, "publish"),
+            "renamed": (directory, "replace_file"),
+            "named": (directory, "_prune"),
+            "set aside": (directory.shutil, "rmtree"),
+        }[point]
+        setattr(module, name, die)
+        saving.save(run.chunks, run.optimizer, progress_at(2))
 
 
 @pytest.mark.distributed
-def test_the_last_ones_are_kept_and_latest_names_the_newest(tmp_path: Path) -> None:
-    run_ranks(save_many, 1, variant(parallel=SHARDED), tmp_path)
+@pytest.mark.parametrize(
+    ("point", "survivor"),
+    [
+        pytest.param("planned", 1, marks=pytest.mark.slow),
+        ("first file", 1),
+        pytest.param("texts", 1, marks=pytest.mark.slow),
+        pytest.param("unsealed", 1, marks=pytest.mark.slow),
+        pytest.param("sealed", 1, marks=pytest.mark.slow),
+        ("renamed", 1),
+        pytest.param("named", 2, marks=pytest.mark.slow),
+        pytest.param("set aside", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_during_a_save_leaves_one_that_can_be_resumed(point: str, survivor: int, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="died without a word"):
+        run_ranks(die_during_save, 1, CONFIG, tmp_path, point)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / checkpoint_name(survivor)
+    run_ranks(leg, 1, CONFIG, tmp_path, survivor, survivor + 1, True)
+    assert [path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def damage(checkpoint: Path, kind: str) -> str:
+    """Damage the largest file of a checkpoint; returns its name."""
+    path = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(content[:-100])
+    if kind == "flipped":
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 4]) + content[5001:])
+    if kind == "missing":
+        path.unlink()
+    return path.name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "kind", ["flipped", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("truncated", "missing"))]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(kind: str, tmp_path: Path) -> None:
+    run_ranks(save_steps, 2, CONFIG, tmp_path, [1, 2], {})
     directory = tmp_path / "checkpoints"
-    assert sorted(path.name for path in directory.glob("*")) == ["latest", checkpoint_name(3), checkpoint_name(4)]
-    newest = latest_checkpoint(tmp_path)
-    assert newest == directory / checkpoint_name(4) and read_progress(newest) == Progress(4, 4, 4, 10)
-    assert (newest / "config.yaml").read_text() == "seed: 1\n"
+    name = damage(directory / checkpoint_name(2), kind)
+    run_ranks(leg, 2, CONFIG, tmp_path, 1, 2, False)
+    (line,) = (tmp_path / "events.jsonl").read_text().splitlines()
+    event = json.loads(line)
+    assert event["event"] == "checkpoint_damaged" and event["path"] == checkpoint_name(2) and name in event["error"]
+    damage(directory / checkpoint_name(1), kind)
+    with pytest.raises(RankError, match=r"every checkpoint is damaged .*: restore one, or remove them to start anew"):
+        run_ranks(leg, 2, CONFIG, tmp_path, 1, 2, False)
+
+
+def save_as(config: Config, run_dir: Path, identity: dict[str, Any]) -> None:
+    """Save with an identity."""
+    with small_run(config) as run:
+        build_manager(run_dir, identity=lambda rows: identity).save(run.chunks, run.optimizer, progress_at(1))
+
+
+def load_as(config: Config, checkpoint: Path, identity: dict[str, Any], only_model: bool) -> None:
+    """Load with an identity."""
+    with small_run(config) as run:
+        manager = build_manager(checkpoint, identity=lambda rows: identity)
+        (manager.load_model_only if only_model else manager.load)(run.chunks, run.optimizer, checkpoint)
 
 
 @pytest.mark.distributed
-def test_state_of_another_optimizer_is_refused_by_name(tmp_path: Path) -> None:
-    run_ranks(leg, 1, variant(parallel=SHARDED), tmp_path, 0, 1, True)
-    with pytest.raises(RankError, match="DistributedOptimizer, this run has FP32Optimizer"):
-        run_ranks(leg, 1, variant(parallel=ONE), tmp_path, 1, 2, False)
+def test_what_belongs_to_another_run_is_refused_with_a_diff(tmp_path: Path) -> None:
+    identity = {"seed": 1, "corpus": [{"corpus": "a"}], "model.layers": 4, "tokenizer": "t"}
+    run_ranks(save_as, 1, CONFIG, tmp_path, identity)
+    checkpoint = latest_checkpoint(tmp_path)
+    other = {**identity, "seed": 2, "corpus": [{"corpus": "b"}]}
+    with pytest.raises(RankError, match=r"seed: 1 there, 2 now.*put these keys back") as refusal:
+        run_ranks(load_as, 1, CONFIG, checkpoint, other, False)
+    assert "corpus: [{'corpus': 'a'}] there, [{'corpus': 'b'}] now" in str(refusal.value)
+    run_ranks(load_as, 1, CONFIG, checkpoint, other, True)  # weights go into another run
+    with pytest.raises(RankError, match="tokenizer: t there, u now"):
+        run_ranks(load_as, 1, CONFIG, checkpoint, {**other, "tokenizer": "u"}, True)
 
 
 @pytest.mark.distributed
-def test_the_one_before_is_taken_where_the_newest_is_gone(tmp_path: Path) -> None:
-    run_ranks(save_many, 1, variant(parallel=SHARDED), tmp_path)
-    directory = tmp_path / "checkpoints"
-    shutil.rmtree(directory / checkpoint_name(4))
-    assert latest_checkpoint(tmp_path) == directory / checkpoint_name(3)
-    (directory / checkpoint_name(3) / "progress.json").unlink()
-    with pytest.raises(ValueError, match="none of its 1 checkpoints is complete"):
-        latest_checkpoint(tmp_path)
-
-
-def test_an_incomplete_directory_is_never_taken(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    broken = tmp_path / "checkpoints" / checkpoint_name(5)
-    broken.mkdir(parents=True)
-    (tmp_path / "checkpoints" / "latest").write_text(broken.name)
-    with pytest.raises(ValueError, match="none of its 1 checkpoints is complete"):
-        latest_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="not a complete checkpoint"):
-        read_progress(broken)
+def test_state_of_another_precision_is_refused_by_name(tmp_path: Path) -> None:
+    run_ranks(save_steps, 1, CONFIG, tmp_path, [1], {})
+    with pytest.raises(
+        RankError, match=r"this run's is \['exp_avg', 'exp_avg_sq', 'fp32_param'\]: put train.precision"
+    ):
+        run_ranks(leg, 1, legs_config(SHARDED, tied=True, precision="bf16"), tmp_path, 1, 2, False)

@@ -79,6 +79,7 @@ def test_masks_are_those_of_a_run(manifest: Manifest, capsys: pytest.CaptureFixt
     masked = [word for run in shown.split("⟦")[1:] for word in run.split("⟧")[0].split()]
     assert list(map(int, masked)) == batch.tokens_BL[3][corrupted.tokens_BL[3] == manifest.mask_id].tolist()
     assert f"{len(masked)} masked" in shown
+    assert "whose global batches all have 8 rows (no train.batch_ramp)" in shown
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from megatron_md.checks import corpus_problems, missing_files, vocabulary
+from megatron_md.checks import vocabulary
 from megatron_md.config import DataConfig, config_from_mapping
+from megatron_md.corpus_checks import corpus_problems, missing_files
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache, _exclusive, default_directory
 from megatron_md.data.remote import RemoteError, RemoteFile

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_md.data.packing import RowOrder, WindowLayout, permutation
+from megatron_md.data.packing import RowOrder, RowPlace, Span, WindowLayout, permutation
 
 
 def test_permutation_is_a_function_of_the_key() -> None:
@@ -36,18 +36,37 @@ def order(tokens: list[int], **keys: int) -> RowOrder:
     return RowOrder(np.array(tokens), corpus="corpus", **settings)
 
 
-def test_every_row_of_every_epoch_is_placed_once() -> None:
-    rows = order([30, 100, 7, 64, 1])
-    g = 0
+SHARDS = {
+    "several windows": [30, 100, 7, 64, 1],
+    "windows shorter than a row": [1, 2, 1, 1, 3, 9, 1, 40, 1, 1],
+    "whole rows": [16, 32, 48],
+}
+
+
+@pytest.mark.parametrize("window_shards", [1, 2, 8])
+@pytest.mark.parametrize("name", SHARDS)
+def test_every_token_of_every_epoch_is_placed_once(name: str, window_shards: int) -> None:
+    tokens = SHARDS[name]
+    rows = order(tokens, window_shards=window_shards)
+    assert rows.rows_per_epoch == -(-sum(tokens) // 16)
     for epoch in range(6):
-        shards = [rows.shards_of_window(epoch, window).tolist() for window in range(3)]
-        assert sorted(itertools.chain(*shards)) == [0, 1, 2, 3, 4]
-        for window, members in enumerate(shards):
-            total = sum([30, 100, 7, 64, 1][shard] for shard in members)
-            for local in range(-(-total // 16)):
-                place = rows.locate(g)
-                assert (place.epoch, place.window, place.row) == (epoch, window, local)
-                g += 1
+        windows = [rows.shards_of_window(epoch, window) for window in range(-(-len(tokens) // window_shards))]
+        assert sorted(np.concatenate(windows).tolist()) == list(range(len(tokens)))
+        placed = [np.zeros(sum(tokens[shard] for shard in members), dtype=int) for members in windows]
+        sizes, begins = [], []
+        for local in range(rows.rows_per_epoch):
+            place = rows.locate(epoch * rows.rows_per_epoch + local)
+            assert place.epoch == epoch
+            for span in place.spans:
+                placed[span.window][span.start : span.stop] += 1
+            sizes.append(sum(span.stop - span.start for span in place.spans))
+            begins.append(place.spans[0].window)
+            # A row that runs on does so from the end of one window to the start of the next.
+            for one, other in itertools.pairwise(place.spans):
+                assert (other.window, other.start) == (one.window + 1, 0) and one.stop == len(placed[one.window])
+        assert all((count == 1).all() for count in placed)
+        assert begins == sorted(begins), "windows come one after the other"
+        assert sorted(sizes, reverse=True) == [16] * (sum(tokens) // 16) + [sum(tokens) % 16] * (sum(tokens) % 16 > 0)
 
 
 def test_places_do_not_depend_on_what_was_asked_before() -> None:
@@ -59,24 +78,39 @@ def test_places_do_not_depend_on_what_was_asked_before() -> None:
     assert places[-1].epoch > 5
 
 
-def test_few_shards_make_one_window_and_any_row_is_found_directly() -> None:
-    rows = order([30, 100], window_shards=8)
-    per_epoch = -(-130 // 16)
-    place = rows.locate(10**15 * per_epoch + 4)
-    assert (place.epoch, place.window, place.row) == (10**15, 0, 4)
+@pytest.mark.parametrize("window_shards", [2, 8])
+def test_any_row_is_found_directly_however_late(window_shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = np.random.default_rng(0).integers(1, 500, 23).tolist()
+    drawn: list[tuple[str | int, ...]] = []
+
+    def counted(count: int, *key: str | int) -> np.ndarray:
+        drawn.append(key)
+        return permutation(count, *key)
+
+    monkeypatch.setattr("megatron_md.data.packing.permutation", counted)
+    rows = order(tokens, window_shards=window_shards)
+    place = rows.locate(10**15 * rows.rows_per_epoch + 4)
+    assert place.epoch == 10**15 and place.spans[0].window == 0
+    assert drawn == [("shards", "corpus", 3, 10**15), ("rows", "corpus", 3, 10**15, 0)]
+
+
+def test_places_do_not_change_between_releases() -> None:
+    # Recorded once: a change here would change the order of every run.
+    rows = order([30, 100, 7, 64, 1])
+    assert rows.locate(14) == RowPlace(1, (Span(0, 16, 31), Span(1, 0, 1)))
+    assert rows.locate(19) == RowPlace(1, (Span(1, 33, 49),))
 
 
 @pytest.mark.parametrize("lengths", [[0], [1], [15], [16], [200], [0, 0, 0], [5, 0, 40, 1, 15, 16, 17, 3]])
-def test_pieces_cover_every_document_once(lengths: list[int]) -> None:
-    layout = WindowLayout(np.array(lengths), 16, "key")
+@pytest.mark.parametrize("step", [1, 7, 16, 1000])
+def test_pieces_cover_every_document_once(lengths: list[int], step: int) -> None:
+    layout = WindowLayout(np.array(lengths), "key")
     covered = [np.zeros(length + 1, dtype=int) for length in lengths]
-    sizes = []
-    for row in range(layout.rows):
-        pieces = layout.pieces(row)
+    total = sum(lengths) + len(lengths)
+    for start in range(0, total, step):
+        pieces = layout.pieces(start, min(start + step, total))
         for piece in pieces:
             assert piece.start < piece.stop
             covered[piece.document][piece.start : piece.stop] += 1
-        sizes.append(sum(piece.stop - piece.start for piece in pieces))
+        assert sum(piece.stop - piece.start for piece in pieces) == min(step, total - start)
     assert all((count == 1).all() for count in covered)
-    total = sum(lengths) + len(lengths)
-    assert sorted(sizes, reverse=True) == [16] * (total // 16) + [total % 16] * (total % 16 > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 import tarfile
 import urllib.parse
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from megatron_md.cli import main
 from megatron_md.data import remote
 from megatron_md.data.remote import RemoteError, RemoteFile, beneath, check_url, download
-from megatron_md.data.shards import Manifest
+from megatron_md.data.shards import Manifest, load_manifest
 from tests.data.file_server import FileServer, file_server
 from tests.data.small_corpus import WriteCorpus, random_documents
 
@@ -158,6 +160,19 @@ def test_a_missing_driver_is_named_with_the_extra() -> None:
     with pytest.raises(RemoteError, match=r"pip install 'megatron-md\[remote\]'") as error:
         remote._with_retries("s3://bucket/x", lambda: b"".join(remote._chunks("s3://bucket/x", 10)))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("protocol", "module"), [("s3", "s3fs"), ("gs", "gcsfs"), ("hf", "huggingface_hub")])
+def test_a_corpus_whose_driver_is_missing_is_one_clear_error(
+    protocol: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed, whether it is or not
+    url = f"{protocol}://bucket/corpus"
+    with pytest.raises(RemoteError, match=r"pip install 'megatron-md\[remote\]'"):
+        load_manifest(url)
+    assert main(["data", "show", url]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megatron-md: {url}/manifest.json: {protocol}:// needs a driver (")
 
 
 def test_names_are_taken_literally() -> None:

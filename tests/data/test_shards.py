@@ -17,7 +17,6 @@ from megatron_md.data.shards import (
     document_lengths,
     load_manifest,
     token_counts,
-    unigram_cross_entropy,
     unigram_entropy,
 )
 from megatron_md.data.verify import verify
@@ -140,14 +139,3 @@ def test_unigram_entropy_of_a_uniform_corpus_is_the_logarithm(write_tokens: Writ
     # Seven tokens and <eos>, each once per document: eight equally frequent tokens.
     manifest = write_tokens([list(range(10, 17))] * 5)
     assert unigram_entropy(manifest) == pytest.approx(math.log(8), abs=1e-12)
-
-
-def test_cross_entropy_is_entropy_plus_divergence(write_tokens: WriteCorpus) -> None:
-    train = write_tokens([[10] * 2000 + [11] * 1000] * 20, name="train", vocab_size=20)
-    valid = write_tokens([[10] * 1000 + [11] * 2000] * 3, name="valid", vocab_size=20)
-    p = token_counts(train) + 1
-    q = token_counts(valid) / token_counts(valid).sum()
-    seen = q > 0
-    divergence = (q[seen] * np.log(q[seen] / (p / p.sum())[seen])).sum()
-    assert unigram_cross_entropy(valid, train) == pytest.approx(unigram_entropy(valid) + divergence, rel=1e-12)
-    assert unigram_cross_entropy(train, train) == pytest.approx(unigram_entropy(train), rel=1e-3)

@@ -87,9 +87,20 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, tokenizer: Tokenizer, code:
         Tokenizer(tmp_path / "junk.model")
     with pytest.raises(ValueError, match=r"cannot train 100000 pieces on this text: it yields \d+ at most"):
         train_tokenizer(code[:2], 100_000, tmp_path / "large.model")
-    with pytest.raises(ValueError, match=r"cannot train 100 pieces on this text: .* alone take \d+; ask for more"):
-        train_tokenizer(code, 100, tmp_path / "small.model")
+    with pytest.raises(ValueError, match=r"cannot train 270 pieces on this text: .* alone take \d+; ask for more"):
+        train_tokenizer(code, 270, tmp_path / "small.model")
     with pytest.raises(ValueError, match=r"no text to train"):
         train_tokenizer([], 330, tmp_path / "none.model")
     with pytest.raises(ValueError, match=r"lone surrogates"):
         tokenizer.encode("\ud800")
+
+
+@pytest.mark.parametrize("size", [-5, 0, 264])
+def test_sizes_out_of_range_are_refused_by_name(size: int, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^--vocab {size}: must be at least 265: bytes and special tokens take the rest$"
+    ):
+        train_tokenizer([Document("a", "text")], size, tmp_path / "t.model")
+    with pytest.raises(ValueError, match=r"^--sample-bytes 0: must be at least 1$"):
+        train_tokenizer([Document("a", "text")], 300, tmp_path / "t.model", training_bytes=0)
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,8 @@ import torch
 
 from megatron_md.batch import BatchPosition, CleanBatch, CorruptedBatch
 from megatron_md.config import ObjectiveConfig
-from megatron_md.diffusion.objective import Objective, build_objective, register_objective, shift_right
+from megatron_md.diffusion.corruption import shift_right
+from megatron_md.diffusion.objective import Objective, build_objective, register_objective
 
 MASK, VOCAB = 96, 97
 SCHEDULES: list[Any] = [
@@ -183,6 +184,21 @@ def test_autoregressive_scores_the_same_tokens_from_the_left() -> None:
     np.testing.assert_array_equal(corrupted.positions_M, np.flatnonzero(batch.is_maskable_BL))
     assert np.all(corrupted.weights_M == 1.0) and corrupted.denominator == batch.is_maskable_BL.sum()
     assert shift_right(np.array([[5, 6, 7]]), 1).tolist() == [[1, 5, 6]]
+
+
+def test_autoregressive_begins_every_document_anew_where_they_are_kept_apart() -> None:
+    batch = CleanBatch(
+        np.array([[5, 6, 7, 8], [9, 10, 11, 12]]),
+        np.ones((2, 4), dtype=bool),
+        np.arange(2),
+        BatchPosition(0, 2),
+        [np.array([0, 2, 3, 4], dtype=np.int32), np.array([0, 4], dtype=np.int32)],
+    )
+    apart = build_objective(ObjectiveConfig(name="autoregressive"), seed=0, mask_token_id=MASK, within_document=True)
+    assert apart.corrupt(batch).tokens_BL.tolist() == [[MASK, 5, MASK, MASK], [MASK, 9, 10, 11]]
+    together = build(name="autoregressive").corrupt(batch)
+    assert together.tokens_BL.tolist() == [[MASK, 5, 6, 7], [MASK, 9, 10, 11]]
+    np.testing.assert_array_equal(apart.corrupt(batch).targets_M, together.targets_M)
 
 
 def test_fine_tuning_counts_every_answer_once() -> None:

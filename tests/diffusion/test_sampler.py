@@ -7,21 +7,20 @@ import pytest
 import torch
 from peer_vectors import vector
 
-from megatron_md.diffusion.sampler import (
+from megatron_md.diffusion.proposal import exclude, guide, gumbel_scores, keep_top_p, propose
+from megatron_md.diffusion.sampler import SamplerConfig, SamplerStep, infill, sample
+from megatron_md.diffusion.unmasking import (
     Choice,
-    SamplerConfig,
-    SamplerStep,
     ancestral_commit_probability,
-    exclude_mask_token,
-    gumbel_scores,
-    low_confidence,
-    register_strategy,
-    sample,
+    largest,
+    over_threshold,
+    strategies,
     transfer_counts,
+    within_factor,
 )
 
-MASK, VOCAB = 6, 7
-STRATEGIES = ["low_confidence", "random", "ancestral"]
+MASK, EOS, VOCAB = 6, 5, 7
+STRATEGIES = ["low_confidence", "random", "ancestral", "margin", "entropy", "threshold", "factor"]
 
 
 class Denoiser:
@@ -157,7 +156,7 @@ def test_excluded_mask_token_as_in_mdlm() -> None:
     case = vector("mdlm_subs_log_probs")
     inputs = case["inputs"]
     xt_BL = torch.tensor(inputs["xt"])
-    log_probs = exclude_mask_token(torch.tensor(inputs["logits"]), inputs["mask_id"]).log_softmax(dim=-1)
+    log_probs = exclude(torch.tensor(inputs["logits"]), (inputs["mask_id"],)).log_softmax(dim=-1)
     expected = torch.tensor(case["expected"]["log_p_of_x0"])
     # x0 of the toy batch; visible positions have log-probability 0 by definition and are not predicted.
     x0_BL = torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2]])
@@ -169,7 +168,7 @@ def test_excluded_mask_token_as_in_mdlm() -> None:
 
 def test_ancestral_step_of_mdlm() -> None:
     case = vector("mdlm_ancestral_step_probs")
-    logits = exclude_mask_token(torch.tensor(case["inputs"]["logits"]), 4)
+    logits = exclude(torch.tensor(case["inputs"]["logits"]), (4,))
     # From t = 0.8 to s = 0.6 is step 1 of 5.
     commit = ancestral_commit_probability(1, 5)
     probabilities = commit * logits.softmax(dim=-1)
@@ -179,21 +178,168 @@ def test_ancestral_step_of_mdlm() -> None:
         torch.testing.assert_close(probabilities, expected, atol=case["tol"], rtol=0)
 
 
-def test_confidence_of_the_greedy_proposal_is_its_probability() -> None:
+def test_confidences_of_dream() -> None:
     case = vector("dream_confidences")
-    logits = torch.tensor(case["inputs"]["logits"])
-    seen: list[Choice] = []
+    logits = torch.tensor([case["inputs"]["logits"]])
+    found = propose(logits, torch.ones(1, 3, dtype=torch.bool), torch.Generator(), excluded=())
+    for name, ours in [
+        ("maskgit_plus", found.probability_BK),
+        ("topk_margin", found.margin_BK),
+        ("neg_entropy", found.negative_entropy_BK),
+    ]:
+        torch.testing.assert_close(ours, torch.tensor([case["expected"][name]]), atol=case["tol"], rtol=0)
 
-    @register_strategy("test_watching")
-    def watching(choice: Choice) -> torch.Tensor:
-        seen.append(choice)
-        return low_confidence(choice)
 
-    with_mask = torch.cat([logits, torch.zeros(3, 1)], dim=1)
-    config = SamplerConfig(3, 1, strategy="test_watching")
-    sample(lambda tokens: with_mask[None], torch.zeros(1, 0, dtype=torch.long), config, mask_token_id=3)
-    expected = torch.tensor([case["expected"]["maskgit_plus"]])
-    torch.testing.assert_close(seen[0].confidence_BK, expected, atol=case["tol"], rtol=0)
+def choice_of(probability_BK: torch.Tensor, is_open_BK: torch.Tensor, **keys: Any) -> Choice:
+    return Choice(
+        is_open_BK=is_open_BK,
+        probability_BK=probability_BK,
+        margin_BK=probability_BK,
+        negative_entropy_BK=probability_BK,
+        quota_B=torch.tensor([2]),
+        step=0,
+        steps=8,
+        generator=torch.Generator(),
+        **{"threshold": 0.9, "factor": 1.0, **keys},
+    )
+
+
+def test_parallel_decoding_of_fast_dllm() -> None:
+    case = vector("fastdllm_transfer_index")
+    probability_BK = torch.tensor(case["inputs"]["p_token0"])
+    is_open_BK = torch.tensor(case["inputs"]["mask"]).bool()
+    found = [
+        over_threshold(choice_of(probability_BK, is_open_BK, threshold=0.9)),
+        over_threshold(choice_of(probability_BK, is_open_BK, threshold=0.99)),
+        within_factor(choice_of(probability_BK, is_open_BK, factor=1.0)),
+        within_factor(choice_of(probability_BK, is_open_BK, factor=0.5)),
+        largest(probability_BK, is_open_BK, torch.tensor([2])),
+    ]
+    assert [is_chosen.int().tolist() for is_chosen in found] == case["expected"]
+
+
+def test_threshold_needs_fewer_passes_where_the_denoiser_is_sure() -> None:
+    denoiser = Denoiser(8)
+    passes = []
+    for threshold in (1.0, 0.5, 0.01):
+        config = SamplerConfig(8, strategy="threshold", threshold=threshold)
+        result = sample(denoiser, prompts(2, 0), config, mask_token_id=MASK)
+        assert result.forward_passes == result.steps == int(result.fixed_step_BL.max())
+        passes.append(result.forward_passes)
+    assert passes[0] == 8 > passes[1] > passes[2] == 1
+
+
+def test_strategies_look_at_their_own_confidence() -> None:
+    # Position 0 has the likeliest token, 1 the largest margin, 2 the least entropy.
+    p = torch.tensor([[0.50, 0.35, 0.05, 0.05, 0.05], [0.49, 0.13, 0.13, 0.13, 0.12], [0.499, 0.40, 0.101, 0, 0]])
+    logits = torch.cat([p.log(), torch.zeros(3, 1)], dim=1)[None]
+    for strategy, first in [("low_confidence", 0), ("margin", 1), ("entropy", 2)]:
+        config = SamplerConfig(3, strategy=strategy)
+        result = sample(lambda tokens: logits, prompts(1, 0), config, mask_token_id=5)
+        assert int(result.fixed_step_BL[0].argmin()) == first
+
+
+def test_fixed_steps_say_when_each_token_came() -> None:
+    denoiser, history = Denoiser(9), []
+    config = SamplerConfig(8, 4, 4, "random")
+    result = sample(denoiser, prompts(2, 1), config, mask_token_id=MASK, on_step=history.append)
+    for step in history:
+        assert torch.equal(result.fixed_step_BL == step.step, step.is_committed_BL)
+    assert (result.fixed_step_BL[:, 0] == 0).all() and result.steps == 4
+    assert torch.bincount(result.fixed_step_BL[0]).tolist() == [1, 2, 2, 2, 2]
+
+
+def test_infilling_keeps_what_is_given() -> None:
+    denoiser = Denoiser(6)
+    canvas = torch.tensor([[1, MASK, 2, MASK, MASK, 3], [MASK, 1, MASK, 4, 0, 0]])
+    before = canvas.clone()
+    result = infill(denoiser, canvas, SamplerConfig(6, 6, 3), mask_token_id=MASK)
+    assert torch.equal(canvas, before)
+    expected = torch.where(before == MASK, denoiser.best_L, before)
+    assert torch.equal(result.tokens_BL, expected) and torch.equal(result.fixed_step_BL == 0, before != MASK)
+    # The first block has one and two open positions in its rows, the second two and none.
+    assert result.forward_passes == 4
+
+
+@pytest.mark.parametrize("block", [None, 3])
+def test_stop_ends_a_row_at_its_first_eos(block: int | None) -> None:
+    denoiser = Denoiser(14)
+    denoiser.logits_LV[:, EOS] = -30.0
+    denoiser.logits_LV[[6, 9], EOS] = 30.0
+    config = SamplerConfig(12, 12, block, eos="stop")
+    result = sample(denoiser, prompts(1, 2), config, mask_token_id=MASK, eos_token_id=EOS)
+    expected = torch.where(torch.arange(14) < 6, denoiser.best_L, EOS)
+    expected[:2] = prompts(1, 2)[0]
+    assert torch.equal(result.tokens_BL[0], expected) and (result.fixed_step_BL[0, 2:] > 0).all()
+    kept = sample(denoiser, prompts(1, 2), SamplerConfig(12, 12, block), mask_token_id=MASK, eos_token_id=EOS)
+    assert (kept.tokens_BL[0, 2:] != EOS).sum() == 10
+    # In blocks the row is done with the second one; without them the sure tokens after it come before the end.
+    assert result.forward_passes < kept.forward_passes == 12 if block else result.forward_passes <= 12
+
+
+def test_stop_ignores_a_given_eos_and_leaves_given_tokens() -> None:
+    denoiser = Denoiser(5)
+    denoiser.logits_LV[:, EOS] = -30.0
+    denoiser.logits_LV[2, EOS] = 30.0
+    canvas = torch.tensor([[EOS, MASK, MASK, MASK, 3]])
+    result = infill(denoiser, canvas, SamplerConfig(5, eos="stop"), mask_token_id=MASK, eos_token_id=EOS)
+    assert result.tokens_BL.tolist() == [[EOS, int(denoiser.best_L[1]), EOS, EOS, 3]]
+
+
+def test_suppress_never_generates_eos() -> None:
+    denoiser = Denoiser(20)
+    denoiser.logits_LV[:, EOS] = 30.0
+    for eos, share in [("keep", 1.0), ("suppress", 0.0)]:
+        config = SamplerConfig(20, temperature=1.0, eos=eos)
+        result = sample(denoiser, prompts(3, 0), config, mask_token_id=MASK, eos_token_id=EOS)
+        assert (result.tokens_BL == EOS).double().mean() == share
+
+
+def test_top_p_keeps_the_smallest_sufficient_set() -> None:
+    logits = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()
+    for top_p, kept in [(0.4, 1), (0.5, 1), (0.51, 2), (0.7, 2), (0.95, 4)]:
+        # 0.7 is reached by the first two up to rounding: take a bound just below.
+        assert keep_top_p(logits, 1.0, top_p - 1e-6).isfinite().tolist() == [i < kept for i in range(4)]
+    # At temperature 1/2 the first has 25/34 of the probability.
+    assert keep_top_p(logits, 0.5, 0.73).isfinite().sum() == 1 and keep_top_p(logits, 0.5, 0.74).isfinite().sum() == 2
+
+
+def test_top_p_samples_from_the_nucleus() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0]).log()
+    config = SamplerConfig(1, temperature=1.0, top_p=0.75)
+    tokens = sample(lambda t: logits.expand(len(t), 1, 5), prompts(20_000, 0), config, mask_token_id=4).tokens_BL
+    share = torch.bincount(tokens[:, 0], minlength=5) / 20_000
+    assert share[2:].sum() == 0 and abs(float(share[0]) - 5 / 8) < 5.5 * math.sqrt(15 / 64 / 20_000)
+
+
+def test_guidance_moves_away_from_what_the_prompt_does_not_change() -> None:
+    conditional, unconditional = torch.tensor([1.0, 2.0, -math.inf]), torch.tensor([3.0, 1.0, -math.inf])
+    torch.testing.assert_close(guide(conditional, unconditional, 0.0), conditional)
+    torch.testing.assert_close(guide(conditional, unconditional, 2.0), torch.tensor([-3.0, 4.0, -math.inf]))
+    inputs = []
+
+    def denoiser(tokens_BL: torch.Tensor) -> torch.Tensor:
+        inputs.append(tokens_BL.clone())
+        logits = torch.zeros(*tokens_BL.shape, VOCAB)
+        logits[..., 1] = 1.0  # likeliest either way
+        logits[..., 2] = torch.where(tokens_BL[:, :1] == 3, 0.9, 0.0)  # what the prompt speaks for
+        return logits
+
+    for guidance, token, passes in [(0.0, 1, 4), (1.0, 2, 8)]:
+        inputs.clear()
+        config = SamplerConfig(4, guidance=guidance)
+        result = sample(denoiser, torch.tensor([[3]]), config, mask_token_id=MASK)
+        assert result.tokens_BL[0, 1:].tolist() == [token] * 4 and result.forward_passes == len(inputs) == passes
+    assert inputs[1][0].tolist() == [MASK] * 5 and inputs[0][0, 0] == 3
+
+
+def test_a_strategy_that_commits_nothing_still_fills_the_canvas() -> None:
+    @strategies.register("test_reluctant")
+    def reluctant(choice: Choice) -> torch.Tensor:
+        return torch.zeros_like(choice.is_open_BK)
+
+    result = sample(Denoiser(4), prompts(1, 0), SamplerConfig(4, strategy="test_reluctant"), mask_token_id=MASK)
+    assert (result.fixed_step_BL == 4).all() and result.forward_passes == 1
 
 
 @pytest.mark.parametrize(
@@ -208,6 +354,13 @@ def test_confidence_of_the_greedy_proposal_is_its_probability() -> None:
         ({"strategy": "low_confidense"}, "unknown sampling strategy 'low_confidense'; did you mean 'low_confidence'"),
         ({"temperature": -1.0}, "temperature must be 0 or a positive number"),
         ({"temperature": math.nan}, "temperature must be 0 or a positive number"),
+        ({"strategy": "first_hitting", "steps": 4}, "first_hitting commits one token per step: steps must be"),
+        ({"top_p": 0.0, "temperature": 1.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 0.9}, "top_p 0.9 changes nothing at temperature 0"),
+        ({"guidance": -1.0}, "guidance must be 0 or a positive number"),
+        ({"threshold": 1.5}, r"threshold must be in \(0, 1\]"),
+        ({"factor": 0.0}, "factor must be a positive number"),
+        ({"eos": "ignore"}, "eos must be one of keep, stop, suppress, got 'ignore'"),
     ],
     ids=str,
 )
@@ -216,8 +369,29 @@ def test_bad_configs_are_refused(keys: dict[str, Any], message: str) -> None:
         SamplerConfig(**{"length": 8, "steps": 8, **keys})
 
 
-def test_bad_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="prompt contains the mask token"):
-        sample(Denoiser(3), torch.tensor([[MASK]]), SamplerConfig(2, 2), mask_token_id=MASK)
-    with pytest.raises(ValueError, match="mask token 9 lies outside the 7 columns"):
-        sample(Denoiser(3), prompts(1, 1), SamplerConfig(2, 2), mask_token_id=9)
+@pytest.mark.parametrize(
+    ("prompt", "keys", "more", "message"),
+    [
+        ([[MASK]], {}, {}, r"prompt contains the mask token \(6\)"),
+        ([[0]], {}, {"mask_token_id": 9}, "token 9 lies outside the 7 columns"),
+        ([[0, 1]], {}, {"max_length": 3}, "the prompt's 2 tokens and length 2 exceed the model's 3 positions"),
+        ([[0]], {"eos": "stop"}, {}, "eos 'stop' needs an eos token id"),
+        ([[]], {"guidance": 1.0}, {}, "guidance needs a prompt"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused(prompt: list[list[int]], keys: dict[str, Any], more: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(
+            Denoiser(4),
+            torch.tensor(prompt, dtype=torch.long),
+            SamplerConfig(2, **keys),
+            **{"mask_token_id": MASK, **more},
+        )
+
+
+def test_bad_canvases_are_refused() -> None:
+    with pytest.raises(ValueError, match="length 3 is not the 4 positions of the canvas"):
+        infill(Denoiser(4), torch.full((1, 4), MASK), SamplerConfig(3), mask_token_id=MASK)
+    with pytest.raises(ValueError, match="exceed the model's 3 positions"):
+        infill(Denoiser(4), torch.full((1, 4), MASK), SamplerConfig(4), mask_token_id=MASK, max_length=3)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_md.config import Config
-from megatron_md.model.attention import SDPACoreAttention, apply_rotary
+from megatron_md.model.attention import SDPACoreAttention, apply_rotary, packed_documents
 from megatron_md.model.build import transformer_config
 from megatron_md.parallel import World
 
@@ -31,6 +32,48 @@ def test_equals_the_definition_with_grouped_heads(small_config: Config, world: W
                 scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
             expected = scores.softmax(-1) @ value[:, row, head // 2]
             torch.testing.assert_close(got[:, row, head], expected)
+
+
+DOCUMENTS = {
+    "one": [[0, 13], [0, 13], [0, 13]],
+    "many": [[0, 5, 6, 11, 13], [0, 1, 13], [0, 12, 13]],
+    "single tokens": [list(range(14)), [0, 13], [0, 1, 2, 13]],
+}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize(("groups", "dtype"), [(2, torch.float64), (4, torch.float32)])
+def test_within_documents_equals_a_dense_masked_softmax(
+    small_config: Config, world: World, causal: bool, documents: str, groups: int, dtype: torch.dtype
+) -> None:
+    core = transformer_config(small_config, world.device)
+    kind = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    attention = SDPACoreAttention(core, layer_number=1, attn_mask_type=kind, attention_type="self")
+    length, rows, heads, width = 13, 3, 4, 8
+    query = torch.randn(length, rows, heads, width, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(length, rows, groups, width, dtype=dtype, requires_grad=True) for _ in range(2))
+    cu_seqlens = [np.array(boundaries, dtype=np.int32) for boundaries in DOCUMENTS[documents]]
+    got = attention(query, key, value, None, packed_seq_params=packed_documents(cu_seqlens))
+
+    number_BL = torch.stack([torch.bucketize(torch.arange(length), torch.tensor(c), right=True) for c in cu_seqlens])
+    is_visible_BLL = number_BL[:, :, None] == number_BL[:, None]
+    if causal:
+        is_visible_BLL = is_visible_BLL & torch.ones(length, length).tril().bool()
+    keys, values = (x.repeat_interleave(heads // groups, 2) for x in (key, value))
+    scores = torch.einsum("lbhd,mbhd->bhlm", query, keys) / math.sqrt(width)
+    weights = scores.masked_fill(~is_visible_BLL[:, None], float("-inf")).softmax(-1)
+    expected = torch.einsum("bhlm,mbhd->lbhd", weights, values).reshape(length, rows, heads * width)
+    torch.testing.assert_close(got, expected)
+    probe = torch.randn_like(got)
+    inputs = (query, key, value)
+    gradients, expected_gradients = (torch.autograd.grad((x * probe).sum(), inputs) for x in (got, expected))
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_boundaries_of_rows_laid_end_to_end() -> None:
+    packed = packed_documents([np.array([0, 3, 5], dtype=np.int32), np.array([0, 1, 5], dtype=np.int32)])
+    assert packed.cu_seqlens_q.tolist() == [0, 3, 5, 6, 10] and packed.cu_seqlens_q.dtype == torch.int32
 
 
 def test_other_masks_are_refused(small_config: Config, world: World) -> None:

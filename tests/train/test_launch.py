@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,14 +16,17 @@ import psutil
 import pytest
 import yaml
 
-from megatron_md.config import as_dict
-from tests.train.test_trainer import config_for, metrics, write_bigram_corpus
+from megatron_md.config import as_dict, load_config
+from tests.ranks import run_ranks
+from tests.train.test_trainer import config_for, metrics, pretrain, without_times, write_bigram_corpus
 
 
 def start(config_file: Path, *words: str) -> subprocess.Popen[str]:
     """The command line itself, on two processes, as a terminal would start it."""
     command = [sys.executable, "-m", "megatron_md", "train", str(config_file), "--nproc-per-node", "2", *words]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    # `imports` finds modules beside the config.
+    environment["PYTHONPATH"] = os.pathsep.join([str(config_file.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -66,6 +71,7 @@ def test_ctrl_c_saves_on_all_ranks_and_the_same_command_goes_on(config_file: Pat
     assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, summary["step"] + 3))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_more_damage_than_tolerated_is_named_once_and_ends_the_run(config_file: Path, tmp_path: Path) -> None:
     # A flipped byte in a document.
@@ -83,6 +89,7 @@ def test_more_damage_than_tolerated_is_named_once_and_ends_the_run(config_file: 
     assert "damaged documents" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_does_not_go_on_with_another_seed(config_file: Path) -> None:
     process = start(config_file, "train.steps=2")
@@ -91,3 +98,112 @@ def test_a_run_does_not_go_on_with_another_seed(config_file: Path) -> None:
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 2, error
     assert error.count("belongs to another run (seed: 1234 there, 99 now)") == 1 and "Traceback" not in error
+
+
+PLANTED = """
+import os
+from megatron_md.train.trainer import Trainer
+train_step = Trainer.train_step
+def planted(self, batches):
+    if self.progress.step == 3 and os.environ.get("RANK") == "1":
+        raise KeyError("planted")
+    return train_step(self, batches)
+Trainer.train_step = planted
+"""
+
+
+@pytest.mark.distributed
+def test_the_first_traceback_is_the_only_one(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "planted_error.py").write_text(PLANTED)
+    process = start(config_file, "imports=[planted_error]", "validation.sequences=0")
+    wait_for_steps(tmp_path / "run", process, 1)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, error
+    assert error.count("Traceback") == 1 and error.count("KeyError: 'planted'") == 1
+    assert (
+        error.index("rank 1 failed at step 3") < error.index("Traceback") < error.index("rank 1 ended with exit code 1")
+    )
+    assert not alive(workers)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed" and "rank 1 failed at step 3: KeyError" in summary["error"]
+    assert "Traceback" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def workers_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The worker processes of a launcher, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children():
+        try:
+            found[int(child.environ()["RANK"])] = child
+        except (psutil.Error, KeyError):
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_stopped_rank_is_named_and_killed(config_file: Path, tmp_path: Path) -> None:
+    process = start(config_file, "train.hang_timeout=8")
+    wait_for_steps(tmp_path / "run", process, 3)
+    workers = workers_of(process)
+    workers[1].suspend()
+    error = process.communicate(timeout=180)[1]
+    assert process.returncode == 1, error
+    assert error.count("rank 1 gives no sign of life") == 1 and "Traceback" not in error
+    assert "rank 0 ended with exit code 1" in error
+    assert not alive(list(workers.values()))
+    assert "Thread" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "rank 1 gives no sign of life" in summary["error"]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, str]:
+    """A hash of every tensor of a checkpoint, optimizer state included."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    state = _load_state_dict_from_keys(storage_reader=FileSystemReader(checkpoint))
+    return {
+        name: hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        for name, value in state.items()
+        if hasattr(value, "numpy")
+    }
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_kill_minus_nine_changes_nothing(kills: int, config_file: Path, tmp_path: Path) -> None:
+    generator = random.Random(kills)
+    words = [f"train.steps={20 * kills}", "checkpoint.every_steps=4", "train.max_skipped=0"]
+    process = start(config_file, *words, "--max-restarts", str(kills))
+    for kill in range(kills):
+        run = tmp_path / "run"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            started = sum('"started"' in line for line in lines(run / "events.jsonl"))
+            step = len(lines(run / "metrics.jsonl"))
+            if started > kill and step > 15 * kill + 5 and len(workers_of(process)) == 2:
+                break
+            time.sleep(0.02)
+        time.sleep(generator.random())
+        workers_of(process)[generator.randrange(2)].kill()
+    error = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, error
+    assert error.count("megatron-md: restart") == kills
+
+    whole = load_config(config_file, [*words, f"run_dir={tmp_path / 'whole'}"])
+    assert run_ranks(pretrain, 2, whole, timeout=600) == [0, 0]
+    assert without_times(metrics(tmp_path / "run")) == without_times(metrics(tmp_path / "whole"))
+    last = f"checkpoints/step_{20 * kills:08d}"
+    hashes = tensors_of(tmp_path / "run" / last)
+    assert len(hashes) > 10 and hashes == tensors_of(tmp_path / "whole" / last)

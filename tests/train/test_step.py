@@ -1,16 +1,21 @@
-"""Layout equivalence: however a global batch is split, loss, gradient norm and updated weights are the same."""
+"""Layout equivalence: however a global batch is split, loss, gradient norm and updated weights are the same.
+
+And attention within documents, through the whole step.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_md.batch import BatchPosition, CleanBatch
 from megatron_md.config import Config
 from tests.ranks import run_ranks
-from tests.small_run import CONFIG, VOCAB, small_run, variant
+from tests.small_run import CONFIG, LENGTH, ROWS, VOCAB, clean_rows, small_run, variant
 
 STEPS = 5
 
@@ -72,9 +77,10 @@ def assemble(runs: list[dict[str, Any]]) -> dict[str, np.ndarray[Any, Any]]:
 
 
 @cache
-def reference(objective: str, tied: bool = True) -> dict[str, Any]:
+def reference(objective: str, tied: bool = True, document_attention: str = "full") -> dict[str, Any]:
     """The single-process run that every layout must reproduce."""
-    return run_ranks(train, 1, variant(objective={"name": objective}, model={"tied": tied}), STEPS)[0]
+    data = {"document_attention": document_attention}
+    return run_ranks(train, 1, variant(objective={"name": objective}, model={"tied": tied}, data=data), STEPS)[0]
 
 
 def assert_same(runs: list[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -179,3 +185,128 @@ def test_a_micro_batch_without_anything_to_predict(name: str) -> None:
     size, layout = LAYOUTS[name]
     runs = run_ranks(train, size, variant(train={"micro_batch_size": 1}, parallel=layout), STEPS)
     assert_same(runs, reference("masked_diffusion"))
+
+
+WITHIN = {"document_attention": "within_document"}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("tensor2", "masked_diffusion"),
+        ("tensor2+sequence", "masked_diffusion"),
+        ("pipeline2", "masked_diffusion"),
+        ("pipeline2-interleaved", "autoregressive"),
+        ("data2", "masked_diffusion"),
+        ("tensor2+sequence-xdata2", "autoregressive"),
+    ],
+)
+def test_layouts_agree_within_documents(name: str, objective: str) -> None:
+    size, layout = LAYOUTS[name]
+    runs = run_ranks(train, size, variant(objective={"name": objective}, parallel=layout, data=WITHIN), STEPS)
+    assert_same(runs, reference(objective, document_attention="within_document"))
+    # The tolerance would show an unheeded boundary: the first gradient norm is another one altogether.
+    assert abs(runs[0]["curve"][0][1] / reference(objective)["curve"][0][1] - 1) > 1e-2
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("keys", [{"recompute": "selective"}, {"recompute": "full"}, {"micro_batch_size": 8}])
+def test_recomputation_and_micro_batches_do_not_matter_within_documents(keys: dict[str, Any]) -> None:
+    expected = reference("masked_diffusion", document_attention="within_document")
+    assert_same(run_ranks(train, 1, variant(train=keys, data=WITHIN), STEPS), expected)
+
+
+def losses_by_position(run: Any, batch: CleanBatch) -> np.ndarray[Any, Any]:
+    """Negative log-likelihood at each position [B, L], 0 where none is scored."""
+    (corrupted,) = run.stepper.corrupt([batch])
+    (nll_M,) = run.stepper.negative_log_likelihoods([corrupted])
+    table = np.zeros(batch.tokens_BL.size, dtype=np.float32)
+    table[corrupted.positions_M] = nll_M
+    return table.reshape(batch.tokens_BL.shape)
+
+
+def leak(config: Config) -> tuple[bool, bool]:
+    """Whether other tokens in the middle document of each row change losses inside of it, and outside of it."""
+    with small_run(config) as run:
+        batch = clean_rows(np.arange(1, ROWS + 1), BatchPosition(0, 2 * ROWS))
+        assert batch.cu_seqlens is not None
+        is_changed = np.zeros_like(batch.is_maskable_BL)
+        for row, cuts in enumerate(batch.cu_seqlens):
+            middle = (len(cuts) - 1) // 2
+            is_changed[row, cuts[middle] : cuts[middle + 1]] = True
+        changed = replace(batch, tokens_BL=np.where(is_changed, 4 + (batch.tokens_BL + 1) % 200, batch.tokens_BL))
+        differs = losses_by_position(run, batch) != losses_by_position(run, changed)
+        return bool(differs[is_changed].any()), bool(differs[~is_changed].any())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_documents_see_nothing_of_each_other(objective: str, position: str) -> None:
+    keys: dict[str, Any] = {"objective": {"name": objective}, "model": {"position": position}}
+    assert run_ranks(leak, 1, variant(data=WITHIN, **keys)) == [(True, False)]
+    assert run_ranks(leak, 1, variant(**keys)) == [(True, True)]
+
+
+def two_documents_and_each_alone(config: Config) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    cut = 11
+    with small_run(config) as run:
+        tokens = np.random.default_rng(0).integers(4, VOCAB, (1, LENGTH))
+
+        def losses(part: np.ndarray[Any, Any], *cuts: int) -> np.ndarray[Any, Any]:
+            ones, cu_seqlens = np.ones_like(part, dtype=bool), [np.array(cuts, dtype=np.int32)]
+            return losses_by_position(run, CleanBatch(part, ones, np.zeros(1), BatchPosition(0, 1), cu_seqlens))[0]
+
+        first, second = losses(tokens[:, :cut], 0, cut), losses(tokens[:, cut:], 0, LENGTH - cut)
+        return losses(tokens, 0, cut, LENGTH), np.concatenate([first, second])
+
+
+@pytest.mark.distributed
+def test_autoregressive_documents_in_a_row_cost_what_they_cost_alone() -> None:
+    config = variant(objective={"name": "autoregressive"}, data=WITHIN)
+    ((together, alone),) = run_ranks(two_documents_and_each_alone, 1, config)
+    assert together.shape == (LENGTH,) and np.all(together > 0)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def shifted_losses(config: Config) -> list[Any]:
+    """On each rank: the nll of a step's batches, and what the raw outputs one to the left say."""
+    import torch
+
+    with small_run(config) as run:
+        batches = run.stepper.corrupt(run.batches(0))
+        losses = run.stepper.negative_log_likelihoods(batches)
+        expected = []
+        for batch in batches:
+            assert (batch.positions_M % LENGTH > 0).all()
+            with torch.no_grad():
+                tokens_BL = torch.from_numpy(batch.tokens_BL)
+                positions_BL = torch.arange(LENGTH).expand_as(tokens_BL)
+                logits_BLV = run.chunks[0].module.eval()(tokens_BL, positions_BL, None)
+            log_probability_NV = logits_BLV.log_softmax(-1).flatten(0, 1)
+            expected.append(-log_probability_NV[batch.positions_M - 1, batch.targets_M])
+        return [(nll_M, other.numpy()) for nll_M, other in zip(losses or [], expected, strict=True)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["masked_diffusion", "autoregressive"])
+def test_right_shift_reads_the_output_one_to_the_left(name: str) -> None:
+    config = variant(CONFIG, objective={"name": name, "right_shift": True})
+    (pairs,) = run_ranks(shifted_losses, 1, config)
+    assert len(pairs) == 4
+    for nll_M, expected_M in pairs:
+        np.testing.assert_allclose(nll_M, expected_M, rtol=1e-5)
+    curve = run_ranks(train_curve, 1, config, 3)[0]
+    for size, layout in ((2, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2})):
+        np.testing.assert_allclose(
+            run_ranks(train_curve, size, variant(config, parallel=layout), 3)[-1], curve, rtol=1e-5
+        )
+    assert curve[0][0] != pytest.approx(
+        run_ranks(train_curve, 1, variant(CONFIG, objective={"name": name}), 1)[0][0][0]
+    )
+
+
+def train_curve(config: Config, steps: int) -> Any:
+    with small_run(config) as run:
+        return run.train(0, steps)

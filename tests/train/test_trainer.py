@@ -161,6 +161,19 @@ def test_validation_is_the_same_on_every_layout(
 
 
 @pytest.mark.distributed
+def test_documents_are_kept_apart_in_training_and_validation(tmp_path: Path, corpora: dict[str, str]) -> None:
+    data = {"random_length_fraction": 0.5}
+    for attention in ("full", "within_document"):
+        config = config_for(tmp_path / attention, corpora, data={**data, "document_attention": attention})
+        run_ranks(pretrain, 1, config)
+    full, within = metrics(tmp_path / "full"), metrics(tmp_path / "within_document")
+    assert [a["tokens"] for a in full] == [b["tokens"] for b in within]
+    assert len({a["tokens"] for a in full}) == STEPS and full[0]["mean_mask_rate"] == within[0]["mean_mask_rate"]
+    assert full[-1]["val_nelbo"] != within[-1]["val_nelbo"] and full[0]["loss"] != within[0]["loss"]
+    assert within[-1]["val_nelbo"] < within[3]["val_nelbo"]
+
+
+@pytest.mark.distributed
 def test_validation_fills_up_whole_rounds_of_an_interleaved_pipeline(tmp_path: Path, corpora: dict[str, str]) -> None:
     # 9 rows make 5 micro-batches of 2, which megatron-core's interleaved schedule would refuse.
     keys = {"validation": {"sequences": 9}, "train": {"steps": 2}}

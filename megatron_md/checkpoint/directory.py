@@ -1,0 +1,231 @@
+"""RUN/checkpoints: names, what is complete, what is kept.
+
+step_00000100/ is complete or absent: it is written under a temporary name, sealed by `manifest.json` and renamed;
+`latest` names the newest one. Names that start with a dot are being written or removed, or are what a crash has left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_md import config_loader
+from megatron_md.checkpoint.integrity import MANIFEST_NAME
+from megatron_md.config import Config
+from megatron_md.files import replace_file, sync
+from megatron_md.train.bad_numbers import GuardState
+from megatron_md.train.progress import Progress
+
+FORMAT_VERSION = 2
+RECORD_NAME, CONFIG_NAME = "progress.json", "config.yaml"
+_WRITING, _REMOVING = ".writing_", ".removing_"
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint at `step`."""
+    return f"step_{step:08d}"
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """True if the directory was finished; whether its files are as they were written, `verify` tells."""
+    return (checkpoint / MANIFEST_NAME).is_file() and (checkpoint / RECORD_NAME).is_file()
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run: the one that `latest` names first, then the others, newest first.
+
+    Raises:
+        ValueError: there are checkpoint directories, and none is complete.
+    """
+    directory = run_dir / "checkpoints"
+    pointer = directory / "latest"
+    named = [directory / pointer.read_text().strip()] if pointer.is_file() else []
+    found = sorted(directory.glob("step_*"), reverse=True)
+    complete = [path for path in dict.fromkeys([*named, *found]) if is_complete(path)]
+    if found and not complete:
+        raise ValueError(f"{directory}: none of its {len(found)} checkpoints is complete; remove them to start anew")
+    return complete
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run: the one that `latest` names or, if it is gone, the newest there is.
+
+    Raises:
+        ValueError: there are checkpoint directories, and none is complete.
+    """
+    return next(iter(complete_checkpoints(run_dir)), None)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: a checkpoint directory itself, or the newest one of a run.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    checkpoint = path if is_complete(path) else latest_checkpoint(path)
+    if checkpoint is None:
+        raise ValueError(f"{path}: neither a run directory with a complete checkpoint nor a checkpoint")
+    return checkpoint
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint records about itself: progress, layout, identity, optimizer, val_nelbo.
+
+    Raises:
+        ValueError: the directory is not a complete checkpoint of this format.
+    """
+    path = checkpoint / RECORD_NAME
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        version = record["format"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint}: not a complete checkpoint ({error})") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {version} is not {FORMAT_VERSION}, which this version reads")
+    return record
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """The progress recorded in a checkpoint.
+
+    Raises:
+        ValueError: the directory is not a complete checkpoint of this format.
+    """
+    try:
+        return Progress.from_record(read_record(checkpoint)["progress"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint}: not a complete checkpoint ({error})") from error
+
+
+def model_identity(config: Config) -> dict[str, Any]:
+    """What a model's weights and its function depend on, under the names of the config; defaults spelt out."""
+    model = config.model
+    content = asdict(model)
+    for key in ("preset", "init_std", "scaled_init"):
+        del content[key]
+    content["kv_heads"] = model.kv_heads or model.heads
+    content["head_dim"] = model.head_dim or model.hidden // model.heads
+    # Rotary positions have no weights: the longest row may change.
+    content["max_length"] = None if model.position == "rope" else model.max_length or config.data.seq_length
+    return {f"model.{key}": value for key, value in content.items()}
+
+
+def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any]]:
+    """Keys in which a config differs from the checkpoint's: [value there, value now] by dotted name."""
+    then = _flat(config_loader.read_yaml(str(checkpoint / CONFIG_NAME)))
+    now = _flat(config_loader.parse_yaml(resolved_config, "config"))
+    keys = sorted(then.keys() | now.keys())
+    return {key: [then.get(key), now.get(key)] for key in keys if then.get(key) != now.get(key)}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value} if prefix else {}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay; the one that `latest` names always does.
+
+    Attributes:
+        last: the newest ones, by number; at least 1.
+        every: those at multiples of this many steps; 0 keeps none for that reason.
+        best: those with the lowest recorded val_nelbo, by number.
+    """
+
+    last: int
+    every: int = 0
+    best: int = 0
+
+    def kept(self, nelbo_by_step: dict[int, float | None]) -> set[int]:
+        """Steps of the checkpoints that stay.
+
+        Args:
+            nelbo_by_step: the val_nelbo measured at each checkpoint's step, None where nothing was measured.
+        """
+        steps = sorted(nelbo_by_step)
+        measured = [(nelbo, step) for step, nelbo in nelbo_by_step.items() if nelbo is not None]
+        keep = {*steps[-self.last :], *(step for _, step in sorted(measured)[: self.best])}
+        if self.every:
+            keep |= {step for step in steps if step % self.every == 0}
+        return keep
+
+
+def prepare(directory: Path, step: int) -> Path:
+    """Make the empty directory that a checkpoint is written to; removes what crashes have left."""
+    if directory.is_dir():
+        remove(path for path in directory.iterdir() if path.name.startswith((_WRITING, _REMOVING)))
+    partial = partial_path(directory, step)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def partial_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint at `step` is written."""
+    return directory / f"{_WRITING}{checkpoint_name(step)}"
+
+
+def publish(directory: Path, step: int, retention: Retention) -> Path:
+    """Give a sealed checkpoint its name, point `latest` at it and remove what need not stay.
+
+    Returns:
+        Its directory.
+    """
+    target = directory / checkpoint_name(step)
+    if target.exists():
+        _set_aside(target)
+    os.rename(partial_path(directory, step), target)
+    sync(directory)
+    replace_file(directory / "latest", target.name)
+    _prune(directory, retention)
+    return target
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename before a removal: a removal that is cut short must not leave half a checkpoint under its name."""
+    aside = path.with_name(f"{_REMOVING}{path.name}")
+    remove([aside])
+    os.rename(path, aside)
+    return aside
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove directories; what cannot be removed stays for the next attempt."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(directory: Path, checkpoints: Iterable[Path]) -> None:
+    """Remove checkpoints of a directory, and what earlier removals have left."""
+    for path in checkpoints:
+        _set_aside(path)
+    sync(directory)
+    remove(directory.glob(f"{_REMOVING}*"))
+
+
+def _prune(directory: Path, retention: Retention) -> None:
+    found: dict[int, tuple[Path, float | None]] = {}
+    guards: dict[int, GuardState] = {}
+    for path in directory.glob("step_*"):
+        if is_complete(path):
+            try:
+                progress, nelbo = read_progress(path), read_record(path).get("val_nelbo")
+            except ValueError:
+                continue  # not ours to judge: verify names it when it is read
+            found[progress.step], guards[progress.step] = (path, nelbo), progress.guard
+    keep = retention.kept({step: nelbo for step, (_, nelbo) in found.items()})
+    newest = (directory / "latest").read_text()
+    guard = next((guards[step] for step, (path, _) in found.items() if path.name == newest), GuardState())
+    if guard.skipped_in_row:
+        # If the next updates are left out too, the run returns to here.
+        keep |= {max((step for step in found if step <= guard.first_skipped_step), default=-1)}
+    discard(directory, [path for step, (path, _) in found.items() if step not in keep and path.name != newest])

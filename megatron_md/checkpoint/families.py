@@ -1,0 +1,388 @@
+"""Families of Hugging Face checkpoints, as tables: which of their tensors make up which of ours, and their configs.
+
+Our names are those of megatron-core's distributed checkpoints, where the layers of a model are one stacked tensor
+[layers, ...]. A rule names one of our tensors and the tensors of a Hugging Face layer (or model) that it consists of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_md.config import ModelConfig
+
+Layout = Literal["plain", "qkv", "gate_up"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of our tensors, and what it is made from.
+
+    Attributes:
+        ours: its name; under `decoder.layers.` it has a leading axis of layers.
+        theirs: names of its parts; `{layer}` stands for the number of the layer.
+        shapes: of each part, by the names of `dimensions`.
+        layout: `plain`: the same tensor; `qkv`: query, key and value heads, interleaved by query group;
+            `gate_up`: gate on top of up.
+        when: a boolean key of `ModelConfig` that decides if the tensor is there; a leading "not " turns it round.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    shapes: tuple[tuple[str, ...], ...]
+    layout: Layout = "plain"
+    when: str | None = None
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether our tensor stacks the layers."""
+        return self.ours.startswith("decoder.layers.")
+
+    def applies(self, model: ModelConfig) -> bool:
+        """Whether a model of this shape has the tensor."""
+        if self.when is None:
+            return True
+        negated = self.when.startswith("not ")
+        return bool(getattr(model, self.when.removeprefix("not "))) != negated
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of Hugging Face checkpoint.
+
+    Attributes:
+        name: what the command line calls it.
+        rules: the tensors.
+        read_config: the shape of a model by its `config.json`.
+        write_config: a `config.json` for a model: (model, special token ids, longest row) -> content.
+        causal: the published weights are those of a causal language model.
+        right_shift: the logits at a position predict the token to its right.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    write_config: Callable[[ModelConfig, Mapping[str, int], int], dict[str, Any]]
+    causal: bool = False
+    right_shift: bool = False
+
+
+def _rules(
+    *, embedding: str, final_norm: str, head: str, layer: str, names: Mapping[str, str], biases: bool, qk_norm: bool
+) -> tuple[Rule, ...]:
+    """The table of a decoder with RMSNorm, rotary positions and SwiGLU, which all families are."""
+    attention, mlp = "decoder.layers.self_attention", "decoder.layers.mlp"
+
+    def parts(kind: str, *keys: str) -> tuple[str, ...]:
+        return tuple(f"{layer}.{names[key]}.{kind}" for key in keys)
+
+    norm, per_head = (("hidden",),), (("head_dim",),)
+    projections = tuple((width, "hidden") for width in ("queries", "keys", "keys"))
+    rules = [
+        Rule("embedding.word_embeddings.weight", (embedding,), (("vocab", "hidden"),)),
+        Rule(f"{attention}.linear_qkv.layer_norm_weight", parts("weight", "attention_norm"), norm),
+        Rule(f"{attention}.linear_qkv.weight", parts("weight", "q", "k", "v"), projections, "qkv"),
+    ]
+    if biases:
+        widths = (("queries",), ("keys",), ("keys",))
+        rules.append(Rule(f"{attention}.linear_qkv.bias", parts("bias", "q", "k", "v"), widths, "qkv", "qkv_bias"))
+    if qk_norm:
+        rules += [
+            Rule(f"{attention}.{letter}_layernorm.weight", parts("weight", f"{letter}_norm"), per_head, when="qk_norm")
+            for letter in ("q", "k")
+        ]
+    return (
+        *rules,
+        Rule(f"{attention}.linear_proj.weight", parts("weight", "attention_out"), (("hidden", "queries"),)),
+        Rule(f"{mlp}.linear_fc1.layer_norm_weight", parts("weight", "mlp_norm"), norm),
+        Rule(f"{mlp}.linear_fc1.weight", parts("weight", "gate", "up"), (("ffn", "hidden"),) * 2, "gate_up"),
+        Rule(f"{mlp}.linear_fc2.weight", parts("weight", "down"), (("hidden", "ffn"),)),
+        Rule("decoder.final_layernorm.weight", (final_norm,), norm),
+        Rule("output_layer.weight", (head,), (("vocab", "hidden"),), when="not tied"),
+    )
+
+
+def dimensions(model: ModelConfig) -> dict[str, int]:
+    """The widths that the shapes of a family's tensors name."""
+    assert model.vocab is not None
+    head_dim = model.head_dim or model.hidden // model.heads
+    return {
+        "vocab": model.vocab,
+        "hidden": model.hidden,
+        "ffn": model.ffn,
+        "head_dim": head_dim,
+        "queries": model.heads * head_dim,
+        "keys": (model.kv_heads or model.heads) * head_dim,
+    }
+
+
+_LLAMA_NAMES = {
+    "attention_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "attention_out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_LLADA_NAMES = {
+    "attention_norm": "attn_norm",
+    "q": "q_proj",
+    "k": "k_proj",
+    "v": "v_proj",
+    "attention_out": "attn_out",
+    "mlp_norm": "ff_norm",
+    "gate": "ff_proj",
+    "up": "up_proj",
+    "down": "ff_out",
+}
+
+
+def _llama_like(*, biases: bool, qk_norm: bool) -> tuple[Rule, ...]:
+    return _rules(
+        embedding="model.embed_tokens.weight",
+        final_norm="model.norm.weight",
+        head="lm_head.weight",
+        layer="model.layers.{layer}",
+        names=_LLAMA_NAMES,
+        biases=biases,
+        qk_norm=qk_norm,
+    )
+
+
+class UnsupportedConfigError(ValueError):
+    """A `config.json` asks for something that our model does not have."""
+
+
+def _refuse(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, values in allowed.items():
+        if key in config and config[key] not in values:
+            wanted = " or ".join(repr(value) for value in values)
+            raise UnsupportedConfigError(f"{key} is {config[key]!r}; only {wanted} is supported")
+
+
+def _need(config: Mapping[str, Any], key: str) -> Any:
+    if config.get(key) is None:
+        raise UnsupportedConfigError(f"{key} is missing")
+    return config[key]
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """The base of the rotary frequencies; transformers 5 keeps it under `rope_parameters`."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise UnsupportedConfigError(f"rotary positions are scaled ({kind!r}); only the default ones are supported")
+    return float(parameters.get("rope_theta") or _need(config, "rope_theta"))
+
+
+def _read_llama_like(config: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool) -> ModelConfig:
+    layers, length = int(_need(config, "num_hidden_layers")), config.get("max_position_embeddings")
+    _refuse(
+        config,
+        {
+            "hidden_act": ("silu",),
+            "mlp_bias": (False,),
+            "attention_bias": (qkv_bias, None) if qkv_bias else (False, None),
+            "use_sliding_window": (False, None),
+        },
+    )
+    hidden, heads = int(_need(config, "hidden_size")), int(_need(config, "num_attention_heads"))
+    return ModelConfig(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        ffn=int(_need(config, "intermediate_size")),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        vocab=int(_need(config, "vocab_size")),
+        max_length=int(length) if length else None,
+        rope_theta=_rope_theta(config),
+        norm_eps=float(_need(config, "rms_norm_eps")),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+    )
+
+
+def _write_llama_like(
+    model: ModelConfig, tokens: Mapping[str, int], length: int, *, architecture: str, model_type: str
+) -> dict[str, Any]:
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads or model.heads,
+        "head_dim": model.head_dim or model.hidden // model.heads,
+        "vocab_size": model.vocab,
+        "max_position_embeddings": length,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tied,
+        "attention_dropout": 0.0,
+        **tokens,
+    }
+
+
+def _read_llada(config: Mapping[str, Any]) -> ModelConfig:
+    _refuse(
+        config,
+        {
+            "block_type": ("llama",),
+            "activation_type": ("silu",),
+            "layer_norm_type": ("rms",),
+            "rope": (True,),
+            "alibi": (False,),
+            "include_bias": (False,),
+            "include_qkv_bias": (False, None),
+            "attention_layer_norm": (False,),
+            "input_emb_norm": (False,),
+            "scale_logits": (False,),
+            "multi_query_attention": (False, None),
+        },
+    )
+    heads, hidden = int(_need(config, "n_heads")), int(_need(config, "d_model"))
+    return ModelConfig(
+        layers=int(_need(config, "n_layers")),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(config.get("n_kv_heads") or heads),
+        head_dim=hidden // heads,
+        ffn=int(_need(config, "mlp_hidden_size")),
+        tied=bool(config.get("weight_tying", False)),
+        vocab=int(config.get("embedding_size") or _need(config, "vocab_size")),
+        max_length=int(_need(config, "max_sequence_length")),
+        rope_theta=float(config.get("rope_theta", 10000.0)),
+        norm_eps=float(config.get("rms_norm_eps", 1e-5)),
+    )
+
+
+LLADA_CODE = "GSAI-ML/LLaDA-8B-Base"  # the published modelling code, which `auto_map` points at
+
+
+def _write_llada(model: ModelConfig, tokens: Mapping[str, int], length: int) -> dict[str, Any]:
+    if model.head_dim not in (None, model.hidden // model.heads):
+        raise UnsupportedConfigError("model.head_dim: LLaDA's code has heads of hidden / heads only; export as llama")
+    return {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "auto_map": {
+            "AutoConfig": f"{LLADA_CODE}--configuration_llada.LLaDAConfig",
+            "AutoModel": f"{LLADA_CODE}--modeling_llada.LLaDAModelLM",
+            "AutoModelForCausalLM": f"{LLADA_CODE}--modeling_llada.LLaDAModelLM",
+        },
+        "activation_type": "silu",
+        "alibi": False,
+        "alibi_bias_max": 8.0,
+        "attention_dropout": 0.0,
+        "attention_layer_norm": False,
+        "attention_layer_norm_with_affine": True,
+        "bias_for_layer_norm": False,
+        "block_group_size": 1,
+        "block_type": "llama",
+        "d_model": model.hidden,
+        "embedding_dropout": 0.0,
+        "embedding_size": model.vocab,
+        "flash_attention": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "init_cutoff_factor": None,
+        "init_device": "meta",
+        "init_fn": "mitchell",
+        "init_std": model.init_std,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "max_sequence_length": length,
+        "mlp_hidden_size": model.ffn,
+        "mlp_ratio": 4,
+        "multi_query_attention": None,
+        "n_heads": model.heads,
+        "n_kv_heads": model.kv_heads or model.heads,
+        "n_layers": model.layers,
+        "precision": "amp_bf16",
+        "residual_dropout": 0.0,
+        "rms_norm_eps": model.norm_eps,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": model.rope_theta,
+        "scale_logits": False,
+        "use_cache": False,
+        "vocab_size": model.vocab,
+        "weight_tying": model.tied,
+        **tokens,
+    }
+
+
+def _llama_family(name: str, architecture: str, *, bias: bool = False, qk_norm: bool = False, **more: Any) -> Family:
+    return Family(
+        name,
+        _llama_like(biases=bias, qk_norm=qk_norm),
+        lambda config: _read_llama_like(config, qkv_bias=bias, qk_norm=qk_norm),
+        lambda model, tokens, length: _write_llama_like(
+            model, tokens, length, architecture=architecture, model_type="Dream" if name == "dream" else name
+        ),
+        **more,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            "llada",
+            _rules(
+                embedding="model.transformer.wte.weight",
+                final_norm="model.transformer.ln_f.weight",
+                head="model.transformer.ff_out.weight",
+                layer="model.transformer.blocks.{layer}",
+                names=_LLADA_NAMES,
+                biases=False,
+                qk_norm=False,
+            ),
+            _read_llada,
+            _write_llada,
+        ),
+        _llama_family("dream", "DreamModel", bias=True, right_shift=True),
+        _llama_family("llama", "LlamaForCausalLM", causal=True),
+        _llama_family("qwen2", "Qwen2ForCausalLM", bias=True, causal=True),
+        _llama_family("qwen3", "Qwen3ForCausalLM", qk_norm=True, causal=True),
+    )
+}
+
+
+def family_named(name: str) -> Family:
+    """The family of this name.
+
+    Raises:
+        ValueError: there is none; names those there are.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"--family {name}: unknown; known are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def check_exportable(model: ModelConfig, family: Family) -> None:
+    """Check that a family can express a model.
+
+    Raises:
+        ValueError: it lacks something that the model has; names the key.
+    """
+    ours = {"qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm}
+    has = {"qkv_bias": any(rule.when == "qkv_bias" for rule in family.rules)}
+    has["qk_norm"] = any(rule.when == "qk_norm" for rule in family.rules)
+    for key, wanted in ours.items():
+        if wanted != has[key]:
+            fitting = "qwen2 or dream" if model.qkv_bias else "qwen3" if model.qk_norm else "llada or llama"
+            raise ValueError(f"model.{key} is {wanted}, which {family.name} cannot express; export as {fitting}")
+    if model.position != "rope":
+        raise ValueError(f"model.position is {model.position}: no family has it; only rope can be exported")

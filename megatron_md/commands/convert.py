@@ -1,0 +1,113 @@
+"""`megatron-md convert`: Hugging Face folders to runs and back."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_md.checkpoint.families import Family
+
+EXAMPLES = """examples:
+  megatron-md convert LLaDA-8B-Base runs/llada-8b --family llada --to megatron
+  megatron-md convert LLaDA-8B-Base runs/llada-8b --family llada --to megatron --dry-run
+  megatron-md convert runs/llada-8b LLaDA-8B-continued --family llada --to hf --dtype bf16 --verify
+  megatron-md convert Qwen3-0.6B runs/qwen3 --family qwen3 --to megatron --add-mask-token
+
+The Megatron side is a run directory with one checkpoint at step 0 that any tensor- and pipeline-parallel layout loads;
+training starts from its weights with checkpoint.load=RUN checkpoint.load_only=model.
+"""
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("source", metavar="SRC", help="Hugging Face folder; or run directory or checkpoint")
+    parser.add_argument("target", metavar="DST", help="new folder")
+    parser.add_argument("--family", required=True, metavar="NAME", help="llada, dream, llama, qwen2 or qwen3")
+    parser.add_argument("--to", required=True, choices=("megatron", "hf"), help="direction")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="data type of the weights; as they are by default")
+    parser.add_argument("--add-mask-token", action="store_true", help="add <|mask|> to a causal model's vocabulary")
+    parser.add_argument("--verify", action="store_true", help="compare the logits of both sides (needs transformers)")
+    parser.add_argument("--dry-run", action="store_true", help="check the source, print the table, write nothing")
+    parser.add_argument("--trust", action="store_true", help="open a checkpoint that has no manifest to verify it by")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert.
+
+    Raises:
+        ValueError: bad input; nothing has been written then.
+    """
+    from megatron_md.checkpoint.families import family_named
+
+    family = family_named(args.family)
+    if args.add_mask_token and args.to == "hf":
+        raise ValueError("--add-mask-token belongs to --to megatron")
+    source, target = Path(args.source), Path(args.target)
+    if not args.dry_run and target.exists():
+        raise ValueError(f"{target}: exists already; choose another folder, or remove it")
+    (_to_megatron if args.to == "megatron" else _to_hf)(args, family, source, target)
+    if args.verify and not args.dry_run:
+        from megatron_md.evaluate.verify_conversion import compare_logits
+
+        folder, ours = (source, target) if args.to == "megatron" else (target, source)
+        for line in compare_logits(folder, ours, family):
+            print(line)
+    return 0
+
+
+def _to_megatron(args: argparse.Namespace, family: Family, source: Path, target: Path) -> None:
+    import torch
+
+    from megatron_md.checkpoint.bridge import table
+    from megatron_md.checkpoint.conversion import import_folder, plan_import
+    from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
+
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    with HuggingFaceFolder(source) as folder:
+        plan = plan_import(folder, family, dtype=dtype, add_mask_token=args.add_mask_token)
+        if args.dry_run:
+            _print_table(table(family, plan.model))
+            return
+        with _progress(len(plan.slices), f"{source} -> {target}") as advance:
+            import_folder(folder, plan, family, target, advance=advance)
+    print(f"{target}: a run at step 0; train from it with checkpoint.load={target} checkpoint.load_only=model")
+
+
+def _to_hf(args: argparse.Namespace, family: Family, source: Path, target: Path) -> None:
+    import torch
+
+    from megatron_md.checkpoint.bridge import table
+    from megatron_md.checkpoint.conversion import open_export
+
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    with open_export(source, family, dtype=dtype, trust=args.trust) as export:
+        if args.dry_run:
+            _print_table(table(family, export.model))
+            return
+        with _progress(len(export.exporter.tensors), f"{source} -> {target}") as advance:
+            export.write(target, advance=advance)
+    print(f"{target}: a {family.name} folder of Hugging Face")
+
+
+def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
+    for ours, shape, layout, parts in rows:
+        how = {"plain": "=", "qkv": "= by query group", "gate_up": "= stacked"}[layout]
+        print(f"{ours} {shape}\n    {how} {parts}")
+
+
+@contextmanager
+def _progress(steps: int, text: str) -> Iterator[Callable[[], None]]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=steps)
+        yield lambda: bar.advance(task)

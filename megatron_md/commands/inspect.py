@@ -1,0 +1,297 @@
+"""`megatron-md inspect RUN`: what a run or a checkpoint holds, from its JSON and YAML files alone.
+
+Nothing is unpickled, imported or run, and torch is not needed: a foreign directory can be looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_md.checkpoint.directory import config_changes, model_identity
+from megatron_md.checkpoint.integrity import MANIFEST_NAME, CheckpointError, verify, verify_listing
+from megatron_md.config import load_config, to_yaml
+from megatron_md.config_loader import ConfigError, read_yaml
+
+EXAMPLES = """examples:
+  megatron-md inspect runs/demo
+  megatron-md inspect runs/demo --verify                 (reads every byte of every checkpoint)
+  megatron-md inspect runs/demo --against next.yaml      (can this config resume the newest checkpoint?)
+  megatron-md inspect runs/demo/checkpoints/step_00000100 --json
+
+exit codes: 0 as it should be, 1 a checkpoint is damaged or --against would be refused, 2 nothing to inspect
+"""
+
+_SIZES = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "context": "CP", "data": "DP"}
+# What a checkpoint must agree on to be resumed, besides `model_identity`.
+_REFUSED = ("seed", "data.seq_length", "data.window_shards")
+_DEPENDS = {
+    "data.train": "refused unless it is the same corpus",
+    "data.tokenizer": "refused unless it is the same tokenizer",
+    "model.vocab": "refused unless tokenizer or shards give the same number",
+    "train.precision": "refused if the optimizer keeps its state differently",
+    "megatron": "refused if model or optimizer change by it",
+}
+
+Changes = dict[str, list[Any]]
+
+
+@dataclass
+class CheckpointSummary:
+    """What one checkpoint says about itself.
+
+    Attributes:
+        path: its directory.
+        state: complete, unsealed (no manifest), or damaged.
+        problem: what is wrong with it, if anything.
+        step: optimizer steps done.
+        tokens: tokens served.
+        total_tokens: tokens of the whole run.
+        saved: when it was completed, in seconds since 1970.
+        bytes: size of its files.
+        format: version of the directory's format.
+        layout: parallel sizes that wrote it.
+        is_latest: `latest` names it.
+        config_changes: keys in which RUN/config.yaml differs from its config: [there, now].
+    """
+
+    path: str
+    state: str = "complete"
+    problem: str | None = None
+    step: int | None = None
+    tokens: int | None = None
+    total_tokens: int | None = None
+    saved: float | None = None
+    bytes: int = 0
+    format: int | None = None
+    layout: dict[str, int] = field(default_factory=dict)
+    is_latest: bool = False
+    config_changes: Changes = field(default_factory=dict)
+
+
+@dataclass
+class Inspection:
+    """What `inspect` has found.
+
+    Attributes:
+        path: the run or checkpoint directory.
+        status: RUN/summary.json.
+        last_event: last line of RUN/events.jsonl.
+        environment: RUN/env.json.
+        total_steps: steps that its config asks for.
+        checkpoints: oldest first.
+        unfinished: directories of saves or removals that were cut short.
+        refused, depends, harmless: keys of `--against` that differ from the newest checkpoint's: [there, now].
+        notes: files of the run that could not be read.
+    """
+
+    path: str
+    status: dict[str, Any] = field(default_factory=dict)
+    last_event: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    total_steps: int | None = None
+    checkpoints: list[CheckpointSummary] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+    refused: Changes = field(default_factory=dict)
+    depends: Changes = field(default_factory=dict)
+    harmless: Changes = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("path", type=Path, metavar="RUN", help="run directory or checkpoint")
+    parser.add_argument("--verify", action="store_true", help="read every checkpoint and compare its hashes")
+    parser.add_argument("--against", type=Path, metavar="CONFIG.yaml", help="say what would keep it from resuming")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Inspect and print.
+
+    Raises:
+        ValueError: the path is no run and no checkpoint, or `--against` is no config.
+    """
+    found = inspect(args.path, verified=args.verify)
+    if args.against is not None:
+        compare_config(found, args.against)
+    if args.json:
+        json.dump(asdict(found), sys.stdout, indent=1)
+        print()
+    else:
+        from megatron_md.commands.inspect_text import show
+
+        show(found, verified=args.verify, against=args.against)
+    return int(bool(found.refused) or any(checkpoint.state == "damaged" for checkpoint in found.checkpoints))
+
+
+def inspect(path: Path, *, verified: bool = False) -> Inspection:
+    """Look at a run or a checkpoint directory.
+
+    Args:
+        path: the directory.
+        verified: read every file of every checkpoint and compare hashes, not only names and sizes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory")
+    found = Inspection(str(path))
+    if _is_checkpoint(path):
+        found.checkpoints = [_summarise(path, verified)]
+        found.total_steps = _total_steps(path / "config.yaml", found.notes)
+        return found
+    directory = path / "checkpoints"
+    if not directory.is_dir() and not (path / "config.yaml").is_file():
+        raise ValueError(f"{path}: neither a run (no config.yaml, no checkpoints/) nor a checkpoint (no progress.json)")
+    found.status = _read_json(path / "summary.json", found.notes)
+    found.environment = _read_json(path / "env.json", found.notes)
+    found.last_event = _last_event(path / "events.jsonl")
+    found.total_steps = _total_steps(path / "config.yaml", found.notes)
+    latest = _read_text(directory / "latest", found.notes).strip()
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if entry.is_dir() and entry.name.startswith("."):
+            found.unfinished.append(entry.name)
+        elif entry.is_dir():
+            summary = _summarise(entry, verified)
+            summary.is_latest = entry.name == latest
+            summary.config_changes = _changes(entry, path / "config.yaml")
+            found.checkpoints.append(summary)
+    if latest and not any(checkpoint.is_latest for checkpoint in found.checkpoints):
+        found.notes.append(f"{directory / 'latest'} names {latest!r}, which is not there")
+    return found
+
+
+def compare_config(found: Inspection, config_path: Path) -> None:
+    """Sort the keys in which a config differs from the newest checkpoint's into what resuming makes of them.
+
+    Raises:
+        ValueError: there is no checkpoint to compare with, or no such config.
+    """
+    config = load_config(config_path)
+    newest = newest_checkpoint(found)
+    if newest is None:
+        raise ValueError(f"{found.path}: holds no checkpoint that {config_path} could resume")
+    checkpoint = Path(newest.path)
+    there, here = model_identity(load_config(checkpoint / "config.yaml")), model_identity(config)
+    differing = {key for key in here if there[key] != here[key]}
+    for key, change in config_changes(checkpoint, to_yaml(config)).items():
+        group = {"refused": found.refused, "depends": found.depends, "harmless": found.harmless}
+        group[_effect(key, change, differing)][key] = change
+
+
+def newest_checkpoint(found: Inspection) -> CheckpointSummary | None:
+    """The one that resuming would take: what `latest` names, else the last one that is not damaged."""
+    usable = [checkpoint for checkpoint in found.checkpoints if checkpoint.state != "damaged"]
+    return next((checkpoint for checkpoint in usable if checkpoint.is_latest), usable[-1] if usable else None)
+
+
+def reason(key: str) -> str:
+    """What an undecided key depends on."""
+    return next((text for name, text in _DEPENDS.items() if _is_below(key, name)), "")
+
+
+def _effect(key: str, change: list[Any], differing: set[str]) -> str:
+    """What resuming makes of a key that has changed, given the keys in which the models differ."""
+    if key == "objective.name":
+        return "refused" if "autoregressive" in change else "harmless"
+    if key == "model.vocab" and change[1] is None:
+        return "depends"
+    if key in _REFUSED or key in differing:
+        return "refused"
+    return "depends" if reason(key) else "harmless"
+
+
+def _is_below(key: str, name: str) -> bool:
+    return key == name or key.startswith((f"{name}.", f"{name}["))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("progress.json", MANIFEST_NAME, ".metadata"))
+
+
+def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
+    summary = CheckpointSummary(str(directory))
+    files = [path for path in directory.iterdir() if path.is_file() and not path.is_symlink()]
+    summary.bytes = sum(path.stat().st_size for path in files)
+    record: dict[str, Any] = {}
+    try:
+        if not (directory / MANIFEST_NAME).exists():
+            summary.state, summary.problem = "unsealed", f"no {MANIFEST_NAME}: it cannot be verified"
+        elif verified:
+            verify(directory)
+        else:
+            verify_listing(directory)
+        record = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
+        progress = record["progress"]
+        summary.step, summary.tokens = int(progress["step"]), int(progress["tokens"])
+        summary.total_tokens = int(progress["total_tokens"])
+        summary.saved = (directory / "progress.json").stat().st_mtime
+        summary.format = int(record["format"])
+        summary.layout = {str(key): int(value) for key, value in record["layout"].items()}
+    except CheckpointError as error:
+        summary.state, summary.problem = "damaged", str(error).removeprefix(f"{directory}: ")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        summary.state, summary.problem = "damaged", f"progress.json cannot be read ({type(error).__name__}: {error})"
+    return summary
+
+
+def layout_text(layout: dict[str, int]) -> str:
+    """`TP2 PP2`: the sizes above 1."""
+    sizes = [f"{_SIZES.get(name, name + ' ')}{size}" for name, size in layout.items() if size > 1]
+    return " ".join(sizes) if sizes else "1" if layout else ""
+
+
+def _read_text(path: Path, notes: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        notes.append(f"{path} cannot be read ({error})")
+        return ""
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    text = _read_text(path, notes)
+    try:
+        value = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        value = {}
+        notes.append(f"{path} is no JSON ({error})")
+    return value if isinstance(value, dict) else {}
+
+
+def _last_event(path: Path) -> dict[str, Any]:
+    """The last whole line; a killed run may have left half of one behind it."""
+    for line in reversed(_read_text(path, []).splitlines()):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _total_steps(path: Path, notes: list[str]) -> int | None:
+    try:
+        steps = read_yaml(path).get("train", {})
+        steps = steps.get("steps") if isinstance(steps, dict) else None
+    except ConfigError as error:
+        notes.append(str(error))
+        return None
+    return steps if isinstance(steps, int) else None
+
+
+def _changes(checkpoint: Path, config: Path) -> Changes:
+    """Keys in which a run's config differs from a checkpoint's; none where one of them cannot be read."""
+    try:
+        return config_changes(checkpoint, config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return {}

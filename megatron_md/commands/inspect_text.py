@@ -1,0 +1,134 @@
+"""How `megatron-md inspect` shows what it has found, in 80 columns."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_md.commands.inspect import Changes, Inspection, layout_text, newest_checkpoint, reason
+
+
+def show(found: Inspection, *, verified: bool, against: Path | None) -> None:
+    """Print an inspection.
+
+    Args:
+        found: what to print.
+        verified: hashes were compared, not only names and sizes.
+        against: the config that was compared.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    _show_state(console, found)
+    if found.checkpoints:
+        console.print()
+        Console(highlight=False).print(_table(found, verified))
+    for checkpoint in found.checkpoints:
+        if checkpoint.problem:
+            _print(console, f"{Path(checkpoint.path).name}: {checkpoint.state}: {checkpoint.problem}", "red")
+    if found.unfinished:
+        _print(console, f"cut short, removed by the next save: {', '.join(found.unfinished)}")
+    for note in found.notes:
+        _print(console, f"note: {note}", "red")
+    for checkpoint in found.checkpoints:
+        if checkpoint.config_changes:
+            _print(console, f"\nconfig.yaml has changed since {Path(checkpoint.path).name}:")
+            _show_changes(console, checkpoint.config_changes)
+    if against is not None:
+        _show_comparison(console, found, against)
+
+
+def _show_state(console: Console, found: Inspection) -> None:
+    newest = newest_checkpoint(found)
+    is_checkpoint = newest is not None and newest.path == found.path
+    status = "checkpoint" if is_checkpoint else str(found.status.get("status", "unknown"))
+    _print(console, f"{found.path}: {status}", "bold")
+    step = found.status.get("step")
+    if not isinstance(step, int):
+        step = newest.step if newest else None
+    if isinstance(step, int):
+        total = f" of {found.total_steps}" if found.total_steps else ""
+        tokens = ""
+        if newest is not None and newest.step == step and newest.tokens is not None:
+            tokens = f", {newest.tokens:,} of {newest.total_tokens:,} tokens"
+        _print(console, f"step {step}{total}{tokens}")
+    for key in ("error", "stopped_by"):
+        if found.status.get(key):
+            _print(console, f"{key.replace('_', ' ')}: {found.status[key]}")
+    if found.last_event:
+        details = {key: value for key, value in found.last_event.items() if key not in ("time", "event")}
+        said = " ".join(f"{key}={_value(value)}" for key, value in details.items())
+        _print(console, f"last event: {_time(found.last_event.get('time'))} {found.last_event.get('event')} {said}")
+    versions = found.environment.get("versions")
+    if isinstance(versions, dict):
+        names = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        _print(console, f"written with {names}")
+
+
+def _table(found: Inspection, verified: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("checkpoint", "saved", "size", "layout", "format", "state"):
+        table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
+    for checkpoint in found.checkpoints:
+        state = "verified" if verified and checkpoint.state == "complete" else checkpoint.state
+        cells = (
+            Path(checkpoint.path).name,
+            _time(checkpoint.saved),
+            _size(checkpoint.bytes),
+            layout_text(checkpoint.layout),
+            "" if checkpoint.format is None else str(checkpoint.format),
+            state + (", latest" if checkpoint.is_latest else ""),
+        )
+        style = "red" if checkpoint.problem else ""
+        table.add_row(*(Text(_printable(cell), style) for cell in cells))
+    return table
+
+
+def _show_comparison(console: Console, found: Inspection, against: Path) -> None:
+    newest = newest_checkpoint(found)
+    name = Path(newest.path).name if newest else ""
+    verdict = "would be refused" if found.refused else "may be refused, see below" if found.depends else "can resume"
+    _print(console, f"\n{against} at {name}: {verdict}", "bold")
+    for title, changes in (("refused", found.refused), ("depends", found.depends), ("harmless", found.harmless)):
+        if changes:
+            _print(console, f"{title}:", "red" if title == "refused" else "")
+            _show_changes(console, changes, reasons=title == "depends")
+
+
+def _show_changes(console: Console, changes: Changes, *, reasons: bool = False) -> None:
+    for key, (there, now) in changes.items():
+        text = f"  {key}: {_value(there)} there, {_value(now)} now"
+        _print(console, f"{text} ({reason(key)})" if reasons else text)
+
+
+def _print(console: Console, text: str, style: str = "") -> None:
+    """A foreign run's words are shown as they are, without markup or what a terminal would obey."""
+    console.print(Text("\n".join(_printable(line) for line in text.split("\n")), style))
+
+
+def _printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+
+
+def _value(value: Any) -> str:
+    text = value if isinstance(value, str) and value else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _time(seconds: Any) -> str:
+    if not isinstance(seconds, (int, float)):
+        return ""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"

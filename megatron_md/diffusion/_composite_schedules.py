@@ -1,0 +1,173 @@
+"""Mask schedules made of others: a weighted sum of them, or one after another over the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from megatron_md.diffusion._schedule_base import (
+    FloatArray,
+    MaskSchedule,
+    check_keys,
+    first_true,
+    number,
+    parse_schedule,
+    register_schedule,
+)
+
+
+class _Composite(MaskSchedule):
+    """A schedule made of others, in a config a list `_list` of `{_number: x, schedule: SPEC}`."""
+
+    _list: ClassVar[str]
+    _number: ClassVar[str]
+
+    def __init__(self, parts: tuple[MaskSchedule, ...], numbers: tuple[float, ...]) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> Self:
+        """Build from the list of parts."""
+        check_keys(options, required=[cls._list])
+        items = _mappings(options[cls._list], cls._list, [cls._number, "schedule"])
+        return cls(
+            tuple(parse_schedule(item["schedule"]) for item in items),
+            tuple(number(item[cls._number], cls._number) for item in items),
+        )
+
+    @classmethod
+    def from_text(cls, arguments: str) -> Self:
+        """Refused: composites are mappings."""
+        name = cls.__name__.lower()
+        raise ValueError(
+            f"is written as a mapping: {{name: {name}, {cls._list}: [{{{cls._number}: 1, schedule: ...}}]}}"
+        )
+
+
+@register_schedule("mixture")
+@dataclass(frozen=True)
+class Mixture(_Composite):
+    """A weighted sum of schedules; its strata are strata of the whole sum.
+
+    Attributes:
+        components: the schedules.
+        weights: their positive weights, normalised to sum 1.
+    """
+
+    _list, _number = "components", "weight"
+    components: tuple[MaskSchedule, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.components:
+            raise ValueError("components must not be empty")
+        if any(weight <= 0.0 for weight in self.weights):
+            raise ValueError(
+                f"every weight must be positive, got {', '.join(f'{weight:g}' for weight in self.weights)}"
+            )
+        total = math.fsum(self.weights)
+        object.__setattr__(self, "weights", tuple(weight / total for weight in self.weights))
+
+    def _sum(self, values: Sequence[FloatArray]) -> FloatArray:
+        return np.asarray(sum(w * value for w, value in zip(self.weights, values, strict=True)), dtype=np.float64)
+
+    def density(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
+        """Weighted sum of the components' densities."""
+        return self._sum([component.density(t, progress) for component in self.components])
+
+    def cdf(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
+        """Weighted sum of the components' CDFs."""
+        return self._sum([component.cdf(t, progress) for component in self.components])
+
+    def inverse_cdf(self, u: FloatArray, progress: float = 0.0) -> FloatArray:
+        """Bisection of the mixture's CDF, to the last bit, between the smallest and largest component's value."""
+        u = np.asarray(u, dtype=np.float64)
+        values = np.stack([component.inverse_cdf(u, progress) for component in self.components])
+        return first_true(lambda t: self.cdf(t, progress) >= u, values.min(axis=0), values.max(axis=0))
+
+    def expectation(self, function: Callable[[FloatArray], FloatArray], progress: float = 0.0) -> float:
+        """Weighted sum of the components' expectations."""
+        values = [component.expectation(function, progress) for component in self.components]
+        return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
+
+    def mean(self, progress: float = 0.0) -> float:
+        """Weighted sum of the components' means."""
+        values = [component.mean(progress) for component in self.components]
+        return sum(weight * value for weight, value in zip(self.weights, values, strict=True))
+
+    def has_full_support(self) -> bool:
+        """Whether a component's support is full, or the sum's is."""
+        return any(component.has_full_support() for component in self.components) or super().has_full_support()
+
+    def __str__(self) -> str:
+        terms = (f"{weight:g}*{part}" for weight, part in zip(self.weights, self.components, strict=True))
+        return f"mixture({' + '.join(terms)})"
+
+
+@register_schedule("curriculum")
+@dataclass(frozen=True)
+class Curriculum(_Composite):
+    """One schedule after another: stage i holds while progress < untils[i].
+
+    Attributes:
+        stages: the schedules.
+        untils: the progress at which each one ends, increasing; the last one is 1.
+    """
+
+    _list, _number = "stages", "until"
+    stages: tuple[MaskSchedule, ...]
+    untils: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages must not be empty")
+        if self.untils[0] <= 0.0 or any(later <= earlier for earlier, later in pairwise(self.untils)):
+            raise ValueError(f"`until` must be positive and increase, got {', '.join(f'{u:g}' for u in self.untils)}")
+        if self.untils[-1] != 1.0:
+            raise ValueError(f"the last stage must have until: 1, got {self.untils[-1]:g}")
+
+    def stage(self, progress: float) -> MaskSchedule:
+        """The schedule that holds at `progress`; the last one also at 1."""
+        index = int(np.searchsorted(self.untils, progress, side="right"))
+        return self.stages[min(index, len(self.stages) - 1)]
+
+    def density(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
+        """The current stage's density."""
+        return self.stage(progress).density(t, progress)
+
+    def cdf(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
+        """The current stage's CDF."""
+        return self.stage(progress).cdf(t, progress)
+
+    def inverse_cdf(self, u: FloatArray, progress: float = 0.0) -> FloatArray:
+        """The current stage's inverse CDF."""
+        return self.stage(progress).inverse_cdf(u, progress)
+
+    def expectation(self, function: Callable[[FloatArray], FloatArray], progress: float = 0.0) -> float:
+        """The current stage's expectation."""
+        return self.stage(progress).expectation(function, progress)
+
+    def mean(self, progress: float = 0.0) -> float:
+        """The current stage's mean."""
+        return self.stage(progress).mean(progress)
+
+    def has_full_support(self) -> bool:
+        """Whether every stage's support is full."""
+        return all(stage.has_full_support() for stage in self.stages)
+
+    def __str__(self) -> str:
+        terms = (f"{stage} until {until:g}" for stage, until in zip(self.stages, self.untils, strict=True))
+        return f"curriculum({', '.join(terms)})"
+
+
+def _mappings(value: object, key: str, required: list[str]) -> list[Mapping[str, Any]]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(i, Mapping) for i in value):
+        raise ValueError(f"{key} must be a list of {{{', '.join(f'{name}: ...' for name in required)}}}")
+    for item in value:
+        check_keys(item, required=required)
+    return list(value)

@@ -1,0 +1,169 @@
+"""log p(answer | prompt) of a denoiser: which answer tokens are masked, and how the draws add up.
+
+Monte Carlo (LLaDA, Nie et al. 2025): with n answer tokens and l ~ U{1..n} of them masked,
+
+    log p(answer | prompt)  >=  -E_l E_{sets of l tokens} [ n/l * sum of the masked tokens' cross-entropies ]
+
+the NELBO of the answer (nelbo.py), with the prompt always visible. In a minibatch of b draws l is evenly spaced over
+1..n from one random offset. Left to right instead adds up the chain rule, -log p(a_i | prompt, a_1 .. a_{i-1}) with all
+tokens from i on masked: n forward passes, nothing random, the log-likelihood of the model that decodes in that order.
+numpy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, CorruptedBatch, Int64Array
+from megatron_md.diffusion.corruption import FloatArray, assemble, shift_right, uniforms
+
+ConditionalMethod = Literal["monte_carlo", "left_to_right", "autoregressive"]
+
+
+@dataclass(frozen=True)
+class ConditionalEstimator:
+    """How to estimate log p(answer | prompt).
+
+    Attributes:
+        method: `monte_carlo`, `left_to_right`, or `autoregressive` (exact, for causal models).
+        draws: masked copies of an answer under `monte_carlo`; one suffices for an answer of one token.
+        minibatch: draws that share one random offset of l.
+        seed: of all draws.
+    """
+
+    method: ConditionalMethod = "monte_carlo"
+    draws: int = 128
+    minibatch: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(ConditionalMethod):
+            known = ", ".join(get_args(ConditionalMethod))
+            raise ValueError(f"unknown method {self.method!r} for a conditional log-likelihood (known: {known})")
+        if self.draws < 1 or self.minibatch < 1:
+            raise ValueError(f"draws and minibatch must be at least 1, got {self.draws} and {self.minibatch}")
+        if self.draws % self.minibatch:
+            raise ValueError(f"draws {self.draws} is not a multiple of minibatch {self.minibatch}")
+
+    @property
+    def causal(self) -> bool:
+        """For causal models only."""
+        return self.method == "autoregressive"
+
+
+@dataclass(frozen=True)
+class MaskedAnswers:
+    """Copies of one prompt and answer as the model sees them. D copies, L positions.
+
+    Attributes:
+        clean_L: prompt and answer.
+        tokens_DL: model input.
+        is_scored_DL: where the clean token is to be predicted.
+        weight_D: log p(answer | prompt) is minus the sum over copies of weight * (summed cross-entropy).
+        minibatch: copies that belong together; those groups are independent of each other.
+    """
+
+    clean_L: Int64Array
+    tokens_DL: Int64Array
+    is_scored_DL: BoolArray
+    weight_D: FloatArray
+    minibatch: int
+
+    def micro_batches(self, size: int) -> Iterator[CorruptedBatch]:
+        """The copies in batches of `size`; the last one is filled up with copies that score nothing."""
+        for start in range(0, len(self.tokens_DL), size):
+            index_B = np.arange(start, start + size)
+            is_real_B = index_B < len(self.tokens_DL)
+            index_B = np.where(is_real_B, index_B, start)
+            is_scored_BL = self.is_scored_DL[index_B] & is_real_B[:, None]
+            clean = CleanBatch(np.tile(self.clean_L, (size, 1)), is_scored_BL, index_B, BatchPosition(0, size))
+            yield assemble(
+                clean,
+                tokens_BL=self.tokens_DL[index_B],
+                is_scored_BL=is_scored_BL,
+                weights_B=self.weight_D[index_B],
+                denominator=1,
+                mask_rate_B=np.ones(size),
+            )
+
+    def log_likelihood(self, sum_D: FloatArray) -> tuple[float, float]:
+        """Estimate and its standard error, from each copy's summed cross-entropy.
+
+        The error is the spread of the minibatches: 0 where nothing is random, nan where there is only one of them.
+        """
+        terms_D = self.weight_D * sum_D
+        groups = len(terms_D) // self.minibatch if self.minibatch else 0
+        if groups == 0:
+            return -float(terms_D.sum()), 0.0
+        estimates_G = groups * terms_D.reshape(groups, -1).sum(axis=1)
+        stderr = float(estimates_G.std(ddof=1)) / math.sqrt(groups) if groups > 1 else math.nan
+        return -float(terms_D.sum()), stderr
+
+
+def evenly_spaced_counts(answer_length: int, minibatch: int, u: float) -> Int64Array:
+    """Counts l = 1 + floor(n x), x = u, u + 1/b, ..., u + (b-1)/b around the unit circle; each l alone is uniform.
+
+    Args:
+        answer_length: n.
+        minibatch: b.
+        u: the offset, uniform in [0, 1).
+    """
+    x_B = (u + np.arange(minibatch) / minibatch) % 1.0
+    return np.minimum(1 + np.floor(answer_length * x_B).astype(np.int64), answer_length)
+
+
+def masked_answers(
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    estimator: ConditionalEstimator,
+    *,
+    mask_token_id: int,
+    question: int = 0,
+) -> MaskedAnswers:
+    """The copies of a prompt and answer that the estimator wants scored.
+
+    Draws hang on the seed, `question` and the position in the answer only: the choices of a question share their
+    random numbers, so their differences are surer than they are.
+
+    Args:
+        prompt: tokens that are given; may be empty.
+        answer: tokens to score.
+        estimator: how.
+        mask_token_id: what masked positions become (the BOS of a causal model).
+        question: its number.
+
+    Raises:
+        ValueError: the answer is empty.
+    """
+    if not len(answer):
+        raise ValueError(f"question {question}: an answer without tokens has no likelihood")
+    length = len(answer)
+    clean_L = np.array([*prompt, *answer], dtype=np.int64)
+    is_answer_L = np.arange(len(clean_L)) >= len(prompt)
+    if estimator.causal:
+        tokens_DL = shift_right(clean_L[None], mask_token_id)
+        return MaskedAnswers(clean_L, tokens_DL, is_answer_L[None], np.ones(1), 0)
+    if estimator.method == "left_to_right" or length == 1:
+        place_D = len(prompt) + np.arange(length)[:, None]
+        is_masked_DL = np.arange(len(clean_L)) >= place_D
+        is_scored_DL = np.arange(len(clean_L)) == place_D
+        weight_D, minibatch = np.ones(length), 0
+    else:
+        counts = [
+            evenly_spaced_counts(length, estimator.minibatch, float(u))
+            for u in uniforms(estimator.seed, "answer/offset", question, estimator.draws // estimator.minibatch)
+        ]
+        count_D = np.concatenate(counts)
+        is_masked_DL = np.zeros((estimator.draws, len(clean_L)), dtype=bool)
+        for draw, count in enumerate(count_D.tolist()):
+            u_N = uniforms(estimator.seed, "answer/is_masked", (question, draw), length)
+            is_masked_DL[draw, len(prompt) + np.argsort(u_N, kind="stable")[:count]] = True
+        is_scored_DL = is_masked_DL
+        weight_D, minibatch = length / (count_D * estimator.draws), estimator.minibatch
+    tokens_DL = np.where(is_masked_DL, mask_token_id, clean_L)
+    return MaskedAnswers(clean_L, tokens_DL, is_scored_DL, weight_D, minibatch)

@@ -1,0 +1,114 @@
+"""Compares the logits of a converted model with those of the `transformers` class of its family.
+
+LLaDA's network is Llama's and Dream's is Qwen2's, each without the causal mask: their published code is not needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from megatron_md import parallel
+from megatron_md.checkpoint.bridge import moves
+from megatron_md.checkpoint.directory import find_checkpoint
+from megatron_md.checkpoint.families import FAMILIES, Family
+from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
+from megatron_md.checkpoint.state import load_model
+from megatron_md.config import Config, load_config
+from megatron_md.data.optional import optional_package
+from megatron_md.model.build import build_model
+
+REFERENCE = {"llada": "llama", "dream": "qwen2"}
+ROWS, LENGTH, SEED = 2, 64, 1234
+
+
+def reference_model(folder: HuggingFaceFolder, family: Family, dtype: torch.dtype) -> Any:
+    """The `transformers` model with a folder's weights, in evaluation mode.
+
+    Raises:
+        ValueError: `transformers` is not installed.
+    """
+    transformers = optional_package("transformers", "--verify", "convert")
+    twin = FAMILIES[REFERENCE.get(family.name, family.name)]
+    model = family.read_config(folder.config)
+    content = twin.write_config(model, {}, model.max_length or LENGTH)
+    kinds = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    config = getattr(transformers, kinds[twin.name] + "Config")(**content)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        network = getattr(transformers, kinds[twin.name] + "ForCausalLM")(config)
+    state = {
+        theirs: folder.read(own).to(dtype)
+        for move, other in zip(moves(family, model), moves(twin, model), strict=True)
+        for own, theirs in zip(move.theirs, other.theirs, strict=True)
+    }
+    if model.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    network.load_state_dict(state, strict=True, assign=True)
+    rope = network.model.rotary_emb
+    network.model.rotary_emb = type(rope)(config)
+    return network.eval()
+
+
+@torch.no_grad()
+def reference_logits(
+    folder: HuggingFaceFolder, family: Family, tokens_BL: torch.Tensor, *, causal: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """Logits fp32 [B, L, V] of the `transformers` class, under a bidirectional or a causal attention mask."""
+    length = tokens_BL.shape[1]
+    forbidden = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    bias = (forbidden if causal else torch.zeros_like(forbidden)).expand(len(tokens_BL), 1, -1, -1)
+    logits: torch.Tensor = reference_model(folder, family, dtype)(tokens_BL, attention_mask=bias).logits
+    return logits.float()
+
+
+@torch.no_grad()
+def our_logits(config: Config, checkpoint: Path, tokens_BL: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """Logits fp32 [B, L, V] of a checkpoint, within a session."""
+    chunks: list[Any] = build_model(config, torch.device("cpu"), causal=causal, mask_token_id=None, initialize=False)
+    load_model(chunks, checkpoint)
+    positions_BL = torch.arange(tokens_BL.shape[1]).expand_as(tokens_BL)
+    logits: torch.Tensor = chunks[0].eval()(tokens_BL, positions_BL, None)
+    return logits
+
+
+def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterator[str]:
+    """Lines with the largest difference of the logits on random tokens, for fp32 and bf16, each attention.
+
+    Raises:
+        ValueError: one of the two cannot be opened.
+    """
+    checkpoint = find_checkpoint(run_path)
+    saved = load_config(checkpoint / "config.yaml")
+    with HuggingFaceFolder(folder_path) as folder:
+        model = family.read_config(folder.config)
+        assert model.vocab is not None
+        generator = torch.Generator().manual_seed(SEED)
+        tokens_BL = torch.randint(model.vocab, (ROWS, min(LENGTH, model.max_length or LENGTH)), generator=generator)
+        precisions: tuple[tuple[Literal["fp32", "bf16"], torch.dtype], ...] = (
+            ("fp32", torch.float32),
+            ("bf16", torch.bfloat16),
+        )
+        parameters = sum(math.prod(tensor.shape) for tensor in folder.tensors.values())
+        for precision, dtype in precisions:
+            need = 1.2 * parameters * dtype.itemsize
+            if need > psutil.virtual_memory().available:
+                yield f"{precision}: left out, it needs {need / 1e9:.0f} GB of free memory"
+                continue
+            config = replace(saved, train=replace(saved.train, precision=precision, device="cpu"))
+            with parallel.session(config):
+                for causal in (False, True):
+                    # One model in memory at a time: an 8B one fills a machine.
+                    expected = reference_logits(folder, family, tokens_BL, causal=causal, dtype=dtype)
+                    logits = our_logits(config, checkpoint, tokens_BL, causal=causal)[..., : model.vocab]
+                    difference = (logits - expected).abs().max().item()
+                    relative = difference / expected.abs().max().item()
+                    attention = "causal" if causal else "bidirectional"
+                    figures = f"{difference:.1e} ({relative:.1e} relative)"
+                    yield f"{precision}, {attention} attention: max |difference of logits| {figures}"

@@ -1,0 +1,52 @@
+"""How a run's processes end: the exit codes that `megatron-md train` promises, and the exceptions that lead to them."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import traceback
+from pathlib import Path
+
+EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
+# Between worker and launcher only: another rank has failed, and has said why.
+EXIT_PEER_FAILED = 76
+
+# The launcher's wish to hear a worker's final exit code through a file: a code other than 0 would make it restart.
+VERDICT_VARIABLE = "MEGATRON_MD_VERDICT"
+
+
+class RunFailedError(Exception):
+    """The run cannot go on for a reason that every rank knows: exit code 1, its lines once, no traceback."""
+
+
+class PeerFailedError(SystemExit):
+    """Another rank has failed first and says why; this one ends without a word."""
+
+    def __init__(self, code: int = EXIT_PEER_FAILED) -> None:
+        super().__init__(code)
+
+
+def final(code: int) -> int:
+    """What a worker has to return so that its launcher does not restart it after an end that all ranks agree upon.
+
+    A launcher with restarts takes every code but 0 for a fault. That of `megatron-md train` learns the true code from a
+    file of this machine; `torchrun --max-restarts` hears 0 for a run that was stopped on request.
+    """
+    path = os.environ.get(VERDICT_VARIABLE)
+    if path is not None and "RANK" in os.environ:
+        Path(path).write_text(str(code))
+        return EXIT_DONE
+    if code == EXIT_STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        return EXIT_DONE
+    return code
+
+
+def is_deliberate(error: Exception) -> bool:
+    """Whether a `raise ValueError` in this package made the error: bad input. Others are faults, with a traceback."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not isinstance(error, ValueError) or not frames or os.environ.get("MEGATRON_MD_TRACEBACK"):
+        return False
+    frame, line = frames[-1]
+    module = str(frame.f_globals.get("__name__", ""))
+    statement = linecache.getline(frame.f_code.co_filename, line).strip()
+    return module.split(".")[0] == "megatron_md" and statement.startswith("raise ")

@@ -1,0 +1,134 @@
+"""Label accuracy on training and held-out rows during a run, and the end of a run that has learnt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+
+from megatron_md.batch import BatchPosition, CleanBatch, Int64Array
+from megatron_md.parallel import World
+from megatron_md.parity.config import MASK_TOKEN_ID
+from megatron_md.parity.objective import supervise_label
+from megatron_md.train.callback import Callback, Record
+from megatron_md.train.step import Stepper
+from megatron_md.train.trainer import Trainer
+
+MEMORISED_AT, CHANCE_BELOW = 0.99, 0.58  # train accuracy that counts as learnt; validation accuracy near chance
+
+
+class LabelEvaluator:
+    """Scores a fixed set of rows with all bits visible and only the label masked."""
+
+    def __init__(self, tokens_RL: Int64Array, stepper: Stepper, world: World) -> None:
+        """Score `tokens_RL` through `stepper`."""
+        self.stepper, self.world = stepper, world
+        self._corrupted = [
+            supervise_label(batch, np.zeros_like(batch.is_maskable_BL), MASK_TOKEN_ID)
+            for batch in self._batches(tokens_RL)
+        ]
+
+    def run(self) -> tuple[float, float]:
+        """Accuracy and mean cross-entropy (nats) of the label, equal on all ranks; every rank calls this.
+
+        Only two tokens can be predicted, so a label is right iff its cross-entropy is below log 2.
+        """
+        sums = torch.zeros(3, dtype=torch.float64)
+        losses = self.stepper.negative_log_likelihoods(self._corrupted)
+        for nll_M in losses or []:
+            sums += torch.tensor([(nll_M < math.log(2.0)).sum(), nll_M.sum(dtype=np.float64), len(nll_M)])
+        right, nll, count = self.stepper.sum_over_ranks(sums).tolist()
+        return right / count, nll / count
+
+    def _batches(self, tokens_RL: Int64Array) -> list[CleanBatch]:
+        """This rank's micro-batches; the last ones are filled up with rows whose label is not scored."""
+        count, size = len(tokens_RL), min(self.stepper.micro_batch_size, len(tokens_RL))
+        rounds = math.ceil(count / (size * self.world.data_size))
+        # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
+        rounds = -(-rounds // self.stepper.round_micro_batches) * self.stepper.round_micro_batches
+        batches = []
+        for number in range(rounds):
+            index_B = (number * self.world.data_size + self.world.data_rank) * size + np.arange(size)
+            tokens_BL = tokens_RL[np.minimum(index_B, count - 1)]
+            is_real_BL = np.broadcast_to((index_B < count)[:, None], tokens_BL.shape)
+            batches.append(CleanBatch(tokens_BL, is_real_BL, index_B, BatchPosition(0, count)))
+        return batches
+
+
+def weight_norm(chunks: list[torch.nn.Module]) -> float:
+    """Euclidean norm of all weights, each counted once over tensor- and pipeline-parallel ranks."""
+    is_parallel = parallel_state.is_initialized()
+    squares = [
+        parameter.detach().double().square().sum()
+        for chunk in chunks
+        for parameter in chunk.parameters()
+        if not is_parallel or (param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter))
+    ]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+    if is_parallel:
+        torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return math.sqrt(total.item())
+
+
+@dataclass
+class Learning:
+    """What a run has shown so far.
+
+    Attributes:
+        reached_step: first measurement with validation accuracy at `stop_at` (at 99 % where that is null), or None.
+        memorised_step: first measurement with train accuracy of at least 99 % and validation accuracy below 58 %.
+        largest_gap: largest train minus validation accuracy.
+        largest_gap_step: where it was.
+        train_accuracy, valid_accuracy: the newest measurement.
+    """
+
+    reached_step: int | None = None
+    memorised_step: int | None = None
+    largest_gap: float = -math.inf
+    largest_gap_step: int = 0
+    train_accuracy: float = math.nan
+    valid_accuracy: float = math.nan
+
+    def add(self, step: int, train: float, valid: float, goal: float) -> None:
+        """Take in a measurement."""
+        self.train_accuracy, self.valid_accuracy = train, valid
+        if train - valid > self.largest_gap:
+            self.largest_gap, self.largest_gap_step = train - valid, step
+        if self.reached_step is None and valid >= goal:
+            self.reached_step = step
+        if self.memorised_step is None and train >= MEMORISED_AT and valid < CHANCE_BELOW:
+            self.memorised_step = step
+
+
+@dataclass
+class AccuracyReport(Callback):
+    """Measures every `every` steps and after the last one, adds to the record, and ends the run at the goal."""
+
+    train: LabelEvaluator
+    valid: LabelEvaluator
+    every: int
+    last_step: int
+    stop_at: float | None
+    signal_probability: float
+    learning: Learning = field(default_factory=Learning)
+    is_at_goal: bool = False
+
+    def after_step(self, trainer: Trainer, record: Record) -> None:
+        """Measure where it is due."""
+        step = trainer.progress.step
+        record["signal_probability"] = self.signal_probability
+        if step % self.every and step != self.last_step:
+            return
+        record["train_accuracy"], record["train_label_ce"] = self.train.run()
+        record["valid_accuracy"], record["valid_label_ce"] = self.valid.run()
+        record["weight_norm"] = weight_norm(trainer.stepper.chunks)
+        goal = MEMORISED_AT if self.stop_at is None else self.stop_at
+        self.learning.add(step, record["train_accuracy"], record["valid_accuracy"], goal)
+        if self.stop_at is not None and record["valid_accuracy"] >= self.stop_at:
+            trainer.stopped_by = f"validation accuracy {record['valid_accuracy']:.3f}"
+            self.is_at_goal = True

@@ -1,0 +1,170 @@
+"""Does this machine, in this layout, still compute what it should? The CI case against its recorded curve."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from megatron_md import config_loader
+from megatron_md.config_loader import ConfigError
+from megatron_md.evaluate.compare import relative_difference
+from megatron_md.files import replace_file
+from megatron_md.parity.config import ParityConfig, SweepConfig, check_parity
+from megatron_md.parity.sweep import with_words
+
+CURVE_STEPS = 50
+RTOL = 1e-5  # of the loss in fp32; 2e-7 were measured between layouts on one machine
+GRAD_RTOL = 1e-3  # of the gradient norm, where rounding weighs more: 3e-5 were measured
+# What may differ from the record: where and how the same numbers are computed.
+FREE = ("parallel.", "megatron.", "train.device", "train.micro_batch_size", "train.deterministic", "train.recompute")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A recorded run.
+
+    Attributes:
+        config: what was run.
+        loss, grad_norm: of the first steps.
+        reached_step: where the goal was reached, or None.
+        largest_gap: largest train minus validation accuracy.
+        versions: of the packages that computed it.
+    """
+
+    config: ParityConfig
+    loss: list[float]
+    grad_norm: list[float]
+    reached_step: int | None
+    largest_gap: float
+    versions: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run compares with the record.
+
+    Attributes:
+        loss_difference, grad_difference: largest relative difference of loss and of gradient norm over the first steps.
+        first_step: first step where one of them is beyond its tolerance, or None.
+        reached_step: where this run reached the goal, or None.
+        passed: within the tolerances, and the goal reached like in the record.
+    """
+
+    loss_difference: float
+    grad_difference: float
+    first_step: int | None
+    reached_step: int | None
+    passed: bool
+
+
+def default_reference() -> Path:
+    """The record that comes with the package: the first run of examples/parity/ci.yaml."""
+    return Path(str(resources.files("megatron_md") / "parity" / "reference.json"))
+
+
+def read_reference(path: Path) -> Reference:
+    """A recorded run.
+
+    Raises:
+        ConfigError: no such file, or it is no record.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        config = config_loader.validate(ParityConfig, record.pop("config"), str(path))
+        return Reference(config, **record)
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file"]) from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError([f"{path}: is no record of `megatron-md parity validate --record` ({error})"]) from None
+
+
+def layout_config(reference: Reference, words: Sequence[str], world_size: int) -> ParityConfig:
+    """The recorded run on another layout or device, with a micro-batch per pipeline stage unless the words say more.
+
+    Raises:
+        ConfigError: a word would change what is computed, or the layout cannot be run.
+    """
+    for word in words:
+        if not word.startswith(FREE):
+            raise ConfigError([f"{word}: the run is recorded; only {', '.join(FREE)} may be changed"])
+    config = with_words(reference.config, words)
+    if not any(word.startswith("train.micro_batch_size") for word in words):
+        data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
+        rows = config.train.global_batch_size // max(1, data_size * config.parallel.pipeline)
+        config = replace(config, train=replace(config.train, micro_batch_size=max(1, rows)))
+    check_parity(config, world_size)
+    return config
+
+
+def train_recorded(config: ParityConfig) -> tuple[dict[str, Any], list[float], list[float]]:
+    """Summary, and loss and gradient norm of the first steps, of a run that leaves no files behind."""
+    from megatron_md.parity.experiment import run_experiment
+    from megatron_md.train.callback import Callback
+
+    class Curve(Callback):
+        """Keeps the figures of every step."""
+
+        def __init__(self) -> None:
+            self.records: list[tuple[float, float]] = []
+
+        def after_step(self, trainer: Any, record: dict[str, Any]) -> None:
+            self.records.append((record["loss"], record["grad_norm"]))
+
+    curve = Curve()
+    with tempfile.TemporaryDirectory(prefix="megatron-md-parity-") as folder:
+        summary = run_experiment(replace(config, run_dir=folder), (curve,))
+    loss, grad_norm = (list(column) for column in zip(*curve.records[:CURVE_STEPS], strict=True))
+    return summary, loss, grad_norm
+
+
+def compare(reference: Reference, loss: list[float], grad_norm: list[float], reached_step: int | None) -> Verdict:
+    """Set a run against the record."""
+    losses = [relative_difference(*pair) for pair in zip(loss, reference.loss, strict=True)]
+    norms = [relative_difference(*pair) for pair in zip(grad_norm, reference.grad_norm, strict=True)]
+    beyond = (a > RTOL or b > GRAD_RTOL for a, b in zip(losses, norms, strict=True))
+    first = next((step for step, is_beyond in enumerate(beyond, start=1) if is_beyond), None)
+    same = (reached_step is None) == (reference.reached_step is None)
+    return Verdict(max(losses), max(norms), first, reached_step, first is None and same)
+
+
+def record_reference(config: ParityConfig, path: Path) -> None:
+    """Train the first run of a sweep in this process and write its record."""
+    from megatron_md.train.metrics import environment
+
+    seeds = config.sweep.seeds or [config.seed]
+    arms = list(config.sweep.arms.values()) or [[]]
+    config = with_words(replace(config, seed=seeds[0], sweep=SweepConfig()), arms[0])
+    check_parity(config)
+    summary, loss, grad_norm = train_recorded(config)
+    record = {
+        "config": asdict(config),
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "reached_step": summary["reached_step"],
+        "largest_gap": summary["largest_gap"],
+        "versions": environment(1)["versions"],
+    }
+    replace_file(path, json.dumps(record, indent=1) + "\n")
+
+
+def report(config: ParityConfig, world_size: int, reference: Reference, verdict: Verdict) -> str:
+    """One line: PASS or FAIL, the layout, and the figures behind it."""
+    layout = config.parallel
+    data = world_size // (layout.tensor * layout.pipeline)
+    where = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {data} ({config.train.device})"
+    curve = (
+        f"{CURVE_STEPS} steps' losses within {verdict.loss_difference:.1e} of the record (rtol {RTOL:g}), "
+        f"gradient norms within {verdict.grad_difference:.1e} (rtol {GRAD_RTOL:g})"
+    )
+    if verdict.first_step is not None:
+        curve = f"{curve}, too far from step {verdict.first_step} on"
+    reached, recorded = (
+        "not reached" if step is None else f"at step {step}" for step in (verdict.reached_step, reference.reached_step)
+    )
+    goal = f"{config.accuracy.stop_at or 0.99:.0%} validation accuracy {reached} (record: {recorded})"
+    return f"{'PASS' if verdict.passed else 'FAIL'}  {where}: {curve}; {goal}"

@@ -1,0 +1,73 @@
+"""Losses and gradients that must not reach the weights: which update is left out, and when that has gone too far.
+
+All decisions are functions of one step's loss and gradient norm and of `GuardState`, which checkpoints carry; so all
+ranks decide alike, and a resumed run decides as the uninterrupted one did. No torch is needed here.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_md.exit_codes import RunFailedError
+
+WINDOW = 128  # accepted losses that the running median is taken over
+FEWEST = 32  # accepted losses before a spike can be told from the start of a run
+
+
+class BadNumbersError(RunFailedError):
+    """Loss or gradients are bad again and again."""
+
+
+def not_finite(loss: float, grad_norm: float) -> str | None:
+    """Which of the two is not a finite number, in words; None if both are."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            return f"the {name} is not finite"
+    return None
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What the guard remembers.
+
+    Attributes:
+        recent_losses: the last `WINDOW` accepted losses in nats, oldest first.
+        skipped_total: updates left out in the whole run.
+        skipped_in_row: updates left out since the last accepted one.
+        first_skipped_step: steps done before the first of those.
+        first_skipped_row: `sample_index` g of the first row of those.
+        rollbacks: returns to a checkpoint in the whole run.
+    """
+
+    recent_losses: tuple[float, ...] = ()
+    skipped_total: int = 0
+    skipped_in_row: int = 0
+    first_skipped_step: int = 0
+    first_skipped_row: int = 0
+    rollbacks: int = 0
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> GuardState:
+        """The state that `dataclasses.asdict` and JSON have been through."""
+        return cls(**{**record, "recent_losses": tuple(record.get("recent_losses", ()))})
+
+    def fault(self, loss: float, grad_norm: float, spike_factor: float | None) -> str | None:
+        """Why an update with this loss (nats) and gradient norm must be left out; None if it need not."""
+        fault = not_finite(loss, grad_norm)
+        if fault is None and spike_factor and len(self.recent_losses) >= FEWEST:
+            median = statistics.median(self.recent_losses)
+            if loss > spike_factor * median:
+                return f"the loss {loss:.4g} is above {spike_factor:g} x the running median {median:.4g}"
+        return fault
+
+    def after(self, loss: float, *, skipped: bool, step: int, first_row: int) -> GuardState:
+        """The state once the step from `step` to `step + 1`, whose rows begin at g = `first_row`, is done."""
+        if not skipped:
+            return replace(self, recent_losses=(*self.recent_losses, loss)[-WINDOW:], skipped_in_row=0)
+        state = replace(self, skipped_total=self.skipped_total + 1, skipped_in_row=self.skipped_in_row + 1)
+        if self.skipped_in_row:
+            return state
+        return replace(state, first_skipped_step=step, first_skipped_row=first_row)

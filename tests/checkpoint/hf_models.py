@@ -1,0 +1,68 @@
+"""Small Hugging Face folders with random weights, of every family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_md.checkpoint.bridge import moves
+from megatron_md.checkpoint.families import FAMILIES
+from megatron_md.checkpoint.hf_folder import plan_shards, write_folder
+from megatron_md.config import ModelConfig
+
+FAMILY_NAMES = tuple(FAMILIES)
+
+
+def shape_of(family: str, *, kv_heads: int = 2, tied: bool = False, vocab: int = 67) -> ModelConfig:
+    """A shape that the family can have; a vocabulary of 67 rows divides by no tensor-parallel size."""
+    return ModelConfig(
+        layers=4,
+        hidden=32,
+        heads=4,
+        kv_heads=kv_heads,
+        head_dim=16 if family == "qwen3" else 8,
+        ffn=48,
+        tied=tied,
+        vocab=vocab,
+        max_length=64,
+        rope_theta=5000.0,
+        norm_eps=1e-6,
+        qkv_bias=family in ("qwen2", "dream"),
+        qk_norm=family == "qwen3",
+    )
+
+
+def write_model(
+    folder: Path,
+    family: str,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    std: float = 0.2,
+    shard_bytes: int = 20_000,
+    **config: Any,
+) -> dict[str, torch.Tensor]:
+    """A folder with random weights in several files; returns them."""
+    generator = torch.Generator().manual_seed(17)
+    table = FAMILIES[family]
+    tensors = {}
+    for move in moves(table, model):
+        for name, shape in zip(move.theirs, move.shapes, strict=True):
+            noise = torch.randn(shape, generator=generator) * std
+            tensors[name] = (noise + 1.0 if "norm" in name or "ln_f" in name else noise).to(dtype)
+    content = {**table.write_config(model, {"eos_token_id": 2, "mask_token_id": 5}, 64), **config}
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    folder.mkdir(parents=True)
+    write_folder(
+        folder, config=content, shards=plan_shards(sizes, shard_bytes), read=tensors.__getitem__, companions=[]
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return tensors
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
