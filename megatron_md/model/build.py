@@ -253,12 +253,14 @@ def build_model(
     stages = range(config.parallel.virtual_pipeline)
     chunks: list[torch.nn.Module] = [_build_chunk(config, core, device, causal, excluded, s).to(device) for s in stages]
     if initialize:
+        assert config.model.vocab is not None
         depth = math.sqrt(2.0 * config.model.layers) if config.model.scaled_init else 1.0
         initialize_weights(
             chunks,
             seed=config.seed,
             std=config.model.init_std,
             output_std=config.model.init_std / depth,
+            vocab=config.model.vocab,
             metadata=state_dict_metadata(),
         )
     if core.bf16:

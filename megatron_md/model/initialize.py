@@ -2,7 +2,7 @@
 
 megatron-core draws each rank's shard from that rank's generator, so another tensor- or pipeline-parallel layout
 starts from another function. Here every shard is a slice of the same full tensor, whatever the layout, and whatever
-the vocabulary is padded to (padding only appends rows).
+the vocabulary is padded to (padding only appends rows, of zeros).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+_VOCABULARY_TABLES = ("word_embeddings.weight", "output_layer.weight")
 _BLOCK = 1 << 20  # elements drawn at a time: keeps the float64 temporaries small
 
 
@@ -73,15 +74,16 @@ def _fill(shard: ShardedTensor, seed: int, std: float) -> None:
 
 @torch.no_grad()
 def initialize_weights(
-    chunks: Sequence[Any], *, seed: int, std: float, output_std: float, metadata: dict[str, Any]
+    chunks: Sequence[Any], *, seed: int, std: float, output_std: float, vocab: int, metadata: dict[str, Any]
 ) -> None:
-    """Fill every matrix of the model with normal numbers, norms with 1 and biases with 0.
+    """Fill every matrix of the model with normal numbers, norms with 1, biases and the vocabulary's padding with 0.
 
     Args:
         chunks: this rank's model chunks.
         seed: of the run.
         std: standard deviation of the weights.
         output_std: of the projections that write into the residual stream (`linear_proj`, `linear_fc2`).
+        vocab: tokens of the vocabulary without its padding.
         metadata: megatron-core's sharded-state-dict metadata.
     """
     for chunk in chunks:
@@ -93,3 +95,6 @@ def initialize_weights(
                 continue
             into_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
             _fill(shard, seed, output_std if into_residual else std)
+            if shard.key.endswith(_VOCABULARY_TABLES):
+                # Padding differs between layouts; zeros that never get a gradient leave the weights' norm alone.
+                shard.data[max(0, vocab - shard.global_offset[-2]) :].zero_()
