@@ -154,10 +154,14 @@ def shutdown() -> None:
 
 @contextmanager
 def session(config: Config) -> Iterator[World]:
-    """Distributed work from start to end; on an error the groups are left to die with the process.
+    """Distributed work from start to end; on an error in one rank of several the groups are left to die with it.
 
     A collective shutdown after one rank's exception would wait for peers that are still computing.
     """
-    world = initialize(config)
-    yield world
+    try:
+        yield initialize(config)
+    except BaseException:
+        if dist.is_initialized() and dist.get_world_size() == 1:
+            shutdown()
+        raise
     shutdown()

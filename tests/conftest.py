@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch.distributed as dist
 
 from megatron_md import parallel
 from megatron_md.config import Config, DataConfig, ModelConfig
@@ -19,8 +20,22 @@ def small_config() -> Config:
     )
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """A test that leaves this process in a job breaks the tests after it: it fails itself instead."""
+    yield
+    if dist.is_initialized() and not _shared_world:
+        parallel.shutdown()
+        pytest.fail("left torch.distributed initialised: start groups through run_ranks, or end them")
+
+
+_shared_world: list[parallel.World] = []
+
+
 @pytest.fixture(scope="session")
 def world(small_config: Config) -> Iterator[parallel.World]:
     """This process as a job of one, for tests that build modules without starting ranks."""
-    yield parallel.initialize(small_config)
+    _shared_world.append(parallel.initialize(small_config))
+    yield _shared_world[0]
     parallel.shutdown()
+    _shared_world.clear()

@@ -1,0 +1,58 @@
+"""Process groups, device and seeds: a job's places, and what an error leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_md import parallel
+from megatron_md.config import Config, ParallelConfig
+from tests.ranks import run_ranks
+
+
+def place(config: Config) -> parallel.World:
+    with parallel.session(config) as world:
+        return world
+
+
+@pytest.mark.distributed
+def test_every_rank_has_its_place() -> None:
+    layout = ParallelConfig(pipeline=2)
+    first, second = run_ranks(place, 2, Config(parallel=layout))
+    assert (first.rank, second.rank) == (0, 1) and first.size == second.size == 2
+    assert first.is_main and not second.is_main
+    assert second.is_last_stage and not first.is_last_stage
+    assert first.data_size == 1
+    shares = run_ranks(place, 2, Config())
+    assert [(world.data_rank, world.data_size, world.is_last_stage) for world in shares] == [(0, 2, True), (1, 2, True)]
+
+
+def opened_after_errors(config: Config) -> list[bool]:
+    """Whether groups are open after an error in the work, after one before it, and after work that ends well."""
+    found = []
+    for broken in (config, replace(config, parallel=ParallelConfig(tensor=3)), config):
+        try:
+            with parallel.session(broken):
+                if not found:
+                    raise ValueError("in the work")
+        except (ValueError, RuntimeError):
+            pass
+        found.append(dist.is_initialized())
+    return found
+
+
+@pytest.mark.distributed
+def test_an_error_in_a_lone_process_leaves_no_groups() -> None:
+    assert run_ranks(opened_after_errors, 1, Config()) == [[False, False, False]]
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match=r"train.device=auto or cpu"):
+        parallel.select_device("cuda")
+    assert parallel.select_device("auto") == parallel.select_device("cpu") == torch.device("cpu")
+    assert parallel.peak_flops(torch.device("cpu"), "bf16") is None
