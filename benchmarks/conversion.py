@@ -54,10 +54,10 @@ def make_folder(directory: Path, family_name: str, size: str) -> tuple[int, int]
     directory.mkdir()
     write_folder(
         directory,
-        config=family.write_config(model, {"mask_token_id": 126336, "eos_token_id": 126081}, model.max_length or 0),
+        config=json.dumps(family.write_config(model, {}, model.max_length or 0), indent=2).encode(),
         shards=plan_shards({name: 2 * math.prod(shape) for name, shape in shapes.items()}),
         read=read,
-        companions=[],
+        companions={},
     )
     return sum(math.prod(shape) for shape in shapes.values()), len(shapes)
 

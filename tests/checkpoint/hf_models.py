@@ -57,7 +57,11 @@ def write_model(
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     folder.mkdir(parents=True)
     write_folder(
-        folder, config=content, shards=plan_shards(sizes, shard_bytes), read=tensors.__getitem__, companions=[]
+        folder,
+        config=(json.dumps(content, indent=2) + "\n").encode(),
+        shards=plan_shards(sizes, shard_bytes),
+        read=tensors.__getitem__,
+        companions={},
     )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     return tensors
