@@ -281,7 +281,15 @@ def annealed_reference() -> dict[str, Any]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "name", ["tensor2+sequence", "pipeline2", "pipeline2-interleaved", "data2", "tensor2xpipeline2"]
+    "name",
+    [
+        "tensor2+sequence",
+        "pipeline2-interleaved",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("tensor2", "pipeline2", "data2", "tensor2xpipeline2")
+        ),
+    ],
 )
 def test_layouts_agree_about_annealed_attention(name: str) -> None:
     size, layout = LAYOUTS[name]
@@ -292,7 +300,13 @@ def test_layouts_agree_about_annealed_attention(name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("keys", [{"recompute": "selective"}, {"recompute": "full"}, {"micro_batch_size": 8}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"recompute": "full"},
+        *(pytest.param(keys, marks=pytest.mark.slow) for keys in ({"recompute": "selective"}, {"micro_batch_size": 8})),
+    ],
+)
 def test_recomputation_and_micro_batches_do_not_matter_under_annealed_attention(keys: dict[str, Any]) -> None:
     assert_same(run_ranks(train, 1, variant(ANNEALED, train=keys), STEPS), annealed_reference())
 
