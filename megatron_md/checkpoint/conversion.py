@@ -223,7 +223,7 @@ def open_export(
     config = load_config(checkpoint / CONFIG_NAME)
     if config.model.vocab is None:
         raise ValueError(f"{checkpoint / CONFIG_NAME}: model.vocab is missing")
-    check_exportable(config.model, family)
+    check_exportable(config, family)
     with guarded(checkpoint):
         exporter = Exporter(TensorReader(checkpoint), family, config.model, dtype=dtype)
         run = checkpoint.parent.parent

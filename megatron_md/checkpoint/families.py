@@ -18,7 +18,7 @@ from megatron_md.checkpoint.family_configs import (
     write_llada,
     write_llama_like,
 )
-from megatron_md.config import ModelConfig
+from megatron_md.config import Config, ModelConfig
 
 Layout = Literal["plain", "qkv", "gate_up"]
 
@@ -167,7 +167,7 @@ def _llama_family(name: str, architecture: str, *, bias: bool = False, qk_norm: 
     return Family(
         name,
         _llama_like(biases=bias, qk_norm=qk_norm),
-        partial(read_llama_like, qkv_bias=bias, qk_norm=qk_norm),
+        partial(read_llama_like, model_type=name, qkv_bias=bias, qk_norm=qk_norm),
         partial(write_llama_like, architecture=architecture, model_type=name),
         causal=True,
     )
@@ -193,7 +193,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "dream",
             _llama_like(biases=True, qk_norm=False),
-            partial(read_llama_like, qkv_bias=True, qk_norm=False),
+            partial(read_llama_like, model_type="Dream", qkv_bias=True, qk_norm=False),
             write_dream,
             right_shift=True,
         ),
@@ -215,12 +215,23 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
-def check_exportable(model: ModelConfig, family: Family) -> None:
-    """Check that a family can express a model.
+def check_exportable(config: Config, family: Family) -> None:
+    """Check that a family can express a run's model, and that its code would use the logits as the run did.
 
     Raises:
-        ValueError: it lacks something that the model has; names the key.
+        ValueError: it cannot, or would not; names the key.
     """
+    model, objective = config.model, config.objective
+    if not family.causal and objective.name == "autoregressive":
+        raise ValueError(
+            f"objective.name is autoregressive, and {family.name} is no causal model; export as a causal one"
+        )
+    if not family.causal and objective.right_shift != family.right_shift:
+        where = "the next position's" if family.right_shift else "that position's"
+        raise ValueError(
+            f"objective.right_shift is {objective.right_shift}, and the code of {family.name} takes the output at a "
+            f"position for {where}; export as another family"
+        )
     ours = {"qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm}
     has = {"qkv_bias": any(rule.when == "qkv_bias" for rule in family.rules)}
     has["qk_norm"] = any(rule.when == "qk_norm" for rule in family.rules)

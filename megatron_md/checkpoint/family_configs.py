@@ -38,16 +38,16 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     return float(parameters.get("rope_theta") or _need(config, "rope_theta"))
 
 
-def read_llama_like(config: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool) -> ModelConfig:
+def read_llama_like(config: Mapping[str, Any], *, model_type: str, qkv_bias: bool, qk_norm: bool) -> ModelConfig:
     """The shape of a Llama, Qwen2, Qwen3 or Dream model.
 
     Raises:
         UnsupportedConfigError: a key is missing, or has a value that our model cannot follow.
     """
-    layers, length = int(_need(config, "num_hidden_layers")), config.get("max_position_embeddings")
     _refuse(
         config,
         {
+            "model_type": (model_type,),
             "hidden_act": ("silu",),
             "mlp_bias": (False,),
             "attention_bias": (qkv_bias, None) if qkv_bias else (False, None),
@@ -55,8 +55,9 @@ def read_llama_like(config: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool)
         },
     )
     hidden, heads = int(_need(config, "hidden_size")), int(_need(config, "num_attention_heads"))
+    length = config.get("max_position_embeddings")
     return ModelConfig(
-        layers=layers,
+        layers=int(_need(config, "num_hidden_layers")),
         hidden=hidden,
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),
@@ -105,6 +106,7 @@ def read_llada(config: Mapping[str, Any]) -> ModelConfig:
     _refuse(
         config,
         {
+            "model_type": ("llada",),
             "block_type": ("llama",),
             "activation_type": ("silu",),
             "layer_norm_type": ("rms",),

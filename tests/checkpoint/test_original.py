@@ -17,6 +17,7 @@ from megatron_md.data.tokenizer import Tokenizer
 from tests.checkpoint.hf_models import contents, shape_of, write_byte_tokenizer, write_model, write_tokenizer
 from tests.checkpoint.test_conversion import convert, export
 from tests.ranks import run_ranks
+from tests.small_run import variant
 from tests.train.test_trainer import pretrain
 
 TEXT = "the mask <|mdm_mask|> is no mask here: \u00e4\n\tthe end"
@@ -83,13 +84,13 @@ def test_a_run_that_goes_on_from_a_converted_one_gives_its_files_back(tmp_path: 
     assert Tokenizer(back).mask_token_id == Tokenizer(more / "tokenizer.model").mask_token_id == 12
 
 
-def edit(run: Path, **keys: Any) -> None:
-    """Change the model section of a run's config, as an override would have."""
+def edit(run: Path, section: str, **keys: Any) -> None:
+    """Change a section of a run's config, as an override would have."""
     from megatron_md.checkpoint.integrity import seal
 
     checkpoint = next((run / "checkpoints").glob("step_*"))
     config = load_config(checkpoint / "config.yaml")
-    (checkpoint / "config.yaml").write_text(to_yaml(replace(config, model=replace(config.model, **keys))))
+    (checkpoint / "config.yaml").write_text(to_yaml(variant(config, **{section: keys})))
     (checkpoint / "manifest.json").unlink()
     seal(checkpoint)
 
@@ -103,10 +104,10 @@ def test_a_config_that_is_no_longer_true_is_not_given_back(
 ) -> None:
     write_model(tmp_path / "hf", "llama", shape_of("llama"), transformers_version="4.46.3")
     convert(tmp_path / "hf", tmp_path / "run", "llama")
-    edit(tmp_path / "run", init_std=0.1)
+    edit(tmp_path / "run", "model", init_std=0.1)
     export(tmp_path / "run", tmp_path / "same", "llama")
     assert content_of(tmp_path / "same") == content_of(tmp_path / "hf")
-    edit(tmp_path / "run", **keys)
+    edit(tmp_path / "run", "model", **keys)
     export(tmp_path / "run", tmp_path / "back", "llama")
     changed = content_of(tmp_path / "back")
     assert changed[their] == value and "transformers_version" not in changed
@@ -116,6 +117,7 @@ def test_a_config_that_is_no_longer_true_is_not_given_back(
 def test_another_family_with_the_same_tensors_has_its_own_config(tmp_path: Path) -> None:
     write_model(tmp_path / "hf", "qwen2", shape_of("qwen2"))
     convert(tmp_path / "hf", tmp_path / "run", "qwen2")
+    edit(tmp_path / "run", "objective", name="masked_diffusion")  # as it would be after an adaptation
     export(tmp_path / "run", tmp_path / "dream", "dream")
     config = content_of(tmp_path / "dream")
     assert config["architectures"] == ["DreamModel"] and "--modeling_dream" in config["auto_map"]["AutoModel"]
