@@ -311,6 +311,17 @@ def test_recomputation_and_micro_batches_do_not_matter_under_annealed_attention(
     assert_same(run_ranks(train, 1, variant(ANNEALED, train=keys), STEPS), annealed_reference())
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}])
+def test_bf16_follows_fp32_under_annealed_attention(layout: dict[str, Any]) -> None:
+    config = variant(ANNEALED, train={"precision": "bf16"}, parallel=layout)
+    losses = np.array(run_ranks(train, 2 if layout else 1, config, STEPS)[0]["curve"])[:, 0]
+    expected = np.array(annealed_reference()["curve"])[:, 0]
+    np.testing.assert_allclose(losses, expected, rtol=2e-2)
+    assert not np.array_equal(losses, expected)
+
+
 def annealed_losses(config: Config) -> dict[str, np.ndarray[Any, Any]]:
     """Losses of a batch as annealing begins, in its middle, and at its end; and those of a causal and a plain model."""
     from megatron_md.model.build import build_model
