@@ -75,15 +75,18 @@ def surroundings(run: Path, config: Config, family: Family, sizes: Mapping[str, 
         config: its config.
         family: the folder's.
         sizes: bytes of each tensor by its name.
+
+    Raises:
+        ValueError: what the run keeps of the original is damaged.
     """
     original = run / ORIGINAL
     if original.is_dir() and _has_same_tokenizer(run, original):
-        record = json.loads((original / _RECORD).read_text())
         files = {path.name: path.read_bytes() for path in sorted(original.iterdir()) if path.name != _RECORD}
+        name, shards, kept = _read(original)
         source = files.pop("config.json")
-        kept = json.loads(source)
-        if record["family"] == family.name and _is_same_model(config, family, kept):
-            return Surroundings(source, record["shards"], files)
+        has_same_tensors = {tensor for names in shards.values() for tensor in names} == set(sizes)
+        if name == family.name and has_same_tensors and _is_same_model(config, family, kept):
+            return Surroundings(source, shards, files)
         return Surroundings(_written(config, family, special_tokens(kept)), plan_shards(sizes), files)
     file = next((path for path in (run / RUN_TOKENIZER, Path(config.data.tokenizer or "")) if path.is_file()), None)
     if file is None:
@@ -91,6 +94,18 @@ def surroundings(run: Path, config: Config, family: Family, sizes: Mapping[str, 
     tokenizer = Tokenizer(file)
     ids = {key: getattr(tokenizer, key) for key in ("mask_token_id", "eos_token_id", "pad_token_id")}
     return Surroundings(_written(config, family, ids), plan_shards(sizes), _tokenizer_files(file))
+
+
+def _read(original: Path) -> tuple[str, dict[str, list[str]], dict[str, Any]]:
+    """Family, cut into files and `config.json` of an original."""
+    try:
+        record, config = (json.loads((original / name).read_bytes()) for name in (_RECORD, "config.json"))
+        family, shards = record["family"], dict(record["shards"])
+        if not isinstance(config, dict) or any(Path(name).name != name for name in shards):
+            raise ValueError("not as it was written")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{original}: damaged ({error}); remove it to export with a new config.json") from None
+    return family, shards, config
 
 
 def _has_same_tokenizer(run: Path, original: Path) -> bool:

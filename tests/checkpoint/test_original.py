@@ -137,6 +137,28 @@ def test_a_tokenizer_of_our_own_gets_the_names_that_hugging_face_looks_for(tmp_p
     assert content_of(tmp_path / "back")["mask_token_id"] == Tokenizer(tmp_path / "back").mask_token_id == 310
 
 
+def test_a_damaged_original_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", "llama", shape_of("llama"))
+    convert(tmp_path / "hf", tmp_path / "run", "llama")
+    kept = tmp_path / "run" / ORIGINAL
+    record = json.loads((kept / "source.json").read_text())
+    escaping = {**record, "shards": {f"../{name}": tensors for name, tensors in record["shards"].items()}}
+    for name, text in (
+        ("source.json", "{"),
+        ("source.json", "{}"),
+        ("source.json", json.dumps(escaping)),
+        ("config.json", "[]"),
+    ):
+        before = (kept / name).read_text()
+        (kept / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{ORIGINAL}: damaged \(.*\); remove it to export"):
+            export(tmp_path / "run", tmp_path / "back", "llama")
+        (kept / name).write_text(before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+    export(tmp_path / "run", tmp_path / "back", "llama")
+    assert contents(tmp_path / "back") == contents(tmp_path / "hf")
+
+
 def test_nothing_is_handed_on_where_there_is_nothing(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir(), (tmp_path / "target").mkdir()
     hand_on(tmp_path / "source", tmp_path / "target")
