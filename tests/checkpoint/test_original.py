@@ -47,6 +47,7 @@ def test_lladas_tokenizer_and_special_ids_travel(tmp_path: Path) -> None:
         assert after.encode(TEXT).tolist() == encoded.tolist() and after.decode(encoded) == TEXT
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_tokenizer_alike(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     write_byte_tokenizer(tmp_path)
