@@ -86,6 +86,8 @@ class CorruptedBatch:
         extra: further host arrays that an objective's own `reduce` wants.
         cu_seqlens: boundaries of the documents that attention keeps apart, as in `CleanBatch`; None: whole rows. The
             trainer fills it in, whatever the objective does.
+        is_hidden_LL: pairs of a query and a key that attention does not see, the same in all rows of the global batch;
+            None: it sees all. The trainer fills it in as well.
     """
 
     tokens_BL: Int64Array
@@ -97,3 +99,4 @@ class CorruptedBatch:
     maskable: int
     extra: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     cu_seqlens: list[Int32Array] | None = None
+    is_hidden_LL: BoolArray | None = None

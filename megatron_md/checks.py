@@ -66,7 +66,7 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True) -> La
         *_check_objective(config),
         *_check_mixture(config),
         *_check_random_length(config),
-        *_check_document_attention(config),
+        *_check_attention(config),
         *_check_run_dir(config),
         *_check_checkpoint(config),
         *_check_wandb(config),
@@ -286,13 +286,27 @@ def _check_random_length(config: Config) -> Iterator[str]:
         )
 
 
-def _check_document_attention(config: Config) -> Iterator[str]:
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if config.data.document_attention == "within_document" and config.train.device != "cpu" and installed:
+def _check_attention(config: Config) -> Iterator[str]:
+    is_within, annealing = config.data.document_attention == "within_document", config.objective.attention_annealing
+    if config.train.device != "cpu" and importlib.util.find_spec("transformer_engine") is not None:
+        where, way_out = "Transformer Engine is installed, and its attention does not take", "or train.device=cpu"
+        if is_within:
+            yield (
+                f"data.document_attention within_document: {where} document boundaries here; uninstall it, or set "
+                f"data.document_attention=full {way_out}"
+            )
+        if annealing:
+            yield (
+                f"objective.attention_annealing {annealing:g}: {where} hidden pairs here; uninstall it, or set "
+                f"objective.attention_annealing=0 {way_out}"
+            )
+    if annealing and is_within:
         yield (
-            "data.document_attention within_document: Transformer Engine is installed, and its attention does not take "
-            "document boundaries here; uninstall it, or set data.document_attention=full or train.device=cpu"
+            "objective.attention_annealing hides pairs of whole rows, and data.document_attention within_document cuts "
+            "them up: set one of them back"
         )
+    if annealing and config.objective.name == "autoregressive":
+        yield "objective.attention_annealing: attention of autoregressive is always causal; set it to 0"
 
 
 def _check_wandb(config: Config) -> Iterator[str]:

@@ -160,6 +160,10 @@ class ObjectiveConfig:
     right_shift: Annotated[
         bool, Doc("the output at a position predicts the token to its right (Dream, starts from causal models)")
     ] = False
+    attention_annealing: Annotated[
+        Fraction,
+        Doc("share of the run over which attention grows from causal to bidirectional, for starts from causal models"),
+    ] = 0.0
     min_mask_rate: Annotated[float, Field(gt=0.0, lt=1.0, description="floor of t in training")] = 1e-3
     head_chunk: Annotated[PositiveInt, Doc("masked positions per chunk of the LM head and cross-entropy")] = 1024
     options: Annotated[dict[str, Any], Doc("keyword arguments of a third-party objective")] = field(

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_md import config as configuration
 from megatron_md import estimates, parallel
-from megatron_md.checkpoint import rollback
+from megatron_md.checkpoint import original, rollback
 from megatron_md.checkpoint.callback import Checkpointing
 from megatron_md.checkpoint.directory import checkpoint_name, config_changes, find_checkpoint, model_identity
 from megatron_md.checkpoint.manager import CheckpointManager
@@ -168,6 +168,7 @@ class Run:
         checkpoint, stepper, optimizer = find_checkpoint(Path(keys.load)), self.trainer.stepper, self.trainer.optimizer
         if self.world.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
+            original.hand_on(checkpoint.parent.parent, self.directory)
         if keys.load_only is None:
             return checkpoint, self.manager.load(stepper.chunks, optimizer, checkpoint)
         self.manager.load_model_only(stepper.chunks, optimizer, checkpoint)

@@ -80,7 +80,7 @@ class SmallRun:
     def batches(self, step: int) -> list[CleanBatch]:
         """This rank's micro-batches of a step."""
         size, rows = self.config.train.micro_batch_size, self.config.train.global_batch_size
-        position = BatchPosition(step * rows, rows, 0.0)
+        position = BatchPosition(step * rows, rows, min(1.0, step / self.config.train.steps))
         slots = np.arange(rows).reshape(-1, self.world.data_size, size)[:, self.world.data_rank] + step * rows
         return [clean_rows(index, position) for index in slots]
 

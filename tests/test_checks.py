@@ -114,6 +114,16 @@ def test_layout_of_a_sound_config(tmp_path: Path) -> None:
         ({"objective": {"name": "masked_difusion"}}, 1, "did you mean 'masked_diffusion'?"),
         ({"objective": {"importance": True, "mask_schedule": "uniform:0.4,0.6"}}, 1, "needs a density above 0"),
         ({"objective": {"importance": True, "mask_schedule": "point:0.4"}}, 1, "needs a density above 0"),
+        (
+            {"objective": {"name": "autoregressive", "attention_annealing": 0.1}},
+            1,
+            "objective.attention_annealing: attention of autoregressive is always causal; set it to 0",
+        ),
+        (
+            {"objective": {"attention_annealing": 0.1}, "data": {"document_attention": "within_document"}},
+            1,
+            "attention_annealing hides pairs of whole rows, and data.document_attention within_document cuts them up",
+        ),
         ({"imports": ["no_such_plugin"]}, 1, "module 'no_such_plugin' cannot be imported"),
     ],
 )
@@ -146,16 +156,22 @@ def test_run_dir_must_be_a_place_to_write(tmp_path: Path) -> None:
     assert line == f"run_dir {tmp_path}/run: {tmp_path}/run is a file"
 
 
-def test_attention_within_documents_is_refused_where_transformer_engine_would_do_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("sections", "start"),
+    [
+        ({"data": {"document_attention": "within_document"}}, "data.document_attention within_document"),
+        ({"objective": {"attention_annealing": 0.1}}, "objective.attention_annealing 0.1"),
+    ],
+)
+def test_what_transformer_engines_attention_cannot_do_is_refused_where_it_would_have_to(
+    sections: dict[str, Any], start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = {"document_attention": "within_document"}
-    assert not problems(config_of(tmp_path, data=data))
+    assert not problems(config_of(tmp_path, **sections))
     (tmp_path / "transformer_engine.py").write_text("raise ImportError('must not be imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    (line,) = problems(config_of(tmp_path, data=data))
-    assert line.startswith("data.document_attention within_document: Transformer Engine is installed")
-    assert not problems(config_of(tmp_path, data=data, train={"device": "cpu"}))
+    (line,) = problems(config_of(tmp_path, **sections))
+    assert line.startswith(f"{start}: Transformer Engine is installed")
+    assert not problems(config_of(tmp_path, **sections, train={"device": "cpu"}))
     assert not problems(config_of(tmp_path))
 
 

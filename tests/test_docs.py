@@ -118,7 +118,7 @@ class Runner:
         name = words[0] if words[0] in SMALLER else " ".join(words[:2])
         words = [*words, *SMALLER.get(name, [])]
         # These start megatron-core's process groups, of which this process may hold some for other tests.
-        starts_groups = name in ("generate", "evaluate")
+        starts_groups = name in ("generate", "evaluate") or "--verify" in words
         code = run_ranks(main_in, 1, self.folder, words)[0] if starts_groups else main_in(self.folder, words)
         assert code == 0, f"megatron-md {shlex.join(words)} returned {code}"
 

@@ -9,15 +9,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megatron_md.checkpoint.bridge import Exporter, check_folder, import_slices, special_tokens
+from megatron_md.checkpoint import original
+from megatron_md.checkpoint.bridge import Exporter, check_folder, import_slices
 from megatron_md.checkpoint.directory import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -26,17 +26,16 @@ from megatron_md.checkpoint.directory import (
     find_checkpoint,
     model_identity,
 )
-from megatron_md.checkpoint.families import Family, UnsupportedConfigError, check_exportable
-from megatron_md.checkpoint.hf_folder import HuggingFaceFolder, plan_shards, write_folder
+from megatron_md.checkpoint.families import Family, check_exportable
+from megatron_md.checkpoint.family_configs import UnsupportedConfigError
+from megatron_md.checkpoint.hf_folder import FolderError, HuggingFaceFolder, write_folder
 from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors
 from megatron_md.config import Config, DataConfig, ModelConfig, ObjectiveConfig, load_config, to_yaml
-from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.files import sync, write_synced
 from megatron_md.train.progress import Progress
 
-ORIGINAL = "huggingface"  # folder of a converted run with the files of its source, but the weights
 LONGEST_ROW = 4096
 MASK_TOKEN = "<|mask|>"
 
@@ -48,16 +47,16 @@ class ImportPlan:
     Attributes:
         model: shape of the model as it will be.
         slices: its tensors.
-        tokenizer: content of `tokenizer.json`, to the byte, or None where the source has none.
-        tokens: special token ids by their names in `config.json`.
-        extra_rows: rows that a mask token adds to the vocabulary.
+        config: content of `config.json`.
+        tokenizer: content of its tokenizer's file, or None where it has none.
+        has_new_token: config and tokenizer have got a mask token that the source lacks.
     """
 
     model: ModelConfig
     slices: list[Slice]
+    config: bytes
     tokenizer: bytes | None
-    tokens: dict[str, int]
-    extra_rows: int
+    has_new_token: bool
 
 
 def plan_import(
@@ -75,24 +74,26 @@ def plan_import(
             f"{folder.path / 'config.json'}: not a {family.name} model that is supported: {error}"
         ) from None
     check_folder(folder, family, model)
-    tokens = special_tokens(folder.config)
-    path = folder.path / "tokenizer.json"
-    tokenizer = path.read_bytes() if path.is_file() else None
+    assert model.vocab is not None
+    config = (folder.path / "config.json").read_bytes()
+    files = [folder.path / name for name in (original.JSON_TOKENIZER, original.SENTENCEPIECE)]
+    tokenizer = next((file.read_bytes() for file in files if file.is_file()), None)
     rows = 0
     if add_mask_token:
-        if tokenizer is None:
-            raise ValueError(f"{path}: missing; a mask token is added to the tokenizer and the weights together")
-        tokenizer, tokens["mask_token_id"] = _with_mask_token(path, tokenizer)
-        assert model.vocab is not None
-        rows = max(0, tokens["mask_token_id"] + 1 - model.vocab)
+        if not files[0].is_file():
+            raise ValueError(f"{files[0]}: missing; a mask token is added to the tokenizer and the weights together")
+        tokenizer, token = _with_mask_token(files[0])
+        rows = max(0, token + 1 - model.vocab)
+        sizes = {key: model.vocab + rows for key in ("vocab_size", "embedding_size") if key in folder.config}
+        config = (json.dumps({**folder.config, **sizes, "mask_token_id": token}, indent=2) + "\n").encode()
     slices = import_slices(folder, family, model, dtype=dtype, extra_rows=rows)
-    return ImportPlan(replace(model, vocab=(model.vocab or 0) + rows), slices, tokenizer, tokens, rows)
+    return ImportPlan(replace(model, vocab=model.vocab + rows), slices, config, tokenizer, add_mask_token)
 
 
-def _with_mask_token(path: Path, text: bytes) -> tuple[bytes, int]:
+def _with_mask_token(path: Path) -> tuple[bytes, int]:
     """A tokenizer.json with a mask token behind its last one, and the id of that."""
     try:
-        content = json.loads(text)
+        content = json.loads(path.read_bytes())
         added = content["added_tokens"]
         ids = [*content["model"]["vocab"].values(), *(token["id"] for token in added)]
         if any(token["content"] == MASK_TOKEN for token in added):
@@ -106,7 +107,7 @@ def _with_mask_token(path: Path, text: bytes) -> tuple[bytes, int]:
 
 def run_config(plan: ImportPlan, family: Family, target: Path) -> Config:
     """The config of a converted run: the model, its tokenizer, and the objective that its weights were trained with."""
-    tokenizer = str(target / "tokenizer.model") if plan.tokenizer is not None else None
+    tokenizer = str(target / original.RUN_TOKENIZER) if plan.tokenizer is not None else None
     objective = ObjectiveConfig(
         name="autoregressive" if family.causal else "masked_diffusion",
         mask_logit="keep",
@@ -139,8 +140,7 @@ def import_folder(
         advance: called for every slice that is made.
 
     Raises:
-        ValueError: the target exists.
-        OSError: the disk is full.
+        ValueError: the target exists, or the disk is full.
     """
     config = run_config(plan, family, target)
     identity = {**model_identity(config), "objective is causal": family.causal}
@@ -163,27 +163,13 @@ def import_folder(
         seal(checkpoint)
         (partial / "checkpoints" / "latest").write_text(checkpoint.name)
         (partial / "config.yaml").write_text(to_yaml(config))
-        _keep_original(folder, plan, partial / ORIGINAL)
+        new = plan.tokenizer if plan.has_new_token else None
+        original.keep(partial, folder, family, config=plan.config, tokenizer=new)
         if plan.tokenizer is not None:
-            (partial / "tokenizer.model").write_bytes(plan.tokenizer)
-            names = folder.path / "tokenizer_config.json"
+            (partial / original.RUN_TOKENIZER).write_bytes(plan.tokenizer)
+            names = folder.path / original.NAMES_OF_TOKENS
             if names.is_file():
                 shutil.copyfile(names, partial / names.name)
-
-
-def _keep_original(folder: HuggingFaceFolder, plan: ImportPlan, directory: Path) -> None:
-    """Keep what an export needs to give back the very same folder."""
-    directory.mkdir()
-    for file in folder.companions():
-        shutil.copyfile(file, directory / file.name)
-    if plan.tokenizer is not None:
-        (directory / "tokenizer.json").write_bytes(plan.tokenizer)
-    source = (folder.path / "config.json").read_bytes()
-    if plan.extra_rows or plan.tokens != special_tokens(folder.config):
-        changed = {**folder.config, **plan.tokens, "vocab_size": plan.model.vocab}
-        source = (json.dumps(changed, indent=2) + "\n").encode()
-    (directory / "config.json").write_bytes(source)
-    (directory / "shards.json").write_text(json.dumps(folder.shards(), indent=1))
 
 
 @dataclass(frozen=True)
@@ -193,23 +179,18 @@ class Export:
     Attributes:
         model: its shape.
         exporter: its tensors.
-        content: of `config.json`.
-        shards: the tensors of each weight file.
-        companions: files that travel with the weights.
+        beside: everything else.
     """
 
     model: ModelConfig
     exporter: Exporter
-    content: Mapping[str, Any] | bytes
-    shards: Mapping[str, list[str]]
-    companions: Sequence[Path]
+    beside: original.Surroundings
 
     def write(self, target: Path, *, advance: Callable[[], None] = lambda: None) -> None:
         """Write the folder, calling `advance` for every tensor.
 
         Raises:
-            ValueError: the target exists.
-            OSError: the disk is full.
+            ValueError: the target exists, or the disk is full.
         """
 
         def read(name: str) -> torch.Tensor:
@@ -217,7 +198,13 @@ class Export:
             return self.exporter.read(name)
 
         with _new_folder(target) as partial:
-            write_folder(partial, config=self.content, shards=self.shards, read=read, companions=self.companions)
+            write_folder(
+                partial,
+                config=self.beside.config,
+                shards=self.beside.shards,
+                read=read,
+                companions=self.beside.companions,
+            )
 
 
 @contextmanager
@@ -236,31 +223,11 @@ def open_export(
     config = load_config(checkpoint / CONFIG_NAME)
     if config.model.vocab is None:
         raise ValueError(f"{checkpoint / CONFIG_NAME}: model.vocab is missing")
-    check_exportable(config.model, family)
+    check_exportable(config, family)
     with guarded(checkpoint):
         exporter = Exporter(TensorReader(checkpoint), family, config.model, dtype=dtype)
-        yield Export(config.model, exporter, *_folder_content(checkpoint.parent.parent, config, family, exporter))
-
-
-def _folder_content(
-    run: Path, config: Config, family: Family, exporter: Exporter
-) -> tuple[Mapping[str, Any] | bytes, Mapping[str, list[str]], Sequence[Path]]:
-    """config.json, the weight files and the files beside them."""
-    length = config.model.max_length or config.data.seq_length
-    original, planned = run / ORIGINAL, plan_shards(exporter.tensors)
-    if original.is_dir():
-        shards: dict[str, list[str]] = json.loads((original / "shards.json").read_text())
-        files = [path for path in sorted(original.iterdir()) if path.name not in ("config.json", "shards.json")]
-        if {name for names in shards.values() for name in names} == set(exporter.tensors):
-            return (original / "config.json").read_bytes(), shards, files
-        kept = special_tokens(json.loads((original / "config.json").read_text()))
-        return family.write_config(config.model, kept, length), planned, files
-    file = next((path for path in (run / "tokenizer.model", Path(config.data.tokenizer or "")) if path.is_file()), None)
-    if file is None:
-        return family.write_config(config.model, {}, length), planned, []
-    tokenizer = Tokenizer(file)
-    ids = {key: getattr(tokenizer, key) for key in ("mask_token_id", "eos_token_id", "pad_token_id")}
-    return family.write_config(config.model, ids, length), planned, [file]
+        run = checkpoint.parent.parent
+        yield Export(config.model, exporter, original.surroundings(run, config, family, exporter.tensors))
 
 
 def _counted(make: Callable[[], torch.Tensor], advance: Callable[[], None]) -> Callable[[], torch.Tensor]:
@@ -276,18 +243,21 @@ def _new_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that gets its name when the block ends well, and is removed otherwise.
 
     Raises:
-        ValueError: there is something of that name.
+        FolderError: there is something of that name, or it cannot be written.
     """
     if target.exists():
-        raise ValueError(f"{target}: exists already; choose another folder, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
+        raise FolderError(f"{target}: exists already; choose another folder, or remove it")
     partial = target.with_name(f".writing_{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         yield partial
         os.replace(partial, target)
         sync(target.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise FolderError(f"{target}: cannot be written ({error.strerror or error})") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""Families of Hugging Face checkpoints, as tables: which of their tensors make up which of ours, and their configs.
+"""Families of Hugging Face checkpoints, as tables: which of their tensors make up which of ours.
 
 Our names are those of megatron-core's distributed checkpoints, where the layers of a model are one stacked tensor
 [layers, ...]. A rule names one of our tensors and the tensors of a Hugging Face layer (or model) that it consists of.
@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from megatron_md.config import ModelConfig
+from megatron_md.checkpoint.family_configs import (
+    read_llada,
+    read_llama_like,
+    write_dream,
+    write_llada,
+    write_llama_like,
+)
+from megatron_md.config import Config, ModelConfig
 
 Layout = Literal["plain", "qkv", "gate_up"]
 
@@ -155,183 +163,13 @@ def _llama_like(*, biases: bool, qk_norm: bool) -> tuple[Rule, ...]:
     )
 
 
-class UnsupportedConfigError(ValueError):
-    """A `config.json` asks for something that our model does not have."""
-
-
-def _refuse(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    for key, values in allowed.items():
-        if key in config and config[key] not in values:
-            wanted = " or ".join(repr(value) for value in values)
-            raise UnsupportedConfigError(f"{key} is {config[key]!r}; only {wanted} is supported")
-
-
-def _need(config: Mapping[str, Any], key: str) -> Any:
-    if config.get(key) is None:
-        raise UnsupportedConfigError(f"{key} is missing")
-    return config[key]
-
-
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    """The base of the rotary frequencies; transformers 5 keeps it under `rope_parameters`."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise UnsupportedConfigError(f"rotary positions are scaled ({kind!r}); only the default ones are supported")
-    return float(parameters.get("rope_theta") or _need(config, "rope_theta"))
-
-
-def _read_llama_like(config: Mapping[str, Any], *, qkv_bias: bool, qk_norm: bool) -> ModelConfig:
-    layers, length = int(_need(config, "num_hidden_layers")), config.get("max_position_embeddings")
-    _refuse(
-        config,
-        {
-            "hidden_act": ("silu",),
-            "mlp_bias": (False,),
-            "attention_bias": (qkv_bias, None) if qkv_bias else (False, None),
-            "use_sliding_window": (False, None),
-        },
-    )
-    hidden, heads = int(_need(config, "hidden_size")), int(_need(config, "num_attention_heads"))
-    return ModelConfig(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        ffn=int(_need(config, "intermediate_size")),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        vocab=int(_need(config, "vocab_size")),
-        max_length=int(length) if length else None,
-        rope_theta=_rope_theta(config),
-        norm_eps=float(_need(config, "rms_norm_eps")),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
-    )
-
-
-def _write_llama_like(
-    model: ModelConfig, tokens: Mapping[str, int], length: int, *, architecture: str, model_type: str
-) -> dict[str, Any]:
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "hidden_act": "silu",
-        "hidden_size": model.hidden,
-        "intermediate_size": model.ffn,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads or model.heads,
-        "head_dim": model.head_dim or model.hidden // model.heads,
-        "vocab_size": model.vocab,
-        "max_position_embeddings": length,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "tie_word_embeddings": model.tied,
-        "attention_dropout": 0.0,
-        **tokens,
-    }
-
-
-def _read_llada(config: Mapping[str, Any]) -> ModelConfig:
-    _refuse(
-        config,
-        {
-            "block_type": ("llama",),
-            "activation_type": ("silu",),
-            "layer_norm_type": ("rms",),
-            "rope": (True,),
-            "alibi": (False,),
-            "include_bias": (False,),
-            "include_qkv_bias": (False, None),
-            "attention_layer_norm": (False,),
-            "input_emb_norm": (False,),
-            "scale_logits": (False,),
-            "multi_query_attention": (False, None),
-        },
-    )
-    heads, hidden = int(_need(config, "n_heads")), int(_need(config, "d_model"))
-    return ModelConfig(
-        layers=int(_need(config, "n_layers")),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=int(config.get("n_kv_heads") or heads),
-        head_dim=hidden // heads,
-        ffn=int(_need(config, "mlp_hidden_size")),
-        tied=bool(config.get("weight_tying", False)),
-        vocab=int(config.get("embedding_size") or _need(config, "vocab_size")),
-        max_length=int(_need(config, "max_sequence_length")),
-        rope_theta=float(config.get("rope_theta", 10000.0)),
-        norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-    )
-
-
-LLADA_CODE = "GSAI-ML/LLaDA-8B-Base"  # the published modelling code, which `auto_map` points at
-
-
-def _write_llada(model: ModelConfig, tokens: Mapping[str, int], length: int) -> dict[str, Any]:
-    if model.head_dim not in (None, model.hidden // model.heads):
-        raise UnsupportedConfigError("model.head_dim: LLaDA's code has heads of hidden / heads only; export as llama")
-    return {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "auto_map": {
-            "AutoConfig": f"{LLADA_CODE}--configuration_llada.LLaDAConfig",
-            "AutoModel": f"{LLADA_CODE}--modeling_llada.LLaDAModelLM",
-            "AutoModelForCausalLM": f"{LLADA_CODE}--modeling_llada.LLaDAModelLM",
-        },
-        "activation_type": "silu",
-        "alibi": False,
-        "alibi_bias_max": 8.0,
-        "attention_dropout": 0.0,
-        "attention_layer_norm": False,
-        "attention_layer_norm_with_affine": True,
-        "bias_for_layer_norm": False,
-        "block_group_size": 1,
-        "block_type": "llama",
-        "d_model": model.hidden,
-        "embedding_dropout": 0.0,
-        "embedding_size": model.vocab,
-        "flash_attention": False,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "init_cutoff_factor": None,
-        "init_device": "meta",
-        "init_fn": "mitchell",
-        "init_std": model.init_std,
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
-        "layer_norm_with_affine": True,
-        "max_sequence_length": length,
-        "mlp_hidden_size": model.ffn,
-        "mlp_ratio": 4,
-        "multi_query_attention": None,
-        "n_heads": model.heads,
-        "n_kv_heads": model.kv_heads or model.heads,
-        "n_layers": model.layers,
-        "precision": "amp_bf16",
-        "residual_dropout": 0.0,
-        "rms_norm_eps": model.norm_eps,
-        "rope": True,
-        "rope_full_precision": True,
-        "rope_theta": model.rope_theta,
-        "scale_logits": False,
-        "use_cache": False,
-        "vocab_size": model.vocab,
-        "weight_tying": model.tied,
-        **tokens,
-    }
-
-
-def _llama_family(name: str, architecture: str, *, bias: bool = False, qk_norm: bool = False, **more: Any) -> Family:
+def _llama_family(name: str, architecture: str, *, bias: bool = False, qk_norm: bool = False) -> Family:
     return Family(
         name,
         _llama_like(biases=bias, qk_norm=qk_norm),
-        lambda config: _read_llama_like(config, qkv_bias=bias, qk_norm=qk_norm),
-        lambda model, tokens, length: _write_llama_like(
-            model, tokens, length, architecture=architecture, model_type="Dream" if name == "dream" else name
-        ),
-        **more,
+        partial(read_llama_like, model_type=name, qkv_bias=bias, qk_norm=qk_norm),
+        partial(write_llama_like, architecture=architecture, model_type=name),
+        causal=True,
     )
 
 
@@ -349,13 +187,19 @@ FAMILIES: dict[str, Family] = {
                 biases=False,
                 qk_norm=False,
             ),
-            _read_llada,
-            _write_llada,
+            read_llada,
+            write_llada,
         ),
-        _llama_family("dream", "DreamModel", bias=True, right_shift=True),
-        _llama_family("llama", "LlamaForCausalLM", causal=True),
-        _llama_family("qwen2", "Qwen2ForCausalLM", bias=True, causal=True),
-        _llama_family("qwen3", "Qwen3ForCausalLM", qk_norm=True, causal=True),
+        Family(
+            "dream",
+            _llama_like(biases=True, qk_norm=False),
+            partial(read_llama_like, model_type="Dream", qkv_bias=True, qk_norm=False),
+            write_dream,
+            right_shift=True,
+        ),
+        _llama_family("llama", "LlamaForCausalLM"),
+        _llama_family("qwen2", "Qwen2ForCausalLM", bias=True),
+        _llama_family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
     )
 }
 
@@ -371,12 +215,23 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
-def check_exportable(model: ModelConfig, family: Family) -> None:
-    """Check that a family can express a model.
+def check_exportable(config: Config, family: Family) -> None:
+    """Check that a family can express a run's model, and that its code would use the logits as the run did.
 
     Raises:
-        ValueError: it lacks something that the model has; names the key.
+        ValueError: it cannot, or would not; names the key.
     """
+    model, objective = config.model, config.objective
+    if not family.causal and objective.name == "autoregressive":
+        raise ValueError(
+            f"objective.name is autoregressive, and {family.name} is no causal model; export as a causal one"
+        )
+    if not family.causal and objective.right_shift != family.right_shift:
+        where = "the next position's" if family.right_shift else "that position's"
+        raise ValueError(
+            f"objective.right_shift is {objective.right_shift}, and the code of {family.name} takes the output at a "
+            f"position for {where}; export as another family"
+        )
     ours = {"qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm}
     has = {"qkv_bias": any(rule.when == "qkv_bias" for rule in family.rules)}
     has["qk_norm"] = any(rule.when == "qk_norm" for rule in family.rules)

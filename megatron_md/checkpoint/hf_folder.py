@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SHARD_BYTES = 1_000_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# What travels beside the weights: read as data, never run.
+# What travels beside the weights, besides the code that `auto_map` names (*.py): read as data, never run.
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "tokenizer.model", "generation_config.json", "chat_template.jinja",
@@ -142,8 +141,9 @@ class HuggingFaceFolder:
         return shards
 
     def companions(self) -> list[Path]:
-        """Tokenizer and generation files that travel with the weights."""
-        return [self.path / name for name in COMPANIONS if (self.path / name).is_file()]
+        """Tokenizer, generation and code files that travel with the weights."""
+        known = [self.path / name for name in COMPANIONS if (self.path / name).is_file()]
+        return [*known, *sorted(self.path.glob("*.py"))]
 
     def __enter__(self) -> HuggingFaceFolder:
         return self
@@ -173,10 +173,10 @@ def plan_shards(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str,
 def write_folder(
     directory: Path,
     *,
-    config: Mapping[str, Any] | bytes,
+    config: bytes,
     shards: Mapping[str, list[str]],
     read: Callable[[str], torch.Tensor],
-    companions: Sequence[Path],
+    companions: Mapping[str, bytes],
 ) -> None:
     """Write the files of a model into an empty directory, one weight file in memory at a time.
 
@@ -185,7 +185,7 @@ def write_folder(
         config: content of `config.json`.
         shards: the tensors of each weight file.
         read: gives a tensor by its name.
-        companions: files to copy.
+        companions: content of the other files, by name.
 
     Raises:
         FolderError: a weight file cannot be written.
@@ -206,7 +206,6 @@ def write_folder(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         write_synced(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-    text = config if isinstance(config, bytes) else json.dumps(config, indent=2) + "\n"
-    write_synced(directory / "config.json", text)
-    for file in companions:
-        shutil.copyfile(file, directory / file.name)
+    write_synced(directory / "config.json", config)
+    for name, data in companions.items():
+        write_synced(directory / name, data)

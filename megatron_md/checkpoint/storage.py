@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_md.checkpoint.integrity import CheckpointError
 from megatron_md.files import write_synced
 
 
@@ -104,6 +104,14 @@ class _LazyPlanner(SavePlanner):
         return tensor.contiguous()
 
 
+def explained(error: BaseException, directory: Path) -> BaseException:
+    """The error; torch's way to say that a file could not be written whole, in words."""
+    if isinstance(error, RuntimeError) and "unexpected pos" in str(error):
+        free = shutil.disk_usage(directory).free
+        return OSError(f"{directory}: a file could not be written whole; the disk has {free / 1e6:,.1f} MB left")
+    return error
+
+
 def write_tensors(directory: Path, slices: Sequence[Slice]) -> None:
     """Write a distributed checkpoint that megatron-core can load on any layout.
 
@@ -112,7 +120,7 @@ def write_tensors(directory: Path, slices: Sequence[Slice]) -> None:
         slices: parts that make up whole tensors without overlap.
 
     Raises:
-        CheckpointError: the disk is full, or an input cannot be read.
+        OSError: the disk is full. Whatever a slice's `make` raises comes through, Ctrl-C too.
     """
     # One file a slice: within a file, PyTorch's writer keeps what it has written.
     writer = FileSystemWriter(directory, single_file_per_rank=False, thread_count=1)
@@ -121,8 +129,7 @@ def write_tensors(directory: Path, slices: Sequence[Slice]) -> None:
         try:
             dcp_save({}, storage_writer=writer, planner=_LazyPlanner(slices), no_dist=True)
         except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise CheckpointError(f"{directory}: cannot be written ({reason})") from error
+            raise explained(next(iter(error.failures.values()))[0], directory) from None
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     common = {"common_backend": "torch", "common_backend_version": 1}
     buffer = io.BytesIO()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import queue
-import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_md.checkpoint.integrity import CheckpointError, FileRecord, digest_files, seal
+from megatron_md.checkpoint.storage import explained
 from megatron_md.exit_codes import RunFailedError
 from megatron_md.files import write_synced
 from megatron_md.model.initialize import sharded_tensors
@@ -144,7 +144,7 @@ class CheckpointWrite:
                 names += self._write_texts()
             self.own_files = digest_files(self.directory, names)
         except BaseException as error:  # of a thread: told by `finish` on all ranks
-            self.error = _explained(error, self.directory)
+            self.error = explained(error, self.directory)
         finally:
             self._buckets = []
 
@@ -168,14 +168,6 @@ class CheckpointWrite:
         for name, content in files.items():
             write_synced(self.directory / name, content)
         return list(files)
-
-
-def _explained(error: BaseException, directory: Path) -> BaseException:
-    """The error; torch's way to say that a file could not be written whole, in words."""
-    if isinstance(error, RuntimeError) and "unexpected pos" in str(error):
-        free = shutil.disk_usage(directory).free
-        return OSError(f"{directory}: a file could not be written whole; the disk has {free / 1e6:,.1f} MB left")
-    return error
 
 
 def _detached(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:

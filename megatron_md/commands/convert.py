@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,11 +104,41 @@ def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
 
 @contextmanager
 def _progress(steps: int, text: str) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal; nothing elsewhere."""
+    """A progress bar on a terminal, nothing elsewhere; to be told of every tensor."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with _stoppable() as stop_if_asked, Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(text, total=steps)
-        yield lambda: bar.advance(task)
+
+        def advance() -> None:
+            stop_if_asked()
+            bar.advance(task)
+
+        yield advance
+
+
+@contextmanager
+def _stoppable() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM take effect where the yielded function is called, the second one at once.
+
+    In the midst of a tensor, torch and safetensors would take the interrupt for a fault of their own.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def stop_if_asked() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop_if_asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -19,12 +19,16 @@ from megatron_md.checkpoint.bridge import moves
 from megatron_md.checkpoint.directory import find_checkpoint
 from megatron_md.checkpoint.families import FAMILIES, Family
 from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
+from megatron_md.checkpoint.original import RUN_TOKENIZER
 from megatron_md.checkpoint.state import load_model
-from megatron_md.config import Config, load_config
+from megatron_md.config import Config, ModelConfig, load_config
+from megatron_md.data.corpus import documents, texts
 from megatron_md.data.optional import optional_package
+from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.model.build import build_model
 
 REFERENCE = {"llada": "llama", "dream": "qwen2"}
+PRECISIONS: dict[Literal["fp32", "bf16"], torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS, LENGTH, SEED = 2, 64, 1234
 
 
@@ -57,29 +61,50 @@ def reference_model(folder: HuggingFaceFolder, family: Family, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def reference_logits(
-    folder: HuggingFaceFolder, family: Family, tokens_BL: torch.Tensor, *, causal: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """Logits fp32 [B, L, V] of the `transformers` class, under a bidirectional or a causal attention mask."""
-    length = tokens_BL.shape[1]
+def reference_logits(network: Any, tokens_BL: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """Logits fp32 [B, L, V] of a `transformers` model, under a bidirectional or a causal attention mask."""
+    length, dtype = tokens_BL.shape[1], network.dtype
     forbidden = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
     bias = (forbidden if causal else torch.zeros_like(forbidden)).expand(len(tokens_BL), 1, -1, -1)
-    logits: torch.Tensor = reference_model(folder, family, dtype)(tokens_BL, attention_mask=bias).logits
+    logits: torch.Tensor = network(tokens_BL, attention_mask=bias).logits
     return logits.float()
 
 
-@torch.no_grad()
-def our_logits(config: Config, checkpoint: Path, tokens_BL: torch.Tensor, *, causal: bool) -> torch.Tensor:
-    """Logits fp32 [B, L, V] of a checkpoint, within a session."""
+def our_model(config: Config, checkpoint: Path, *, causal: bool) -> Any:
+    """The model of a checkpoint, in evaluation mode, within a session."""
     chunks: list[Any] = build_model(config, torch.device("cpu"), causal=causal, mask_token_id=None, initialize=False)
     load_model(chunks, checkpoint)
+    return chunks[0].eval()
+
+
+@torch.no_grad()
+def our_logits(network: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
+    """Logits fp32 [B, L, V] of our model."""
     positions_BL = torch.arange(tokens_BL.shape[1]).expand_as(tokens_BL)
-    logits: torch.Tensor = chunks[0].eval()(tokens_BL, positions_BL, None)
+    logits: torch.Tensor = network(tokens_BL, positions_BL, None)
     return logits
 
 
+def inputs(model: ModelConfig, tokenizer: Path | None) -> dict[str, torch.Tensor]:
+    """What the models are compared on, by name: random tokens [B, L], and the demo text [1, L] if there is a tokenizer.
+
+    Args:
+        model: the shape of both.
+        tokenizer: a file that `Tokenizer` can load.
+    """
+    assert model.vocab is not None
+    generator = torch.Generator().manual_seed(SEED)
+    length = min(LENGTH, model.max_length or LENGTH)
+    found = {"random tokens": torch.randint(model.vocab, (ROWS, length), generator=generator)}
+    if tokenizer is not None:
+        # The demo's corpus is Python's standard library.
+        text = next(document.text for document in texts(documents()) if len(document.text) > 20 * length)
+        found["demo text"] = torch.from_numpy(Tokenizer(tokenizer).encode(text)[:length])[None]
+    return found
+
+
 def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterator[str]:
-    """Lines with the largest difference of the logits on random tokens, for fp32 and bf16, each attention.
+    """Lines with the largest difference of the logits, for fp32 and bf16, each attention and each of `inputs`.
 
     Raises:
         ValueError: one of the two cannot be opened.
@@ -88,15 +113,12 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterato
     saved = load_config(checkpoint / "config.yaml")
     with HuggingFaceFolder(folder_path) as folder:
         model = family.read_config(folder.config)
-        assert model.vocab is not None
-        generator = torch.Generator().manual_seed(SEED)
-        tokens_BL = torch.randint(model.vocab, (ROWS, min(LENGTH, model.max_length or LENGTH)), generator=generator)
-        precisions: tuple[tuple[Literal["fp32", "bf16"], torch.dtype], ...] = (
-            ("fp32", torch.float32),
-            ("bf16", torch.bfloat16),
-        )
         parameters = sum(math.prod(tensor.shape) for tensor in folder.tensors.values())
-        for precision, dtype in precisions:
+        tokenizer, why = _tokenizer(checkpoint.parent.parent)
+        rows = inputs(model, tokenizer)
+        if tokenizer is None:
+            yield f"demo text: left out, {why}"
+        for precision, dtype in PRECISIONS.items():
             need = 1.2 * parameters * dtype.itemsize
             if need > psutil.virtual_memory().available:
                 yield f"{precision}: left out, it needs {need / 1e9:.0f} GB of free memory"
@@ -105,10 +127,25 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterato
             with parallel.session(config):
                 for causal in (False, True):
                     # One model in memory at a time: an 8B one fills a machine.
-                    expected = reference_logits(folder, family, tokens_BL, causal=causal, dtype=dtype)
-                    logits = our_logits(config, checkpoint, tokens_BL, causal=causal)[..., : model.vocab]
-                    difference = (logits - expected).abs().max().item()
-                    relative = difference / expected.abs().max().item()
+                    network = reference_model(folder, family, dtype)
+                    expected = {name: reference_logits(network, rows[name], causal=causal) for name in rows}
+                    del network
+                    network = our_model(config, checkpoint, causal=causal)
                     attention = "causal" if causal else "bidirectional"
-                    figures = f"{difference:.1e} ({relative:.1e} relative)"
-                    yield f"{precision}, {attention} attention: max |difference of logits| {figures}"
+                    for name, tokens_BL in rows.items():
+                        logits_BLV = our_logits(network, tokens_BL)[..., : model.vocab]
+                        difference = (logits_BLV - expected[name]).abs().max().item()
+                        relative = difference / expected[name].abs().max().item()
+                        figures = f"{difference:.1e} ({relative:.1e} relative)"
+                        yield f"{precision}, {attention} attention, {name}: max |difference of logits| {figures}"
+                    del network
+
+
+def _tokenizer(run: Path) -> tuple[Path | None, str]:
+    """The tokenizer of a run, if it can be used; else why not."""
+    file = run / RUN_TOKENIZER
+    try:
+        Tokenizer(file)
+    except ValueError as error:
+        return None, str(error)
+    return file, ""

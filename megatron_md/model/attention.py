@@ -70,12 +70,20 @@ def packed_documents(cu_seqlens: Sequence[Int32Array]) -> PackedSeqParams:
     return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
 
 
+def additive_mask(is_hidden_LL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores so that no query sees a key hidden from it: 0 or -inf, [1, 1, L, L]."""
+    return torch.zeros(is_hidden_LL.shape, dtype=dtype, device=is_hidden_LL.device).masked_fill_(
+        is_hidden_LL, -math.inf
+    )[None, None]
+
+
 class SDPACoreAttention(torch.nn.Module):
     """softmax(q k^T / sqrt(d)) v for the heads of one tensor-parallel rank; bidirectional or causal.
 
-    Drop-in for megatron-core's `DotProductAttention` in a layer spec; it holds no parameters. Which of the two masks
-    applies is fixed by the spec (`attn_mask_type`), never by a call. With `rotary_base` it also encodes positions:
-    megatron-core's unfused rotary embedding costs several passes over queries and keys, and rounds to bf16.
+    Drop-in for megatron-core's `DotProductAttention` in a layer spec; it holds no parameters. Which of the two applies
+    is fixed by the spec (`attn_mask_type`); a call of the bidirectional one may hide some pairs. With `rotary_base` it
+    also encodes positions: megatron-core's unfused rotary embedding costs several passes over queries and keys, and
+    rounds to bf16.
     """
 
     def __init__(
@@ -113,7 +121,8 @@ class SDPACoreAttention(torch.nn.Module):
             query: [L, B, heads, d] of this rank.
             key: [L, B, kv_heads, d] of this rank.
             value: [L, B, kv_heads, d] of this rank.
-            attention_mask: must be None; the spec decides.
+            attention_mask: `additive_mask` in the data type of the query, over whole rows under a bidirectional spec
+                only; None hides nothing.
             attn_mask_type: ignored, as in megatron-core's local attention.
             attention_bias: must be None.
             packed_seq_params: `packed_documents` of the rows; None: each row is one document.
@@ -121,24 +130,36 @@ class SDPACoreAttention(torch.nn.Module):
         Returns:
             [L, B, heads * d].
         """
-        assert attention_mask is None and attention_bias is None
+        assert attention_bias is None
+        assert attention_mask is None or not (self.is_causal or packed_seq_params)
         length, rows, heads, width = query.shape
         if self.rotary_base is not None:
             query, key = apply_rotary(query, self.rotary_base), apply_rotary(key, self.rotary_base)
         if packed_seq_params is None:
-            return self._attend(query, key, value).reshape(length, rows, heads * width)
+            return self._attend(query, key, value, attention_mask).reshape(length, rows, heads * width)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         # The gradient of `split` is put together once; that of a slice per document would be a whole tensor each.
         parts = [x_LBHD.transpose(0, 1).flatten(0, 1)[:, None].split(lengths) for x_LBHD in (query, key, value)]
         context = torch.cat([self._attend(*document) for document in zip(*parts, strict=True)])
         return context.view(rows, length, heads * width).transpose(0, 1).contiguous()
 
-    def _attend(self, query_LBHD: torch.Tensor, key_LBHD: torch.Tensor, value_LBHD: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self,
+        query_LBHD: torch.Tensor,
+        key_LBHD: torch.Tensor,
+        value_LBHD: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attention of all L tokens (or those to the left) for each: [L, B, heads, d]."""
+        groups, heads = key_LBHD.shape[2], query_LBHD.shape[2]
+        if attention_mask is not None and groups != heads:
+            # On CUDA, the memory-efficient kernel takes a mask but knows no groups, and the flash kernel the reverse.
+            key_LBHD, value_LBHD = (x.repeat_interleave(heads // groups, dim=2) for x in (key_LBHD, value_LBHD))
         context_BHLD = F.scaled_dot_product_attention(
             query_LBHD.permute(1, 2, 0, 3),
             key_LBHD.permute(1, 2, 0, 3),
             value_LBHD.permute(1, 2, 0, 3),
+            attn_mask=attention_mask,
             is_causal=self.is_causal,
             scale=self.softmax_scale,
             enable_gqa=key_LBHD.shape[2] != query_LBHD.shape[2],

@@ -22,8 +22,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_md.batch import CleanBatch, CorruptedBatch
 from megatron_md.config import Config
+from megatron_md.diffusion.annealing import hidden_pairs
 from megatron_md.diffusion.objective import Objective
-from megatron_md.model.attention import packed_documents
+from megatron_md.model.attention import additive_mask, packed_documents
 from megatron_md.model.head import Prediction, PredictionLoss
 from megatron_md.parallel import World
 from megatron_md.train.bad_numbers import not_finite
@@ -77,6 +78,11 @@ class Stepper:
         self.clip_grad = config.optimizer.clip_grad
         self.within_document = config.data.document_attention == "within_document"
         self.right_shift = config.objective.right_shift
+        self.seed, self.attention_annealing = config.seed, config.objective.attention_annealing
+        if objective.causal and self.attention_annealing:
+            raise ValueError(
+                f"objective.attention_annealing: attention of {objective.name} is always causal; set it to 0"
+            )
         self.micro_batch_size = config.train.micro_batch_size
         self.round_micro_batches = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
         self._schedule = get_forward_backward_func()
@@ -87,7 +93,10 @@ class Stepper:
 
     def corrupt(self, batches: Sequence[CleanBatch]) -> list[CorruptedBatch]:
         """Corrupt this rank's micro-batches of one global batch (host work, safe in a background thread)."""
-        return [self.keep_apart(batch, self.objective.corrupt(self.scorable(batch))) for batch in batches]
+        first = batches[0]
+        is_hidden_LL = hidden_pairs(self.seed, first.position, first.tokens_BL.shape[1], self.attention_annealing)
+        corrupted = [self.keep_apart(batch, self.objective.corrupt(self.scorable(batch))) for batch in batches]
+        return [replace(batch, is_hidden_LL=is_hidden_LL) for batch in corrupted]
 
     def scorable(self, batch: CleanBatch) -> CleanBatch:
         """The rows; under `right_shift` without scoring their first token, to whose left no output lies."""
@@ -174,8 +183,13 @@ class Stepper:
         """Forward (and backward) over all micro-batches; the last pipeline stage gets their outputs."""
         rows, length = batches[0].tokens_BL.shape
         iterators = [iter(batches) for _ in self.chunks]
+        attention_mask = None
+        if batches[0].is_hidden_LL is not None:
+            # One for all micro-batches and layers: they keep it for their backward pass.
+            is_hidden_LL = _to_device(batches[0].is_hidden_LL, self.world.device)
+            attention_mask = additive_mask(is_hidden_LL, self.chunks[0].config.params_dtype)
         outputs: list[PredictionLoss] = self._schedule(
-            forward_step_func=self._forward_step,
+            forward_step_func=partial(self._forward_step, attention_mask),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
@@ -185,7 +199,9 @@ class Stepper:
         )
         return outputs
 
-    def _forward_step(self, iterator: Iterator[CorruptedBatch], model: Any) -> tuple[Any, Any]:
+    def _forward_step(
+        self, attention_mask: torch.Tensor | None, iterator: Iterator[CorruptedBatch], model: Any
+    ) -> tuple[Any, Any]:
         batch, device = next(iterator), self.world.device
         prediction = Prediction(
             _to_device(batch.positions_M - int(self.right_shift), device),
@@ -196,7 +212,7 @@ class Stepper:
         positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
         # Every pipeline stage has the batch, so the boundaries need not travel from stage to stage.
         documents = None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens)
-        output = model(tokens_BL, positions_BL, None, labels=prediction, packed_seq_params=documents)
+        output = model(tokens_BL, positions_BL, attention_mask, labels=prediction, packed_seq_params=documents)
         return output, partial(self._loss, batch.denominator)
 
     def _loss(self, denominator: int, output: PredictionLoss) -> tuple[torch.Tensor, torch.Tensor, PredictionLoss]:

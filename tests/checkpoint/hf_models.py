@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 
 from megatron_md.checkpoint.bridge import moves
@@ -57,7 +58,11 @@ def write_model(
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     folder.mkdir(parents=True)
     write_folder(
-        folder, config=content, shards=plan_shards(sizes, shard_bytes), read=tensors.__getitem__, companions=[]
+        folder,
+        config=(json.dumps(content, indent=2) + "\n").encode(),
+        shards=plan_shards(sizes, shard_bytes),
+        read=tensors.__getitem__,
+        companions={},
     )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     return tensors
@@ -66,3 +71,34 @@ def write_model(
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of 12 tokens: no mask token, `<|endoftext|>` is 11."""
+    vocab = {text: number for number, text in enumerate(["<unk>", *"abcdefgh", "ab", "cd"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b"), ("c", "d")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+
+
+def write_byte_tokenizer(folder: Path, *, eos: int = 300, mask: int = 310) -> None:
+    """A byte-level tokenizer with LLaDA's special tokens, at these ids."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: number for number, text in enumerate([*letters, "th", "the"])}
+    model = tokenizers.models.BPE(vocab, [("t", "h"), ("th", "e")])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    content = json.loads(tokenizer.to_str())
+    content["model"]["vocab"] |= {f"filler{number}": number for number in range(len(vocab), eos)}
+    special = {eos: "<|endoftext|>", mask: "<|mdm_mask|>"}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] = [
+        {"id": id, "content": special.get(id, f"<|reserved_{id}|>"), "special": True, **flags}
+        for id in range(eos, mask + 1)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    names = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))

@@ -10,6 +10,7 @@ import torch
 from megatron_md.checkpoint.bridge import merge, moves, split, table
 from megatron_md.checkpoint.families import FAMILIES, check_exportable, family_named
 from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors
+from megatron_md.config import Config, ObjectiveConfig
 from tests.checkpoint.hf_models import FAMILY_NAMES, shape_of
 
 
@@ -52,7 +53,25 @@ def test_what_a_family_cannot_express_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"model\.qkv_bias is True, which llada cannot express; export as qwen2 or dream"
     ):
-        check_exportable(shape_of("qwen2"), FAMILIES["llada"])
+        check_exportable(Config(model=shape_of("qwen2")), FAMILIES["llada"])
+    causal, shifted = ObjectiveConfig(name="autoregressive"), ObjectiveConfig(right_shift=True)
+    for family, objective, text in (
+        ("llada", causal, "objective.name is autoregressive, and llada is no causal model"),
+        (
+            "llada",
+            shifted,
+            "objective.right_shift is True, and the code of llada takes the output at a position for that",
+        ),
+        (
+            "dream",
+            ObjectiveConfig(),
+            "objective.right_shift is False, and the code of dream .* for the next position's",
+        ),
+    ):
+        with pytest.raises(ValueError, match=text):
+            check_exportable(Config(model=shape_of(family), objective=objective), FAMILIES[family])
+    for objective in (causal, shifted, ObjectiveConfig()):
+        check_exportable(Config(model=shape_of("llama"), objective=objective), FAMILIES["llama"])
     with pytest.raises(ValueError, match="--family bert: unknown; known are llada, dream, llama, qwen2, qwen3"):
         family_named("bert")
 

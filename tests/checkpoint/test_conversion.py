@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from megatron_md.checkpoint.conversion import import_folder, open_export, plan_i
 from megatron_md.checkpoint.directory import checkpoint_name, latest_checkpoint
 from megatron_md.checkpoint.families import FAMILIES
 from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
+from megatron_md.checkpoint.storage import TensorReader
 from megatron_md.config import load_config
-from tests.checkpoint.hf_models import FAMILY_NAMES, contents, shape_of, write_model
-from tests.ranks import run_ranks
+from tests.checkpoint.hf_models import FAMILY_NAMES, contents, shape_of, write_model, write_tokenizer
+from tests.ranks import RankError, run_ranks
 
 
 def convert(source: Path, target: Path, family: str, **keys: Any) -> None:
@@ -30,58 +33,72 @@ def export(source: Path, target: Path, family: str, **keys: Any) -> None:
         ready.write(target)
 
 
+SHAPES: tuple[dict[str, Any], ...] = ({"kv_heads": 2}, {"kv_heads": 4, "tied": True}, {"kv_heads": 4}, {"tied": True})
+
+
 @pytest.mark.parametrize(
-    ("family", "keys"),
-    [(name, {}) for name in FAMILY_NAMES]
-    + [("llama", {"tied": True}), ("qwen2", {"kv_heads": 4, "tied": True}), ("llada", {"kv_heads": 4})],
+    "keys", [*SHAPES[:2], *(pytest.param(keys, marks=pytest.mark.slow) for keys in SHAPES[2:])], ids=str
 )
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_folders_come_back_the_same_to_the_byte(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
     write_model(tmp_path / "hf", family, shape_of(family, **keys))
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    (tmp_path / "hf" / "modeling.py").write_text("raise SystemExit('code of a folder is never run here')")
     convert(tmp_path / "hf", tmp_path / "run", family)
     export(tmp_path / "run", tmp_path / "back", family)
     assert contents(tmp_path / "back") == contents(tmp_path / "hf")
 
 
-def resave(run_dir: Path, layout: dict[str, Any]) -> None:
-    """On each rank: load the weights and save them on this layout, at step 1."""
+def resave(run_dirs: list[Path], layout: dict[str, Any]) -> None:
+    """On each rank: load the weights of runs and save them on this layout, at step 1."""
+    from megatron_md import parallel
     from megatron_md.checkpoint.manager import CheckpointManager
     from megatron_md.train.progress import Progress
-    from tests.small_run import small_run
+    from tests.small_run import SmallRun
 
-    checkpoint = latest_checkpoint(run_dir)
-    assert checkpoint is not None
-    text = (checkpoint / "config.yaml").read_text()
-    config = load_config(checkpoint / "config.yaml", [f"parallel.{key}={value}" for key, value in layout.items()])
-    config = replace(config, objective=replace(config.objective, name="masked_diffusion"))
-    with small_run(config) as run:
-        manager = CheckpointManager(run_dir, keep_last=2, resolved_config=text)
-        manager.load_model_only(run.chunks, run.optimizer, checkpoint)
-        manager.save(run.chunks, run.optimizer, Progress(1, 8, 256, 10_000))
+    checkpoints = [latest_checkpoint(run_dir) or run_dir for run_dir in run_dirs]
+    overrides = [f"parallel.{key}={value}" for key, value in layout.items()]
+    configs = [load_config(checkpoint / "config.yaml", overrides) for checkpoint in checkpoints]
+    with parallel.session(configs[0]) as world:
+        for run_dir, checkpoint, config in zip(run_dirs, checkpoints, configs, strict=True):
+            run = SmallRun(replace(config, objective=replace(config.objective, name="masked_diffusion")), world)
+            text = (checkpoint / "config.yaml").read_text()
+            manager = CheckpointManager(run_dir, keep_last=2, resolved_config=text)
+            manager.load_model_only(run.chunks, run.optimizer, checkpoint)
+            manager.save(run.chunks, run.optimizer, Progress(1, 8, 256, 10_000))
 
 
-LAYOUTS: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
-    ("llama", 2, {"tensor": 2}, {"kv_heads": 2}),
-    ("qwen2", 2, {"pipeline": 2}, {"tied": True}),
-    ("qwen3", 4, {"tensor": 2, "pipeline": 2}, {}),
-    ("llada", 4, {"tensor": 4}, {"kv_heads": 4}),
-]
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tensor2": (2, {"tensor": 2}),
+    "tensor4": (4, {"tensor": 4}),
+    "pipeline2": (2, {"pipeline": 2}),
+    "tensor2xpipeline2": (4, {"tensor": 2, "pipeline": 2}),
+}
+GRID = [(name, FAMILY_NAMES) for name in LAYOUTS]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("family", "size", "layout", "keys"),
-    [LAYOUTS[2], *(pytest.param(*case, marks=pytest.mark.slow) for case in (*LAYOUTS[:2], LAYOUTS[3]))],
+    ("layout", "families"),
+    [("tensor2xpipeline2", ("qwen3",)), *(pytest.param(*case, marks=pytest.mark.slow) for case in GRID)],
 )
-def test_weights_survive_other_layouts(
-    family: str, size: int, layout: dict[str, Any], keys: dict[str, Any], tmp_path: Path
-) -> None:
-    write_model(tmp_path / "hf", family, shape_of(family, **keys))
-    convert(tmp_path / "hf", tmp_path / "run", family)
-    run_ranks(resave, size, tmp_path / "run", layout)
-    assert latest_checkpoint(tmp_path / "run").name == checkpoint_name(1)  # type: ignore[union-attr]
-    export(tmp_path / "run", tmp_path / "back", family)
-    assert contents(tmp_path / "back") == contents(tmp_path / "hf")
+def test_weights_survive_other_layouts(layout: str, families: tuple[str, ...], tmp_path: Path) -> None:
+    # 67 rows of vocabulary divide by no tensor-parallel size: they are padded on the way in and cut on the way out.
+    size, keys = LAYOUTS[layout]
+    shapes = [{"kv_heads": 4}, {"kv_heads": 4, "tied": True}] if layout == "tensor4" else SHAPES[:2]
+    cases = {f"{family}-{number}": (family, shape) for family in families for number, shape in enumerate(shapes)}
+    for name, (family, shape) in cases.items():
+        write_model(tmp_path / name / "hf", family, shape_of(family, **shape))
+        convert(tmp_path / name / "hf", tmp_path / name / "run", family)
+    run_ranks(resave, size, [tmp_path / name / "run" for name in cases], keys)
+    for name, (family, _) in cases.items():
+        assert latest_checkpoint(tmp_path / name / "run").name == checkpoint_name(1)  # type: ignore[union-attr]
+        rows = TensorReader(tmp_path / name / "run/checkpoints" / checkpoint_name(1)).tensors
+        tensor = keys.get("tensor", 1)
+        assert rows["embedding.word_embeddings.weight"][0][0] == -(-67 // tensor) * tensor
+        export(tmp_path / name / "run", tmp_path / name / "back", family)
+        assert contents(tmp_path / name / "back") == contents(tmp_path / name / "hf"), name
 
 
 def test_a_data_type_can_be_chosen(tmp_path: Path) -> None:
@@ -98,17 +115,6 @@ def test_bf16_weights_stay_as_they_are(tmp_path: Path) -> None:
     convert(tmp_path / "hf", tmp_path / "run", "llada")
     export(tmp_path / "run", tmp_path / "back", "llada")
     assert contents(tmp_path / "back") == contents(tmp_path / "hf")
-
-
-def write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocab = {text: number for number, text in enumerate(["<unk>", *"abcdefgh", "ab", "cd"])}
-    tokenizer = Tokenizer(models.BPE(vocab, [("a", "b"), ("c", "d")], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
 
 
 @pytest.mark.parametrize("vocab", [12, 20])
@@ -157,19 +163,61 @@ def save_own(run_dir: Path) -> None:
     save_checkpoint(run_dir)
 
 
-def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+WRITERS = ("megatron_md.checkpoint.conversion.seal", "megatron_md.checkpoint.hf_folder.write_synced")
+
+
+def test_what_stops_a_conversion_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_model(tmp_path / "hf", "llama", shape_of("llama"))
     convert(tmp_path / "hf", tmp_path / "run", "llama")
-    for target, call in (("run2", convert), ("back", export)):
-        with monkeypatch.context() as patch:
-            patch.setattr("torch.save", _disk_full)
-            patch.setattr("safetensors.torch.save_file", _disk_full)
-            source = tmp_path / ("hf" if target == "run2" else "run")
-            with pytest.raises(ValueError, match=r"cannot be written .*No space left"):
-                call(source, tmp_path / target, "llama")
-        assert not (tmp_path / target).exists()
-        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".writing")]
+
+    def stop(error: BaseException) -> Any:
+        def stopped(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        return stopped
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for target, call, source in (("run2", convert, "hf"), ("back", export, "run")):
+        for names, error, caught in (
+            (("torch.save", "safetensors.torch.save_file"), full, ValueError),
+            (WRITERS, full, ValueError),
+            (("torch.save", "safetensors.torch.save_file"), KeyboardInterrupt(), KeyboardInterrupt),
+        ):  # fmt: skip
+            with monkeypatch.context() as patch:
+                for name in names:
+                    patch.setattr(name, stop(error))
+                with pytest.raises(
+                    caught, match=r"cannot be written .*No space left" if caught is ValueError else None
+                ):
+                    call(tmp_path / source, tmp_path / target, "llama")
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
 
 
-def _disk_full(*args: Any, **kwargs: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def convert_and_die(source: Path, target: Path, number: int) -> None:
+    """In a process of its own: kill -9 while tensor `number` is made."""
+    left = iter(range(number))
+
+    def advance() -> None:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if (source / "config.json").is_file():
+        with HuggingFaceFolder(source) as folder:
+            plan = plan_import(folder, FAMILIES["llama"])
+            import_folder(folder, plan, FAMILIES["llama"], target, advance=advance)
+    else:
+        with open_export(source, FAMILIES["llama"]) as ready:
+            ready.write(target, advance=advance)
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_can_be_repeated(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", "llama", shape_of("llama"))
+    for source, target, call in (("hf", "run", convert), ("run", "back", export)):
+        with pytest.raises(RankError, match="died without a word"):
+            run_ranks(convert_and_die, 1, tmp_path / source, tmp_path / target, 7)
+        assert not (tmp_path / target).exists() and (tmp_path / f".writing_{target}").is_dir()
+        call(tmp_path / source, tmp_path / target, "llama")
+        assert not (tmp_path / f".writing_{target}").exists()
+    assert contents(tmp_path / "back") == contents(tmp_path / "hf")

@@ -59,10 +59,15 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder: Path, tmp_path: P
 
 
 def test_another_family_and_unsupported_configs_are_refused(folder: Path, tmp_path: Path) -> None:
-    assert "config.json: not a llada model that is supported: n_heads is missing" in refusal(folder, "llada")
-    assert "missing: model.layers.0.self_attn.q_proj.bias" in refusal(folder, "qwen2")
+    wrong = "config.json: not a {0} model that is supported: model_type is 'llama'; only {1!r} is supported"
+    for family, model_type in (("llada", "llada"), ("dream", "Dream"), ("qwen2", "qwen2"), ("qwen3", "qwen3")):
+        assert wrong.format(family, model_type) in refusal(folder, family)
     path = folder / "config.json"
     config = json.loads(path.read_text())
+    del config["model_type"]
+    path.write_text(json.dumps(config))
+    assert "config.json: not a llada model that is supported: n_heads is missing" in refusal(folder, "llada")
+    assert "missing: model.layers.0.self_attn.q_proj.bias" in refusal(folder, "qwen2")
     for key, value, text in (
         ("hidden_act", "gelu", "hidden_act is 'gelu'; only 'silu' is supported"),
         ("rope_scaling", {"rope_type": "llama3"}, "rotary positions are scaled ('llama3')"),

@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_md.config import Config
-from megatron_md.model.attention import SDPACoreAttention, apply_rotary, packed_documents
+from megatron_md.model.attention import SDPACoreAttention, additive_mask, apply_rotary, packed_documents
 from megatron_md.model.build import transformer_config
 from megatron_md.parallel import World
 
@@ -68,6 +68,32 @@ def test_within_documents_equals_a_dense_masked_softmax(
     probe = torch.randn_like(got)
     inputs = (query, key, value)
     gradients, expected_gradients = (torch.autograd.grad((x * probe).sum(), inputs) for x in (got, expected))
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize(("groups", "dtype"), [(2, torch.float64), (4, torch.float32), (1, torch.float64)])
+def test_hidden_pairs_equal_a_dense_masked_softmax(
+    small_config: Config, world: World, groups: int, dtype: torch.dtype
+) -> None:
+    core = transformer_config(small_config, world.device)
+    attention = SDPACoreAttention(
+        core, layer_number=1, attn_mask_type=AttnMaskType.no_mask, attention_type="self", rotary_base=100.0
+    )
+    length, rows, heads, width = 13, 3, 4, 8
+    query = torch.randn(length, rows, heads, width, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(length, rows, groups, width, dtype=dtype, requires_grad=True) for _ in range(2))
+    is_hidden_LL = torch.ones(length, length).triu(1).bool() & (torch.rand(length, length) < 0.5)
+    got = attention(query, key, value, additive_mask(is_hidden_LL, dtype))
+
+    keys, values = (x.repeat_interleave(heads // groups, 2) for x in (apply_rotary(key, 100.0), value))
+    scores = torch.einsum("lbhd,mbhd->bhlm", apply_rotary(query, 100.0), keys) / math.sqrt(width)
+    weights = scores.masked_fill(is_hidden_LL, float("-inf")).softmax(-1)
+    expected = torch.einsum("bhlm,mbhd->lbhd", weights, values).reshape(length, rows, heads * width)
+    torch.testing.assert_close(got, expected)
+    probe = torch.randn_like(got)
+    gradients, expected_gradients = (
+        torch.autograd.grad((x * probe).sum(), (query, key, value)) for x in (got, expected)
+    )
     torch.testing.assert_close(gradients, expected_gradients)
 
 

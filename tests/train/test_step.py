@@ -270,6 +270,93 @@ def test_autoregressive_documents_in_a_row_cost_what_they_cost_alone() -> None:
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
+ANNEALED = variant(objective={"attention_annealing": 0.5}, train={"steps": 2 * (STEPS - 1)})
+
+
+@cache
+def annealed_reference() -> dict[str, Any]:
+    """Attention that is causal in the first step, bidirectional from the last one on."""
+    return run_ranks(train, 1, ANNEALED, STEPS)[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tensor2+sequence",
+        "pipeline2-interleaved",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("tensor2", "pipeline2", "data2", "tensor2xpipeline2")
+        ),
+    ],
+)
+def test_layouts_agree_about_annealed_attention(name: str) -> None:
+    size, layout = LAYOUTS[name]
+    assert_same(run_ranks(train, size, variant(ANNEALED, parallel=layout), STEPS), annealed_reference())
+    # The tolerance would show pairs that are open after all: the first gradient norm is another one altogether.
+    first, bidirectional = annealed_reference()["curve"][0], reference("masked_diffusion")["curve"][0]
+    assert abs(first[1] / bidirectional[1] - 1) > 1e-2 and first[3] == bidirectional[3]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"recompute": "full"},
+        *(pytest.param(keys, marks=pytest.mark.slow) for keys in ({"recompute": "selective"}, {"micro_batch_size": 8})),
+    ],
+)
+def test_recomputation_and_micro_batches_do_not_matter_under_annealed_attention(keys: dict[str, Any]) -> None:
+    assert_same(run_ranks(train, 1, variant(ANNEALED, train=keys), STEPS), annealed_reference())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}])
+def test_bf16_follows_fp32_under_annealed_attention(layout: dict[str, Any]) -> None:
+    config = variant(ANNEALED, train={"precision": "bf16"}, parallel=layout)
+    losses = np.array(run_ranks(train, 2 if layout else 1, config, STEPS)[0]["curve"])[:, 0]
+    expected = np.array(annealed_reference()["curve"])[:, 0]
+    np.testing.assert_allclose(losses, expected, rtol=2e-2)
+    assert not np.array_equal(losses, expected)
+
+
+def annealed_losses(config: Config) -> dict[str, np.ndarray[Any, Any]]:
+    """Losses of a batch as annealing begins, in its middle, and at its end; and those of a causal and a plain model."""
+    from megatron_md.model.build import build_model
+    from megatron_md.train.step import Stepper
+
+    with small_run(config) as run:
+
+        def losses(stepper: Any, batches: Any) -> np.ndarray[Any, Any]:
+            return np.concatenate(stepper.negative_log_likelihoods(batches))
+
+        progress = {"first": 0.0, "middle": 0.25, "last": 0.5}
+        at = {
+            name: run.stepper.corrupt([replace(b, position=BatchPosition(0, ROWS, here)) for b in run.batches(0)])
+            for name, here in progress.items()
+        }
+        plain = [replace(batch, is_hidden_LL=None) for batch in at["first"]]
+        causal = build_model(config, run.world.device, causal=True, mask_token_id=3)
+        return {
+            **{name: losses(run.stepper, batches) for name, batches in at.items()},
+            "bidirectional": losses(run.stepper, plain),
+            "causal": losses(Stepper(variant(config, objective={"attention_annealing": 0.0}), run.world, causal, None,
+                                     run.stepper.objective), plain),
+        }  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_annealed_attention_begins_as_a_causal_model_and_ends_as_a_denoiser() -> None:
+    (losses,) = run_ranks(annealed_losses, 1, ANNEALED)
+    np.testing.assert_allclose(losses["first"], losses["causal"], rtol=1e-5)
+    assert not np.allclose(losses["causal"], losses["bidirectional"], rtol=1e-3)
+    assert not np.allclose(losses["middle"], losses["bidirectional"], rtol=1e-3)
+    assert not np.allclose(losses["middle"], losses["causal"], rtol=1e-3)
+    np.testing.assert_array_equal(losses["last"], losses["bidirectional"])
+
+
 def shifted_losses(config: Config) -> list[Any]:
     """On each rank: the nll of a step's batches, and what the raw outputs one to the left say."""
     import torch

@@ -136,6 +136,26 @@ def pretrain_and_die_after(config: Config, step: int) -> None:
 
 
 @pytest.mark.distributed
+def test_annealed_attention_resumes_exactly_and_validates_in_both_directions(
+    tmp_path: Path, corpora: dict[str, str]
+) -> None:
+    keys = {"objective": {"attention_annealing": 0.9}, "validation": {"every_steps": 2}}
+    run_ranks(pretrain, 1, config_for(tmp_path / "whole", corpora, **keys))
+    parts = config_for(tmp_path / "parts", corpora, checkpoint={"every_steps": 3}, **keys)
+    run_ranks(pretrain_and_die_after, 1, parts, 4, timeout=60)
+    run_ranks(pretrain, 1, parts)
+    assert without_times(metrics(tmp_path / "parts")) == without_times(metrics(tmp_path / "whole"))
+    # Weights that hardly move are validated alike, however the attention of the training steps is.
+    still = {**keys, "optimizer": {"lr": 1e-12}, "train": {"steps": 2}}
+    run_ranks(pretrain, 1, config_for(tmp_path / "annealed", corpora, **still))
+    still["objective"] = {}
+    run_ranks(pretrain, 1, config_for(tmp_path / "plain", corpora, **still))
+    annealed, plain = metrics(tmp_path / "annealed"), metrics(tmp_path / "plain")
+    assert annealed[-1]["val_nelbo"] == pytest.approx(plain[-1]["val_nelbo"], rel=1e-6)
+    assert annealed[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.distributed
 def test_validation_does_not_disturb_training(tmp_path: Path, corpora: dict[str, str]) -> None:
     run_ranks(pretrain, 1, config_for(tmp_path / "often", corpora, validation={"every_steps": 1}))
     run_ranks(pretrain, 1, config_for(tmp_path / "never", corpora, validation={"sequences": 0}))
