@@ -141,7 +141,7 @@ class HarnessModel(TemplateLM):
         Args:
             run: run directory or checkpoint.
             batch_size: rows per forward pass.
-            device: `auto`, `cpu` or `cuda`.
+            device: `cpu`, or anything else for what is there.
             tensor: tensor-parallel size; all processes by default.
             pipeline: pipeline-parallel size.
             trust: load a checkpoint without a manifest, and import what its config says. Never by default.
@@ -153,7 +153,7 @@ class HarnessModel(TemplateLM):
             ValueError: bad input, with the way out.
         """
         super().__init__()
-        kind: Any = (device or "auto").partition(":")[0]
+        kind: Any = "cpu" if device == "cpu" else "auto"  # the harness says cuda:0 to all
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         saved = open_run(run, world_size=world_size, tensor=tensor, pipeline=pipeline, device=kind, trust=trust)
         unknown = sorted(settings.keys() - HarnessSettings.__dataclass_fields__.keys())
@@ -230,7 +230,7 @@ class HarnessModel(TemplateLM):
         for request in requests:
             continuations[_key(request)].add(request.args)
         single = [at for at, request in enumerate(requests) if len(continuations[_key(request)]) == 1]
-        greedy = dict(zip(single, shared(self.world, [pairs[at] for at in single], self._is_greedy), strict=True))
+        greedy = dict(zip(single, self._shared([pairs[at] for at in single], self._is_greedy), strict=True))
         self.forward_passes += sum(passes for _, passes in greedy.values())
         return [(answer.log_likelihood, greedy.get(at, (False, 0))[0]) for at, (answer,) in enumerate(found)]
 
@@ -287,7 +287,7 @@ class HarnessModel(TemplateLM):
                     advance()
                 return result.tokens_BL[:, -config.length :].tolist(), result.forward_passes * len(places)
 
-            found = shared(self.world, jobs, work)
+            found = self._shared(jobs, work)
         self.forward_passes += sum(passes for _, passes in found)
         texts = [""] * len(requests)
         for (_, places), (answers, _) in zip(jobs, found, strict=True):
@@ -332,6 +332,10 @@ class HarnessModel(TemplateLM):
             eos_token_id=self.words.eos_token_id,
         )
         return result.tokens_BL[0, -len(answer) :].tolist() == list(answer), result.forward_passes
+
+    def _shared(self, jobs: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
+        """What generating jobs give; a rank without a share reads the weights as well, which all ranks do together."""
+        return shared(self.world, jobs, work) if jobs and self.denoiser else []
 
     def _count(self, found: Sequence[AnswerLikelihood]) -> None:
         self.forward_passes += sum(answer.forward_passes for answer in found)

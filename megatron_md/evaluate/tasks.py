@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -76,14 +79,16 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ValueError: bad input, with the way out.
     """
-    # The harness' own bars know nothing of ranks.
+    # The harness' own bars know nothing of ranks, and its bootstrap would fork a process that has threads.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     optional_package("lm_eval", "--tasks", "eval")
     names = [name for name in args.tasks.split(",") if name]
     manager = _task_manager(names, args.include_path)
     tasks = _load_tasks(manager, names)
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.utils import make_table
 
     from megatron_md import parallel
     from megatron_md.evaluate.harness import HarnessModel, HarnessSettings
@@ -108,26 +113,27 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
         start = time.perf_counter()
         for seed in args.seeds:
             model.settings = replace(settings, seed=seed)
-            found: Any = simple_evaluate(
-                model,
-                tasks=tasks,
-                task_manager=manager,
-                num_fewshot=args.num_fewshot,
-                limit=args.limit,
-                batch_size=args.micro_batch_size,
-                confirm_run_unsafe_code=args.unsafe_code,
-            )
+            with redirect_stdout(io.StringIO()):  # it prints on every rank
+                found: Any = simple_evaluate(
+                    model,
+                    tasks=tasks,
+                    task_manager=manager,
+                    num_fewshot=args.num_fewshot,
+                    limit=args.limit,
+                    batch_size=args.micro_batch_size,
+                    confirm_run_unsafe_code=args.unsafe_code,
+                )
             if world.is_main:
                 per_seed[seed] = found
-                print(f"seed {seed}\n{make_table(found)}" if len(args.seeds) > 1 else make_table(found))
         if not world.is_main:
             return None
-        exact = {"method": "autoregressive"} if model.causal else {}
+        how = {**asdict(settings), **({"method": "autoregressive"} if model.causal else {})}
+        del how["seed"]
         result = {
             "run": str(saved.checkpoint),
             "step": saved.step,
             "seeds": args.seeds,
-            "settings": {**asdict(settings), **exact, "num_fewshot": args.num_fewshot, "limit": args.limit},
+            "settings": {**how, "num_fewshot": args.num_fewshot, "limit": args.limit},
             "tasks": summary(per_seed),
             "forward_passes": model.forward_passes,
             "shortened_prompts": model.shortened,
@@ -138,30 +144,33 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def summary(per_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By task (and group): each metric as the mean over seeds, their spread, and flip rates.
+    """By task (and group): `metrics` under the harness' names, such as `acc,none` for metric and filter, and `flips`.
 
-    The harness' names of metrics, such as `acc,none`, are kept, also those of its standard errors over questions.
+    A metric has its `mean` over seeds, the harness' standard error `stderr` over questions (of the first seed; None
+    where it knows none), its value for each of the `seeds`, and their standard deviation `spread` (None of one seed).
     """
     first = next(iter(per_seed.values()))
     tasks: dict[str, dict[str, Any]] = {}
-    for task, metrics in first["results"].items():
-        figures: dict[str, Any] = {}
-        for name, value in metrics.items():
-            if not isinstance(value, (int, float)) or name in ("sample_len", "sample_count"):
+    for task, figures in first["results"].items():
+        metrics = {}
+        for name in figures:
+            metric, _, chosen = name.partition(",")
+            if not chosen or metric.endswith("_stderr"):
                 continue
-            values = [found["results"][task][name] for found in per_seed.values()]
-            figures[name] = fmean(values)
-            if len(values) > 1 and "_stderr" not in name:
-                figures[f"{name},seeds"] = values
-                figures[f"{name},seed_spread"] = stdev(values)
-        tasks[task] = figures
-    if len(per_seed) > 1:
-        for task, figures in tasks.items():
+            values = [float(found["results"][task][name]) for found in per_seed.values()]
+            stderr = figures.get(f"{metric}_stderr,{chosen}")
+            metrics[name] = {
+                "mean": fmean(values),
+                "stderr": stderr if isinstance(stderr, (int, float)) else None,
+                "seeds": values,
+                "spread": stdev(values) if len(values) > 1 else None,
+            }
+        tasks[task] = {"metrics": metrics}
+        if len(per_seed) > 1:
             leaves = _leaves(task, first.get("group_subtasks", {}), first["samples"])
             by_seed = [_answers(found["samples"], leaves) for found in per_seed.values()]
             flips = {name: asdict(flip_rate([answers[name] for answers in by_seed])) for name in by_seed[0]}
-            if flips:
-                figures["flips"] = flips
+            tasks[task]["flips"] = flips
     return tasks
 
 
@@ -183,16 +192,18 @@ def _answers(samples: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Answ
 
 def _print(result: dict[str, Any]) -> None:
     for task, figures in result["tasks"].items():
-        for name, values in figures.items():
-            if name.endswith(",seed_spread"):
-                metric = name.removesuffix(",seed_spread")
-                print(f"{task} {metric}: {figures[metric]:.4f}, spread over seeds {values:.4f}")
+        for name, found in figures["metrics"].items():
+            error = "" if found["stderr"] is None else f" +- {found['stderr']:.4g}"
+            spread = (
+                "" if found["spread"] is None else f"   spread over {len(found['seeds'])} seeds {found['spread']:.4g}"
+            )
+            print(f"{task:30s} {name:24s} {found['mean']:.6g}{error}{spread}")
         for name, flips in figures.get("flips", {}).items():
             print(
-                f"{task} ({name}): flip rate {flips['flip_rate']:.4f}; {flips['changed']:.4f} of "
-                f"{flips['questions']} questions are not answered alike by all seeds"
+                f"{task:30s} {'flip rate,' + name:24s} {flips['flip_rate']:.4f}   {flips['changed']:.4f} of "
+                f"{flips['questions']:,} questions not answered alike by all seeds"
             )
-    shortened = f", {result['shortened_prompts']} prompts cut from the left" if result["shortened_prompts"] else ""
+    shortened = f", {result['shortened_prompts']:,} prompts cut from the left" if result["shortened_prompts"] else ""
     print(
         f"{result['run']}: {result['forward_passes']:,} rows through the model in {result['seconds']:.1f} s{shortened}"
     )

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_md.cli import main
-from megatron_md.config import Config
-from tests.data.small_corpus import made_up_code
+from tests.evaluate.conftest import run_config
 from tests.ranks import run_ranks
-from tests.train.test_trainer import config_for, pretrain
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer, two corpora and a run of a few steps."""
-    folder = tmp_path_factory.mktemp("likelihood")
-    (folder / "text").mkdir()
-    for number in range(40):
-        (folder / "text" / f"{number}.py").write_text(made_up_code(number), encoding="utf-8")
-    words = ["--input", str(folder / "text"), "--output"]
-    assert main(["tokenizer", "train", *words, str(folder / "tokenizer.model"), "--vocab", "340"]) == 0
-    tokenizer = ["--tokenizer", str(folder / "tokenizer.model")]
-    for split in ("train", "valid"):
-        assert main(["data", "build", *words, str(folder / split), *tokenizer, "--split", split]) == 0
-    run_ranks(pretrain, 1, run_config(folder, "run"))
-    return folder
-
-
-def run_config(folder: Path, name: str, **sections: dict[str, Any]) -> Config:
-    corpora = {split: str(folder / split) for split in ("train", "valid")}
-    base = config_for(folder / name, {**corpora, "tokenizer": str(folder / "tokenizer.model")}, **sections)
-    return replace(base, model=replace(base.model, vocab=340), train=replace(base.train, steps=2))
+def run(trained: Path) -> Path:
+    return trained
 
 
 def evaluate(*words: str) -> int:
@@ -64,7 +44,6 @@ def test_it_is_the_bound_of_training_validation_on_one_rank_and_two(run: Path) -
 
 @pytest.mark.distributed
 def test_runs_are_compared_in_pairs_and_drawn(run: Path) -> None:
-    run_ranks(pretrain, 1, run_config(run, "causal", objective={"name": "autoregressive"}))
     picture = run / "ce.svg"
     found = figures(run, "--against", str(run / "causal"), "--plot", str(picture))
     assert found["estimator"]["name"] == "complementary"
