@@ -31,6 +31,7 @@ from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
 from megatron_md.diffusion.sampler import SamplerConfig
+from megatron_md.diffusion.unmasking import strategies
 from megatron_md.evaluate.conditional import (
     AnswerLikelihood,
     Question,
@@ -166,6 +167,7 @@ class HarnessModel(TemplateLM):
         self.words = Tokenizer(saved.tokenizer)
         self.causal = is_causal(saved, mask_token_id=self.words.mask_token_id)
         self.settings.estimator(causal=self.causal)
+        strategies.get(self.settings.strategy)
         self.max_length = saved.config.model.max_length or saved.config.data.seq_length
         if world is None:
             stack = ExitStack()

@@ -74,6 +74,7 @@ class NelboReport:
         bits_per_byte: where the bytes are known.
         word_ppl: exp(nats of all tokens / words) where the words are known; an upper bound as `ppl_bound`.
         words: of the text as it was given.
+        bytes: of the text that was scored, where they are known.
         tokens: scored tokens.
         rows: rows with any.
         passes: over the rows.
@@ -88,6 +89,7 @@ class NelboReport:
     bits_per_byte: float | None
     word_ppl: float | None
     words: int | None
+    bytes: int | None
     tokens: int
     rows: int
     passes: int
@@ -238,6 +240,7 @@ class NelboTable:
             bits_per_byte=nelbo * tokens / (math.log(2.0) * self.bytes) if self.bytes else None,
             word_ppl=_exp(nelbo * tokens / self.words) if self.words else None,
             words=self.words,
+            bytes=self.bytes,
             tokens=tokens,
             rows=int(np.count_nonzero(self.maskable_R)),
             passes=self.passes,

@@ -211,6 +211,7 @@ def test_the_same_seed_never_flips_and_a_causal_run_needs_no_draws(trained: Path
     ("settings", "message"),
     [
         ({"draw": 3}, "model_args: unknown draw"),
+        ({"strategy": "guess"}, "unknown sampling strategy 'guess'"),
         ({"method": "guess"}, "method 'guess': unknown; use monte_carlo or left_to_right"),
     ],
     ids=str,
