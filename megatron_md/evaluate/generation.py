@@ -41,9 +41,13 @@ def fill(
 ) -> Sample:
     """Continue prompts of one length; a causal model fills one token after the other, whatever the steps and strategy.
 
+    Where nothing predicts a row's first token (`right_shift`) an `<eos>` stands for an empty prompt.
+
     Raises:
         ValueError: as for `sampler.sample`.
     """
+    if denoiser.right_shift:
+        prompts_BP = [prompt or [eos_token_id] for prompt in prompts_BP]
     if denoiser.causal:
         config = replace(config, steps=config.length, block=1, strategy="low_confidence")
     prompts = torch.tensor([list(prompt) for prompt in prompts_BP], dtype=torch.int64, device=denoiser.device)

@@ -233,7 +233,7 @@ def _quality(
         result = fill(
             denoiser, prompts, config, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id
         )
-        return result.tokens_BL.tolist(), result.forward_passes * sizes[number]
+        return result.tokens_BL[:, -config.length :].tolist(), result.forward_passes * sizes[number]
 
     found = shared(world, range(len(sizes)), work)
     seconds = time.perf_counter() - start

@@ -79,6 +79,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ValueError: bad input, with the way out.
     """
+    _check(args)
     # The harness' own bars know nothing of ranks, and its bootstrap would fork a process that has threads.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -141,6 +142,15 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
         }
     _print(result)
     return result
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.limit is not None and not args.limit > 0.0:
+        raise ValueError(f"--limit {args.limit:g}: must be positive, a number of questions or a share below 1")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ValueError(f"--num-fewshot {args.num_fewshot}: must be 0 at least")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {','.join(map(str, args.seeds))}: one is there twice")
 
 
 def summary(per_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

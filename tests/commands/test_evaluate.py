@@ -23,6 +23,9 @@ PAGE = Path(__file__).parents[2] / "docs/evaluation.md"
         (["--nelbo", "a", "--words", "--judge", "b"], "--judge belongs to --generative, not to --nelbo"),
         (["--generative", "--lines"], "--lines belongs to --nelbo, not to --generative"),
         (["--nelbo", "a", "--steps", "8"], "--steps belongs to --tasks or --generative, not to --nelbo"),
+        (["--tasks", "a", "--limit", "0"], "--limit 0: must be positive"),
+        (["--tasks", "a", "--num-fewshot", "-1"], "--num-fewshot -1: must be 0 at least"),
+        (["--tasks", "a", "--seeds", "1,2,1"], "--seeds 1,2,1: one is there twice"),
         (["--tasks", "a", "--steps", "8,16"], "--steps: tasks take one value, not 2"),
     ],
 )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_md.cli import main
-from megatron_md.config import Config
 from tests.data.small_corpus import made_up_code
+from tests.evaluate.trained_run import run_config
 from tests.ranks import run_ranks
-from tests.train.test_trainer import config_for, pretrain
+from tests.train.test_trainer import pretrain
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +28,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(pretrain, 1, run_config(folder, "run"))
     run_ranks(pretrain, 1, run_config(folder, "causal", objective={"name": "autoregressive"}))
     return folder
-
-
-def run_config(folder: Path, name: str, **sections: dict[str, Any]) -> Config:
-    corpora = {split: str(folder / split) for split in ("train", "valid")}
-    base = config_for(folder / name, {**corpora, "tokenizer": str(folder / "tokenizer.model")}, **sections)
-    return replace(base, model=replace(base.model, vocab=340), train=replace(base.train, steps=2))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.evaluate.conftest import run_config
 from tests.evaluate.test_likelihood import evaluate
 from tests.ranks import run_ranks
 
@@ -198,12 +197,12 @@ def test_tasks_give_the_same_figures_on_two_processes(trained: Path, tasks: Path
 
 
 @pytest.mark.distributed
-def test_the_same_seed_never_flips_and_a_causal_run_needs_no_draws(trained: Path, tasks: Path, tmp_path: Path) -> None:
+def test_a_causal_run_needs_no_draws_and_never_flips(trained: Path, tasks: Path, tmp_path: Path) -> None:
     output = tmp_path / "causal.json"
-    words = ["--tasks", "tiny_choice", "--include-path", str(tasks), "--seeds", "1,2,1", "--json", str(output)]
+    words = ["--tasks", "tiny_choice", "--include-path", str(tasks), "--seeds", "1,2", "--json", str(output)]
     assert run_ranks(evaluate, 1, str(trained / "causal"), *words) == [0]
     found = json.loads(output.read_text())
-    assert found["settings"]["method"] == "autoregressive" and found["forward_passes"] == 3 * 4 * 3
+    assert found["settings"]["method"] == "autoregressive" and found["forward_passes"] == 2 * 4 * 3
     assert found["tasks"]["tiny_choice"]["flips"]["none"] == {"flip_rate": 0.0, "changed": 0.0, "questions": 4}
 
 
@@ -251,16 +250,3 @@ def test_bad_tasks_are_refused_in_one_line(trained: Path, tasks: Path, capsys: p
 def test_an_unknown_task_gets_the_nearest_name(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(str(trained / "run"), "--tasks", "helaswag") == 2
     assert "--tasks helaswag: unknown to lm-eval; did you mean hellaswag?" in capsys.readouterr().err
-
-
-def test_layouts_that_do_not_fit_are_refused(trained: Path) -> None:
-    from megatron_md.evaluate.load import open_run
-
-    for split, message in (
-        ({"world_size": 3}, "parallel.tensor 3 does not divide model.heads"),
-        ({"world_size": 3, "pipeline": 3}, "parallel.pipeline 3 does not divide model.layers"),
-        ({"world_size": 3, "tensor": 2}, "--tensor 2 x --pipeline 1 does not divide the 3 processes"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            open_run(trained / "run", **split)  # type: ignore[arg-type]
-    assert run_config(trained, "run").model.layers == 4

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_md.cli import main
-from tests.evaluate.conftest import run_config
+from tests.evaluate.trained_run import run_config
 from tests.ranks import RankError, run_ranks
 
 
@@ -178,3 +178,15 @@ def test_bad_input_is_refused_by_name(run: Path) -> None:
         ("has another tokenizer than", "--against", str(other)),
     ):
         refusal(run, text, *words)
+
+
+def test_layouts_that_do_not_fit_are_refused(run: Path) -> None:
+    from megatron_md.evaluate.load import open_run
+
+    for split, message in (
+        ({"world_size": 3}, "parallel.tensor 3 does not divide model.heads"),
+        ({"world_size": 3, "pipeline": 3}, "parallel.pipeline 3 does not divide model.layers"),
+        ({"world_size": 3, "tensor": 2}, "--tensor 2 x --pipeline 1 does not divide the 3 processes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_run(run / "run", **split)  # type: ignore[arg-type]
