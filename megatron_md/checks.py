@@ -81,6 +81,17 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True) -> La
     return Layout(parallel.tensor, parallel.pipeline, parallel.context, data, micro_batches, world_size)
 
 
+def check_split(config: Config) -> None:
+    """Check only that tensor and pipeline parallelism can split the model, which is all that an evaluation needs.
+
+    Raises:
+        ConfigError: one clear line for each contradiction.
+    """
+    lines = [*_check_tensor_parallel(config), *_check_pipeline(config)]
+    if lines:
+        raise ConfigError(lines)
+
+
 def vocabulary(config: Config) -> int:
     """Vocabulary size of the model: `model.vocab`, else the tokenizer's, else the training shards'.
 

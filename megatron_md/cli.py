@@ -24,7 +24,10 @@ COMMANDS = {
     "data": ("megatron_md.commands.data", "build, verify and show tokenised corpora"),
     "generate": ("megatron_md.evaluate.generate", "write text with a trained model"),
     "convert": ("megatron_md.commands.convert", "convert checkpoints between Hugging Face and Megatron"),
-    "evaluate": ("megatron_md.evaluate.likelihood", "bound a run's likelihood, and compare it with another's"),
+    "evaluate": (
+        "megatron_md.commands.evaluate",
+        "a run's likelihood, its answers to tasks, the quality of its samples",
+    ),
     "inspect": ("megatron_md.commands.inspect", "say what a run or a checkpoint holds"),
     "window": ("megatron_md.commands.window", "predict a window of mask rates from a corpus"),
     "plot": ("megatron_md.evaluate.plot", "draw a run's losses"),

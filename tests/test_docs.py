@@ -48,7 +48,8 @@ SMALLER = {
     "parity sweep": ["sweep.seeds=[1]", "train.steps=2", "train.global_batch_size=16", "train.micro_batch_size=16",
                      "train.device=cpu"],
     "generate": ["--length", "16", "--steps", "4"],
-    "evaluate": ["--rows", "4"],
+    "evaluate --nelbo": ["--rows", "4"],
+    "evaluate --generative": ["--samples", "4", "--length", "16", "--steps", "4"],
 }  # fmt: skip
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -115,10 +116,10 @@ class Runner:
             self._command(shlex.split(command)[1:])
 
     def _command(self, words: list[str]) -> None:
-        name = words[0] if words[0] in SMALLER else " ".join(words[:2])
-        words = [*words, *SMALLER.get(name, [])]
+        names = [words[0], *(f"{words[0]} {word}" for word in words[1:])]
+        words = [*words, *next((SMALLER[name] for name in names if name in SMALLER), [])]
         # These start megatron-core's process groups, of which this process may hold some for other tests.
-        starts_groups = name in ("generate", "evaluate") or "--verify" in words
+        starts_groups = words[0] in ("generate", "evaluate") or "--verify" in words
         code = run_ranks(main_in, 1, self.folder, words)[0] if starts_groups else main_in(self.folder, words)
         assert code == 0, f"megatron-md {shlex.join(words)} returned {code}"
 
@@ -225,7 +226,7 @@ def test_every_yaml_block_is_a_config(document: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_fenced_block_says_what_it_is(document: Path) -> None:
-    assert {name for name, _ in FENCE.findall(document.read_text())} <= {"bash", "yaml"}
+    assert {name for name, _ in FENCE.findall(document.read_text())} <= {"bash", "yaml", "text"}
 
 
 def anchors(document: Path) -> set[str]:

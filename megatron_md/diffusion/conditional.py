@@ -34,12 +34,14 @@ class ConditionalEstimator:
         draws: masked copies of an answer under `monte_carlo`; one suffices for an answer of one token.
         minibatch: draws that share one random offset of l.
         seed: of all draws.
+        right_shift: for `autoregressive`: rows stay as they are, as the model's outputs predict the next token.
     """
 
     method: ConditionalMethod = "monte_carlo"
     draws: int = 128
     minibatch: int = 16
     seed: int = 0
+    right_shift: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in get_args(ConditionalMethod):
@@ -146,7 +148,7 @@ def masked_answers(
     clean_L = np.array([*prompt, *answer], dtype=np.int64)
     is_answer_L = np.arange(len(clean_L)) >= len(prompt)
     if estimator.causal:
-        tokens_DL = shift_right(clean_L[None], mask_token_id)
+        tokens_DL = clean_L[None] if estimator.right_shift else shift_right(clean_L[None], mask_token_id)
         return MaskedAnswers(clean_L, tokens_DL, is_answer_L[None], np.ones(1), 0)
     if estimator.method == "left_to_right" or length == 1:
         place_D = len(prompt) + np.arange(length)[:, None]

@@ -1,9 +1,9 @@
-"""log p(answer | prompt) of questions with several answers, by any model on any layout."""
+"""log p(answer | prompt) of questions with several answers, log p of whole documents, by any model on any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,10 +17,17 @@ from megatron_md.evaluate.scorer import Scorer
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and the answers to choose from, as token ids."""
+    """A prompt and the answers to choose from, as token ids.
+
+    Attributes:
+        prompt: what is given.
+        answers: what is scored.
+        key: random draws hang on it; its place in the list if None. Questions with one key share their draws.
+    """
 
     prompt: Sequence[int]
     answers: Sequence[Sequence[int]]
+    key: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ def conditional_log_likelihoods(
     *,
     mask_token_id: int,
     max_length: int | None = None,
+    on_question: Callable[[], None] = lambda: None,
 ) -> list[list[AnswerLikelihood]]:
     """Score every answer of every question; every rank calls this and gets the same figures.
 
@@ -57,32 +65,101 @@ def conditional_log_likelihoods(
         estimator: how.
         mask_token_id: what masked positions become (the BOS of a causal model).
         max_length: the model's context, checked before anything is scored.
+        on_question: called after each question of this rank's share.
 
     Raises:
         ValueError: an answer is empty or does not fit into the context with its prompt, the prompt or answer contains
-            the mask token, or the estimator does not fit the model.
+            the mask token, a prompt is empty whose answer's first token nothing predicts then, or the estimator does
+            not fit the model.
     """
     if scorer.causal != estimator.causal:
         right = "'autoregressive'" if scorer.causal else "'monte_carlo' or 'left_to_right'"
         raise ValueError(f"method {estimator.method!r} does not fit this model; choose {right}")
     for number, question in enumerate(questions):
-        _check(number, question, mask_token_id, max_length)
+        _check(number, question, mask_token_id, max_length, needs_prompt=scorer.right_shift)
+    estimator = replace(estimator, right_shift=scorer.right_shift)
     first = np.cumsum([0, *(len(question.answers) for question in questions)])
     table_3A = torch.zeros(3, int(first[-1]), dtype=torch.float64)
     for number in range(scorer.data_rank, len(questions), scorer.data_size):
         question = questions[number]
+        key = number if question.key is None else question.key
         for at, answer in enumerate(question.answers):
-            copies = masked_answers(question.prompt, answer, estimator, mask_token_id=mask_token_id, question=number)
+            copies = masked_answers(question.prompt, answer, estimator, mask_token_id=mask_token_id, question=key)
             sum_D = _summed_cross_entropies(scorer, copies)
             if sum_D is not None:
                 figures = [*copies.log_likelihood(sum_D), float(len(copies.tokens_DL))]
                 table_3A[:, first[number] + at] = torch.tensor(figures, dtype=torch.float64)
+        on_question()
     columns = scorer.sum_over_ranks(table_3A).T.tolist()
     found = [AnswerLikelihood(value, stderr, int(passes)) for value, stderr, passes in columns]
     return [found[start:end] for start, end in pairwise(first.tolist())]
 
 
-def _check(number: int, question: Question, mask_token_id: int, max_length: int | None) -> None:
+def windows(tokens: Sequence[int], length: int) -> list[Sequence[int]]:
+    """A document in pieces of at most `length` tokens, one after the other."""
+    return [tokens[start : start + length] for start in range(0, len(tokens), length)]
+
+
+def document_log_likelihoods(
+    scorer: Scorer,
+    documents: Sequence[Sequence[int]],
+    estimator: ConditionalEstimator,
+    *,
+    mask_token_id: int,
+    eos_token_id: int,
+    max_length: int,
+    keys: Sequence[int] | None = None,
+    on_question: Callable[[], None] = lambda: None,
+) -> list[AnswerLikelihood]:
+    """Likelihood of each document without its end; every rank calls this and gets the same figures.
+
+    A document that is longer than the context is cut into disjoint windows, each of which is scored on its own. Where
+    nothing predicts a row's first token (`right_shift`) an `<eos>` goes before each window, as between documents.
+
+    Args:
+        scorer: the model.
+        documents: token ids; none of an empty one.
+        estimator: how; `monte_carlo` gives minus the NELBO of a window.
+        mask_token_id: what masked positions become (the BOS of a causal model).
+        eos_token_id: goes before a window where something must.
+        max_length: the model's context.
+        keys: on which each document's random draws hang; its place by default.
+        on_question: called after each window of this rank's share.
+
+    Raises:
+        ValueError: as for `conditional_log_likelihoods`.
+    """
+    prefix = [eos_token_id] if scorer.right_shift else []
+    pieces = [windows(document, max_length - len(prefix)) for document in documents]
+    # Windows draw apart from each other; what a document draws does not depend on the others.
+    numbers = [number << 20 for number in range(len(pieces))] if keys is None else keys
+    questions = [
+        Question(prefix, [piece], number + at)
+        for number, parts in zip(numbers, pieces, strict=True)
+        for at, piece in enumerate(parts)
+    ]
+    found = iter(
+        conditional_log_likelihoods(
+            scorer, questions, estimator, mask_token_id=mask_token_id, max_length=max_length, on_question=on_question
+        )
+    )
+    return [_sum([next(found)[0] for _ in parts]) for parts in pieces]
+
+
+def _sum(parts: Sequence[AnswerLikelihood]) -> AnswerLikelihood:
+    return AnswerLikelihood(
+        sum(part.log_likelihood for part in parts),
+        sum(part.stderr**2 for part in parts) ** 0.5,
+        sum(part.forward_passes for part in parts),
+    )
+
+
+def _check(number: int, question: Question, mask_token_id: int, max_length: int | None, *, needs_prompt: bool) -> None:
+    if needs_prompt and not len(question.prompt):
+        raise ValueError(
+            f"question {number}: the model's outputs predict the next token, so that nothing predicts the first one "
+            "without a prompt; put an <eos> before it"
+        )
     for at, answer in enumerate(question.answers):
         where = f"question {number}, answer {at}"
         if not len(answer):
@@ -98,7 +175,8 @@ def _check(number: int, question: Question, mask_token_id: int, max_length: int 
 
 def _summed_cross_entropies(scorer: Scorer, copies: MaskedAnswers) -> FloatArray | None:
     """Of each copy; None on ranks that do not hold the last pipeline stage."""
-    batches: list[CorruptedBatch] = list(copies.micro_batches(scorer.micro_batch_size))
+    size = min(scorer.micro_batch_size, len(copies.tokens_DL))
+    batches: list[CorruptedBatch] = list(copies.micro_batches(size))
     real = len(batches)
     # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
     batches += [batches[0]] * (-real % scorer.round_micro_batches)
@@ -106,7 +184,7 @@ def _summed_cross_entropies(scorer: Scorer, copies: MaskedAnswers) -> FloatArray
     if losses is None:
         return None
     sums = [
-        np.bincount(batch.positions_M // batch.tokens_BL.shape[1], nll_M, minlength=scorer.micro_batch_size)
+        np.bincount(batch.positions_M // batch.tokens_BL.shape[1], nll_M, minlength=size)
         for batch, nll_M in zip(batches[:real], losses[:real], strict=True)
     ]
     return np.concatenate(sums)[: len(copies.tokens_DL)].astype(np.float64)

@@ -6,13 +6,13 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_md.arguments import add_model_arguments, positive
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.files import replace_file
 
@@ -21,41 +21,11 @@ if TYPE_CHECKING:
     from megatron_md.evaluate.nelbo import EvaluationRows, NelboReport, NelboTable
     from megatron_md.parallel import World
 
-EXAMPLES = """examples:
-  megatron-md evaluate runs/demo --nelbo corpus/valid
-  megatron-md evaluate runs/demo --nelbo corpus/valid --stderr 0.01 --json demo.json --plot ce_by_rate.png
-  megatron-md evaluate runs/window --nelbo corpus/valid --against runs/uniform
-  torchrun --nproc-per-node 2 -m megatron_md evaluate runs/demo --nelbo README.md       (tensor-parallel)
-
-A causal run gets its exact cross-entropy by the same command.
-"""
-
-ESTIMATORS = ("exact", "complementary", "stratified_t", "plain")
+ROWS = 256  # scored unless told otherwise
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments."""
-    add_model_arguments(parser)
-    parser.add_argument("--nelbo", nargs="+", required=True, metavar="DATA", help="a manifest, or text files")
-    parser.add_argument("--rows", type=positive, default=256, metavar="N", help="most rows to score (256)")
-    parser.add_argument("--estimator", choices=ESTIMATORS, default="complementary", help="which positions are masked")
-    parser.add_argument("--passes", type=int, default=2, metavar="N", help="least passes with new masks (2)")
-    parser.add_argument(
-        "--stderr", type=float, metavar="NATS", help="go on until the masks' part of the error is below"
-    )
-    parser.add_argument("--max-passes", type=int, default=100, metavar="N", help="but make at most so many (100)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the masks (0)")
-    parser.add_argument("--against", metavar="RUN_B", help="compare with another run on the same rows and masks")
-    parser.add_argument("--micro-batch-size", type=positive, default=8, metavar="N", help="rows per forward pass (8)")
-    parser.add_argument("--state", type=Path, metavar="FILE", help="keep what is found, and go on from it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the cross-entropy by mask rate (.png, .svg, .pdf)"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Evaluate, print, and write what was asked for.
+def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Evaluate and print; the figures on the main rank, None elsewhere.
 
     Raises:
         ValueError: bad input, with the way out.
@@ -63,39 +33,51 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from megatron_md import parallel
     from megatron_md.evaluate.load import open_run
-    from megatron_md.evaluate.nelbo import difference
-    from megatron_md.evaluate.rows import evaluation_rows
-    from megatron_md.train.metrics import write_json
+    from megatron_md.evaluate.nelbo import check_passes, difference
+    from megatron_md.evaluate.rows import TextFiles, evaluation_rows
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_passes(args.passes, args.stderr, args.max_passes)
     runs = [
-        open_run(path, world_size=world_size, device=args.device, trust=args.trust)
+        open_run(
+            path,
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            tensor=args.tensor,
+            pipeline=args.pipeline,
+            device=args.device,
+            trust=args.trust,
+        )
         for path in (args.run_path, args.against)
         if path is not None
     ]
     tokenizers = [Tokenizer(saved.tokenizer) for saved in runs]
     if len({tokenizer.sha256 for tokenizer in tokenizers}) > 1:
         raise ValueError(f"{args.against}: has another tokenizer than {args.run_path}, so that tokens do not compare")
-    rows = evaluation_rows(args.nelbo, [saved.config for saved in runs], tokenizers[0], count=args.rows)
+    files = TextFiles(detokenizer=args.detokenizer, lines=args.lines, words=args.words)
+    rows = evaluation_rows(args.nelbo, [saved.config for saved in runs], tokenizers[0], count=_count(args), files=files)
     with parallel.session(runs[0].config) as world:
         tables = [
             _table(saved, tokenizer, world, rows, args, args.state if number == 0 else None)
             for number, (saved, tokenizer) in enumerate(zip(runs, tokenizers, strict=True))
         ]
-        if world.is_main:
-            result: dict[str, Any] = _figures(runs[0], tables[0], args)
-            if len(tables) == 2:
-                result["against"] = _figures(runs[1], tables[1], args)
-                result["difference"] = asdict(difference(*tables))
-            _print(result)
-            if args.json:
-                write_json(args.json, result)
-            if args.plot:
-                plot_ce_by_rate(
-                    {str(saved.checkpoint): table.report() for saved, table in zip(runs, tables, strict=True)},
-                    args.plot,
-                )
-    return 0
+        if not world.is_main:
+            return None
+        result: dict[str, Any] = _figures(runs[0], tables[0], args)
+        if len(tables) == 2:
+            result["against"] = _figures(runs[1], tables[1], args)
+            result["difference"] = asdict(difference(*tables))
+        _print(result)
+        if args.plot:
+            plot_ce_by_rate(
+                {str(saved.checkpoint): table.report() for saved, table in zip(runs, tables, strict=True)}, args.plot
+            )
+    return result
+
+
+def _count(args: argparse.Namespace) -> int:
+    """Most rows: perplexity per word needs whole files."""
+    if args.rows is not None:
+        return int(args.rows)
+    return sys.maxsize if args.words else ROWS
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -105,9 +87,6 @@ def _check(args: argparse.Namespace) -> None:
         picture_format(args.plot)
     if args.state is not None and args.against is not None:
         raise ValueError("--state keeps one run's table; leave out --against")
-    for path in (args.json, args.plot, args.state):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: the folder {path.parent} does not exist")
 
 
 def _table(
@@ -197,6 +176,10 @@ def _print(result: dict[str, Any]) -> None:
             f"  {figures['tokens']:,} tokens in {figures['rows']:,} rows, {figures['passes']} passes, "
             f"{figures['forward_passes']:,} masked rows through the model, estimator {figures['estimator']['name']}"
         )
+        if figures["word_ppl"] is not None:
+            print(
+                f"  perplexity per word {bound}{figures['word_ppl']:.2f} ({figures['words']:,} words as in the files)"
+            )
     if "difference" in result:
         gap = result["difference"]
         print(

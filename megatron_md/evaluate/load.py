@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
+from megatron_md.checkpoint.families import FAMILIES
 from megatron_md.checkpoint.integrity import CheckpointError, read_manifest, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.state import load_model
-from megatron_md.checks import import_plugins
+from megatron_md.checks import check_split, import_plugins, vocabulary
 from megatron_md.config import Config, ParallelConfig, load_config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
@@ -32,7 +37,7 @@ class SavedRun:
 
     Attributes:
         checkpoint: directory with the weights.
-        config: its resolved config, with all processes given to tensor parallelism.
+        config: its resolved config, with the layout of this job.
         step: optimizer steps that it has seen.
         tokenizer: file of its tokenizer.
         trust: load it even if it has no manifest, and import what its config lists under `imports`.
@@ -45,32 +50,66 @@ class SavedRun:
     trust: bool = False
 
 
-def open_run(path: str | Path, *, world_size: int = 1, device: Device = "auto", trust: bool = False) -> SavedRun:
+def open_run(
+    path: str | Path,
+    *,
+    world_size: int = 1,
+    tensor: int | None = None,
+    pipeline: int = 1,
+    device: Device = "auto",
+    trust: bool = False,
+) -> SavedRun:
     """Find the newest complete checkpoint of a run directory, or take a checkpoint directory itself.
 
     Nothing in it is run: its config is data, and `imports` in it are not imported.
 
+    Args:
+        path: run directory or checkpoint.
+        world_size: processes of the job.
+        tensor: tensor-parallel size; what the pipeline leaves of the world if None. The rest is data-parallel.
+        pipeline: pipeline-parallel size.
+        device: where to compute.
+        trust: see `SavedRun`.
+
     Raises:
-        ValueError: there is none; the message says what was looked for.
+        ValueError: there is none (the message says what was looked for), or the model cannot be split so.
         CheckpointError: it has no manifest and is not trusted.
     """
     path = Path(path)
     checkpoint = path if (path / "progress.json").is_file() else latest_checkpoint(path)
     if checkpoint is None:
-        raise ValueError(f"{path}: neither a run directory with a complete checkpoint nor a checkpoint")
+        raise ValueError(_no_run(path))
     if not trust:
         read_manifest(checkpoint)
     config = load_config(checkpoint / "config.yaml", [])
     config = replace(
         config,
-        parallel=ParallelConfig(tensor=world_size, distributed_optimizer=False),
+        parallel=_layout(world_size, tensor, pipeline),
         train=replace(config.train, device=device),
     )
+    check_split(config)
     copies = [checkpoint.parent.parent / "tokenizer.model", Path(config.data.tokenizer or "")]
     tokenizer = next((file for file in copies if file.is_file()), None)
     if tokenizer is None:
         raise ValueError(f"{path}: its tokenizer is not there (looked for {copies[0]} and {copies[1]})")
     return SavedRun(checkpoint, config, read_progress(checkpoint).step, tokenizer, trust)
+
+
+def _no_run(path: Path) -> str:
+    if not (path / "config.json").is_file():
+        return f"{path}: neither a run directory with a complete checkpoint nor a checkpoint"
+    return (
+        f"{path}: a folder of Hugging Face; convert it first: "
+        f"megatron-md convert {path} runs/{path.resolve().name} --to megatron --family {' or '.join(FAMILIES)}"
+    )
+
+
+def _layout(world_size: int, tensor: int | None, pipeline: int) -> ParallelConfig:
+    size = (tensor or 1) * pipeline
+    if world_size % size:
+        split = f"--tensor {tensor or 1} x --pipeline {pipeline}"
+        raise ValueError(f"{split} does not divide the {world_size} processes: start a multiple of {size}")
+    return ParallelConfig(tensor=tensor or world_size // pipeline, pipeline=pipeline, distributed_optimizer=False)
 
 
 def is_causal(run: SavedRun, *, mask_token_id: int) -> bool:
@@ -93,35 +132,76 @@ def is_causal(run: SavedRun, *, mask_token_id: int) -> bool:
 
 
 class LoadedDenoiser:
-    """Calls a model: tokens [B, L] -> logits fp32 [B, L, V], -inf for tokens that it never predicts."""
+    """Calls a model: tokens [B, L] -> logits fp32 [B, L, V], -inf for tokens that it never predicts.
 
-    def __init__(self, run: SavedRun, world: World, tokenizer: Tokenizer) -> None:
+    A causal model predicts each position from those to its left, so that filling a canvas in blocks of one token is its
+    own left-to-right sampling.
+    """
+
+    def __init__(self, run: SavedRun, world: World, tokenizer: Tokenizer, *, may_be_causal: bool = False) -> None:
         """Verify the checkpoint, build the model and read its weights; every rank does this.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or cannot be verified and is not trusted.
-            ValueError: the run trained a causal model, which denoises nothing.
+            ValueError: the run trained a causal model, which denoises nothing, and it may not be one.
         """
         verify(run.checkpoint, trust=run.trust)
-        if is_causal(run, mask_token_id=tokenizer.mask_token_id):
+        self.causal = is_causal(run, mask_token_id=tokenizer.mask_token_id)
+        if self.causal and not may_be_causal:
             raise ValueError(f"{run.checkpoint}: an autoregressive baseline cannot denoise; give a diffusion run")
         self.max_length = run.config.model.max_length or run.config.data.seq_length
         self.device = world.device
         self.right_shift = run.config.objective.right_shift
+        self._vocabulary = vocabulary(run.config)
         chunks: list[Any] = build_model(
-            run.config, world.device, causal=False, mask_token_id=tokenizer.mask_token_id, initialize=False
+            run.config, world.device, causal=self.causal, mask_token_id=tokenizer.mask_token_id, initialize=False
         )
         _load(chunks, run)
+        # What a causal model of ours reads first, as in training; a right-shifted one reads the row itself.
+        self._bos_token_id = tokenizer.mask_token_id if self.causal and not self.right_shift else None
         self._model = chunks[0].eval()
 
     @torch.no_grad()
     def __call__(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Logits at every position."""
-        positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-        logits_BLV: torch.Tensor = self._model(tokens_BL, positions_BL, None)
+        if self._bos_token_id is not None:
+            bos_B1 = tokens_BL.new_full((len(tokens_BL), 1), self._bos_token_id)
+            tokens_BL = torch.cat((bos_B1, tokens_BL[:, :-1]), dim=1)
+        logits_BLV = self._through_stages(tokens_BL)
         if self.right_shift:
             # The output at a position predicts the next one; nothing predicts the first.
             logits_BLV = torch.cat((logits_BLV[:, :1], logits_BLV[:, :-1]), dim=1)
+        return logits_BLV
+
+    def _through_stages(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """The model's own output, which every stage of the pipeline gets."""
+
+        def forward(iterator: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
+            tokens_BL = next(iterator)
+            positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+            return model(tokens_BL, positions_BL, None), lambda logits_BLV, non_loss_data: logits_BLV
+
+        rows, length = tokens_BL.shape
+        found = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter([tokens_BL]),
+            model=self._model,
+            num_microbatches=1,
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            logits_BLV: torch.Tensor = found[0]
+            return logits_BLV
+        shape = (rows, length, self._vocabulary)
+        logits_BLV = found[0].contiguous() if found else torch.empty(shape, device=self.device)
+        dist.broadcast(
+            logits_BLV,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
         return logits_BLV
 
 

@@ -34,6 +34,7 @@ class EvaluationRows:
         tokens_RL: token ids.
         is_maskable_RL: tokens that are scored.
         bytes: bytes of text behind the scored tokens (none for `<eos>`), for bits per byte.
+        words: words of the text behind them, where the rows hold all of it.
         cu_seqlens: per row the boundaries of its documents, for models whose attention keeps them apart.
     """
 
@@ -41,6 +42,7 @@ class EvaluationRows:
     is_maskable_RL: BoolArray
     bytes: int | None = None
     cu_seqlens: list[Int32Array] | None = None
+    words: int | None = None
 
     def __post_init__(self) -> None:
         if not self.is_maskable_RL.any():
@@ -70,6 +72,9 @@ class NelboReport:
         mask_stderr: the part from the masks, which more passes make smaller; nan after one pass, 0 for causal models.
         ppl_bound: exp(nelbo), an upper bound on the perplexity (the perplexity itself of a causal model).
         bits_per_byte: where the bytes are known.
+        word_ppl: exp(nats of all tokens / words) where the words are known; an upper bound as `ppl_bound`.
+        words: of the text as it was given.
+        bytes: of the text that was scored, where they are known.
         tokens: scored tokens.
         rows: rows with any.
         passes: over the rows.
@@ -82,6 +87,9 @@ class NelboReport:
     mask_stderr: float
     ppl_bound: float
     bits_per_byte: float | None
+    word_ppl: float | None
+    words: int | None
+    bytes: int | None
     tokens: int
     rows: int
     passes: int
@@ -112,7 +120,7 @@ class NelboTable:
     def __init__(self, rows: EvaluationRows, estimator: Estimator) -> None:
         self.estimator = estimator
         self.maskable_R = rows.maskable_R
-        self.bytes = rows.bytes
+        self.bytes, self.words = rows.bytes, rows.words
         self.fingerprint = rows.fingerprint
         # [draws, R] of each pass; nan where a row has not been scored.
         self.sums: list[FloatArray] = []
@@ -228,14 +236,21 @@ class NelboTable:
             nelbo=nelbo,
             stderr=total_stderr(values_PR, self.strata_PR(), self.maskable_R),
             mask_stderr=self.mask_stderr(),
-            ppl_bound=math.exp(nelbo) if nelbo < 700.0 else math.inf,
+            ppl_bound=_exp(nelbo),
             bits_per_byte=nelbo * tokens / (math.log(2.0) * self.bytes) if self.bytes else None,
+            word_ppl=_exp(nelbo * tokens / self.words) if self.words else None,
+            words=self.words,
+            bytes=self.bytes,
             tokens=tokens,
             rows=int(np.count_nonzero(self.maskable_R)),
             passes=self.passes,
             forward_passes=int(np.count_nonzero(self._plans()[0])),
             ce_by_rate=[] if self.estimator.causal else self.curve(rate_bins),
         )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700.0 else math.inf
 
 
 def evaluate_nelbo(
@@ -269,10 +284,7 @@ def evaluate_nelbo(
     if scorer.causal != estimator.causal:
         right = "'autoregressive'" if scorer.causal else "one for a denoiser, such as 'exact'"
         raise ValueError(f"estimator {estimator.name!r} does not fit this model; choose {right}")
-    if passes < 1 or max_passes < passes:
-        raise ValueError(f"passes must be at least 1 and at most max_passes {max_passes}, got {passes}")
-    if stderr is not None and not stderr > 0.0:
-        raise ValueError(f"stderr must be positive, got {stderr}")
+    check_passes(passes, stderr, max_passes)
     table = NelboTable(rows, estimator)
     if state is not None:
         table.load_state(state)
@@ -281,6 +293,18 @@ def evaluate_nelbo(
         _score_pass(scorer, rows, table, number, mask_token_id, on_progress)
         number += 1
     return table
+
+
+def check_passes(passes: int, stderr: float | None, max_passes: int) -> None:
+    """Check how often the rows are to be scored.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    if passes < 1 or max_passes < passes:
+        raise ValueError(f"passes must be at least 1 and at most max_passes {max_passes}, got {passes}")
+    if stderr is not None and not stderr > 0.0:
+        raise ValueError(f"stderr must be positive, got {stderr}")
 
 
 def _is_wanted(table: NelboTable, number: int, stderr: float | None, max_passes: int) -> bool:

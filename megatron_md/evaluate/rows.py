@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,59 +13,109 @@ from megatron_md.config import Config
 from megatron_md.data.shards import MANIFEST_NAME, load_manifest
 from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.evaluate.detokenize import detokenize
 from megatron_md.evaluate.nelbo import EvaluationRows
 
 
+@dataclass(frozen=True)
+class TextFiles:
+    """How text files are read.
+
+    Attributes:
+        detokenizer: name of what undoes the tokenisation that the files came with; they stay as they are if None.
+        lines: each line that is not blank is a document, not each file.
+        words: count the words of the files as they are, before any detokenisation.
+    """
+
+    detokenizer: str | None = None
+    lines: bool = False
+    words: bool = False
+
+
 def evaluation_rows(
-    data: Sequence[str], configs: Sequence[Config], tokenizer: Tokenizer, *, count: int
+    data: Sequence[str],
+    configs: Sequence[Config],
+    tokenizer: Tokenizer,
+    *,
+    count: int,
+    files: TextFiles | None = None,
 ) -> EvaluationRows:
     """Rows of L tokens, L being the smallest `data.seq_length` of the runs.
 
     Args:
         data: one manifest (or its folder), whose first `count` rows of validation order are taken; or text files, of
-            whose tokens, `<eos>` after each file, the first `count` rows are.
+            whose tokens, `<eos>` after each document, the first `count` rows are.
         configs: of the runs that are to score the same rows.
         tokenizer: theirs.
         count: most rows.
+        files: how text files are read; as they are, each a document, by default.
 
     Raises:
-        ValueError: data that is not there, was made with another tokenizer, or has nothing to score.
+        ValueError: data that is not there, was made with another tokenizer, or has nothing to score; or words are to be
+            counted where `count` cuts the text.
     """
+    files = files or TextFiles()
     length = min(config.data.seq_length for config in configs)
     corpora = [path for path in data if _is_corpus(Path(path))]
     if corpora and len(data) > 1:
         raise ValueError(f"{corpora[0]}: is a corpus; give it alone, or text files only")
+    words = None
     if corpora:
+        if files != TextFiles():
+            raise ValueError(f"{corpora[0]}: is a corpus; --detokenizer, --lines and --words are for text files")
         manifest = load_manifest(data[0])
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise ValueError(f"{data[0]}: was made with another tokenizer than the run's {tokenizer.path}")
         rows = validation_rows(manifest, length, count)
         tokens_RL, is_maskable_RL, cu_seqlens = rows.tokens_BL, rows.is_maskable_BL, rows.cu_seqlens
     else:
-        tokens_RL, is_maskable_RL, cu_seqlens = _rows_of_files(data, length, tokenizer, count)
+        texts = [_read_text(path) for path in data]
+        words = sum(len(text.split()) for text in texts) if files.words else None
+        documents = _documents(texts, files, tokenizer, None if files.words else count * length)
+        if files.words and sum(map(len, documents)) > count * length:
+            raise ValueError(f"--words needs all of the text, which is longer than {count} rows: leave out --rows")
+        tokens_RL, is_maskable_RL, cu_seqlens = _pack(documents, length, tokenizer, count)
     if any(config.objective.right_shift for config in configs):
         is_maskable_RL[:, 0] = False  # nothing lies to its left that could predict it
     scored = [row[is_scored] for row, is_scored in zip(tokens_RL, is_maskable_RL, strict=True)]
     size = sum(len(tokenizer.decode(row).encode()) for row in scored)
-    return EvaluationRows(tokens_RL, is_maskable_RL, size, cu_seqlens)
+    return EvaluationRows(tokens_RL, is_maskable_RL, size, cu_seqlens, words)
 
 
 def _is_corpus(path: Path) -> bool:
     return path.name == MANIFEST_NAME or path.suffix == ".json" or (path / MANIFEST_NAME).is_file()
 
 
-def _rows_of_files(
-    paths: Sequence[str], length: int, tokenizer: Tokenizer, count: int
+def _read_text(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text ({error}); give a manifest or UTF-8 files") from None
+    if not text.strip():
+        raise ValueError(f"{path}: is empty; there is nothing to score")
+    return text
+
+
+def _documents(texts: Sequence[str], files: TextFiles, tokenizer: Tokenizer, enough: int | None) -> list[Int64Array]:
+    """Tokens of each document with an `<eos>` behind, until there are enough."""
+    documents: list[Int64Array] = []
+    total = 0
+    for text in texts:
+        for part in text.splitlines() if files.lines else [text]:
+            if files.lines and not part.strip():
+                continue
+            plain = part if files.detokenizer is None else detokenize(part, files.detokenizer)
+            documents.append(np.append(tokenizer.encode(plain), tokenizer.eos_token_id))
+            total += len(documents[-1])
+            if enough is not None and total >= enough:
+                return documents
+    return documents
+
+
+def _pack(
+    documents: Sequence[Int64Array], length: int, tokenizer: Tokenizer, count: int
 ) -> tuple[Int64Array, BoolArray, list[Int32Array]]:
-    documents = []
-    for path in paths:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as text ({error}); give a manifest or UTF-8 files") from None
-        documents.append(np.append(tokenizer.encode(text), tokenizer.eos_token_id))
-        if sum(map(len, documents)) >= count * length:
-            break
+    """At most `count` rows, which documents of [tokens] fill one after the other."""
     ends = np.cumsum([len(document) for document in documents])
     tokens = np.concatenate(documents)[: count * length]
     rows = -(-len(tokens) // length)

@@ -25,9 +25,11 @@ class Scorer(Protocol):
         data_size: number of shares.
         round_micro_batches: batches of a call come in multiples of it.
         within_document: its attention keeps the documents of a row apart.
+        right_shift: its outputs predict the next token, so that nothing predicts a row's first one.
     """
 
     causal: bool
+    right_shift: bool
     within_document: bool
     micro_batch_size: int
     data_rank: int
@@ -47,6 +49,7 @@ class StepperScorer:
     def __init__(self, stepper: Stepper) -> None:
         self.causal: bool = stepper.objective.causal
         self.within_document: bool = stepper.within_document
+        self.right_shift: bool = stepper.right_shift
         self.micro_batch_size = stepper.micro_batch_size
         self.data_rank: int = stepper.world.data_rank
         self.data_size: int = stepper.world.data_size
@@ -62,6 +65,7 @@ class DenoiserScorer:
     data_size = 1
     round_micro_batches = 1
     within_document = False
+    right_shift = False
 
     def __init__(
         self,

@@ -1,0 +1,175 @@
+"""`megatron-md evaluate RUN`: likelihood, tasks of lm-evaluation-harness, or quality of samples; one mode a call."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_md.arguments import add_model_arguments, positive
+
+EXAMPLES = """examples:
+  megatron-md evaluate runs/demo --nelbo corpus/valid
+  megatron-md evaluate runs/demo --nelbo corpus/valid --stderr 0.01 --json demo.json --plot ce_by_rate.png
+  megatron-md evaluate runs/window --nelbo corpus/valid --against runs/uniform
+  megatron-md evaluate runs/demo --nelbo wiki.test.tokens --detokenizer wikitext --words
+  megatron-md evaluate runs/demo --tasks hellaswag,arc_easy --seeds 1,2,3 --json tasks.json
+  megatron-md evaluate runs/demo --tasks gsm8k --length 512 --steps 512
+  megatron-md evaluate runs/demo --generative --judge runs/ar --length 128 --steps 8,32,128 --temperatures 0.8,1
+  torchrun --nproc-per-node 2 -m megatron_md evaluate runs/demo --nelbo README.md       (tensor-parallel)
+
+A causal run gets its exact cross-entropy by the same command.
+"""
+
+ESTIMATORS = ("exact", "complementary", "stratified_t", "plain")
+METHODS = ("monte_carlo", "left_to_right")
+DETOKENIZERS = ("ag_news", "lambada", "lm1b", "ptb", "scientific", "wikitext")
+
+# What an option is where it is not given, by mode. An option that a mode does not have is refused there.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "nelbo": {
+        "rows": None, "estimator": "complementary", "passes": 2, "stderr": None, "max_passes": 100, "seed": 0,
+        "against": None, "state": None, "plot": None, "detokenizer": None, "words": False, "lines": False,
+    },
+    "tasks": {
+        "include_path": None, "num_fewshot": None, "limit": None, "seeds": None, "seed": 0, "method": "monte_carlo",
+        "draws": 128, "unsafe_code": False, "length": None, "steps": None, "block": None, "strategy": "low_confidence",
+        "temperatures": None, "guidance": 0.0,
+    },
+    "generative": {
+        "judge": None, "samples": 64, "length": None, "steps": None, "block": None, "strategy": "ancestral",
+        "temperatures": [1.0], "reference": None, "seed": 0,
+    },
+}  # fmt: skip
+
+
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A list of numbers, as in 8,16,32."""
+
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",") if part]
+
+    parse.__name__ = "numbers"
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_model_arguments(parser)
+    mode = parser.add_argument_group("what to evaluate (one of them)")
+    mode.add_argument("--nelbo", nargs="+", metavar="DATA", help="likelihood on a manifest, or text files")
+    mode.add_argument("--tasks", metavar="A,B", help="tasks of lm-evaluation-harness (pip install 'megatron-md[eval]')")
+    mode.add_argument("--generative", action="store_true", help="perplexity of samples under a causal run, and entropy")
+    parser.add_argument("--seed", type=int, help="seed of the masks and of sampling (0)")
+    rows = "rows per forward pass (8)"
+    parser.add_argument(
+        "--micro-batch-size", "--batch-size", dest="micro_batch_size", type=positive, default=8, metavar="N", help=rows
+    )
+    parser.add_argument("--tensor", type=positive, metavar="N", help="tensor-parallel size (all processes)")
+    parser.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline-parallel size (1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    _add_nelbo(parser.add_argument_group("--nelbo"))
+    _add_tasks(parser.add_argument_group("--tasks"))
+    _add_generation(parser.add_argument_group("--generative, and tasks that generate"))
+
+
+def _add_nelbo(group: Any) -> None:
+    group.add_argument("--rows", type=positive, metavar="N", help="most rows to score (256; all with --words)")
+    group.add_argument("--estimator", choices=ESTIMATORS, help="which positions are masked (complementary)")
+    group.add_argument("--passes", type=int, metavar="N", help="least passes with new masks (2)")
+    group.add_argument("--stderr", type=float, metavar="NATS", help="go on until the masks' part of the error is below")
+    group.add_argument("--max-passes", type=int, metavar="N", help="but make at most so many (100)")
+    group.add_argument("--against", metavar="RUN_B", help="compare with another run on the same rows and masks")
+    group.add_argument("--state", type=Path, metavar="FILE", help="keep what is found, and go on from it")
+    group.add_argument("--plot", type=Path, metavar="FILE", help="draw cross-entropy by mask rate (.png, .svg, .pdf)")
+    group.add_argument("--detokenizer", choices=DETOKENIZERS, help="undo the tokenisation that text files came with")
+    group.add_argument("--words", action="store_true", default=None, help="also perplexity per word of the files")
+    group.add_argument("--lines", action="store_true", default=None, help="each line of a file is a document")
+
+
+def _add_tasks(group: Any) -> None:
+    group.add_argument("--include-path", type=Path, metavar="DIR", help="folder with further tasks (YAML)")
+    group.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt (the task's own)")
+    group.add_argument("--limit", type=float, metavar="N", help="only the first N questions of each task, or a share")
+    group.add_argument("--seeds", type=_numbers(int), metavar="1,2,3", help="several seeds: means, spread, flip rates")
+    group.add_argument("--method", choices=METHODS, help="how answers are scored (monte_carlo)")
+    group.add_argument("--draws", type=positive, metavar="N", help="masked copies of an answer (128)")
+    group.add_argument(
+        "--unsafe-code", action="store_true", default=None, help="run tasks that execute what the model writes"
+    )
+
+
+def _add_generation(group: Any) -> None:
+    group.add_argument("--length", type=positive, metavar="N", help="tokens to generate (the task's; the run's row)")
+    group.add_argument("--steps", type=_numbers(positive), metavar="8,16", help="denoising steps (one per token)")
+    group.add_argument("--block", type=positive, metavar="N", help="tokens per block, filled left to right (all)")
+    group.add_argument("--strategy", help="of the sampler (tasks: low_confidence, samples: ancestral)")
+    group.add_argument(
+        "--temperatures", "--temperature", type=_numbers(float), metavar="0.8,1", help="(the task's; samples: 1)"
+    )
+    group.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance of tasks that generate")
+    group.add_argument("--judge", metavar="RUN_AR", help="the causal run that judges the samples")
+    group.add_argument("--samples", type=positive, metavar="N", help="samples for each setting (64)")
+    group.add_argument(
+        "--reference", nargs="+", metavar="DATA", help="text to compare with (the run's data.valid, if it is there)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print, and write what was asked for.
+
+    Raises:
+        ValueError: bad input, with the way out.
+    """
+    mode = _settle(args)
+    for path in (args.json, getattr(args, "plot", None), getattr(args, "state", None)):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    result: dict[str, Any] | None
+    if mode == "nelbo":
+        from megatron_md.evaluate.likelihood import evaluate_likelihood
+
+        result = evaluate_likelihood(args)
+    elif mode == "tasks":
+        from megatron_md.evaluate.tasks import evaluate_tasks
+
+        result = evaluate_tasks(args)
+    else:
+        from megatron_md.evaluate.generative import evaluate_generative
+
+        result = evaluate_generative(args)
+    if result is not None and args.json:
+        from megatron_md.train.metrics import write_json
+
+        write_json(args.json, result)
+    return 0
+
+
+def _settle(args: argparse.Namespace) -> str:
+    """The mode, after its options got their defaults.
+
+    Raises:
+        ValueError: not exactly one mode, or an option of another one.
+    """
+    modes = [mode for mode in DEFAULTS if getattr(args, mode)]
+    if len(modes) != 1:
+        raise ValueError("give one of --nelbo DATA, --tasks NAMES and --generative; see megatron-md evaluate --help")
+    (mode,) = modes
+    known = DEFAULTS[mode]
+    for name in sorted({name for options in DEFAULTS.values() for name in options}):
+        if getattr(args, name) is None:
+            setattr(args, name, known.get(name))
+        elif name not in known:
+            owners = " or ".join(f"--{owner}" for owner, options in DEFAULTS.items() if name in options)
+            raise ValueError(f"--{name.replace('_', '-')} belongs to {owners}, not to --{mode}")
+    if mode == "tasks":
+        args.steps, args.temperature = _one(args.steps, "--steps"), _one(args.temperatures, "--temperature")
+        args.seeds = args.seeds or [args.seed]
+    return mode
+
+
+def _one(values: list[Any] | None, name: str) -> Any:
+    if values is not None and len(values) != 1:
+        raise ValueError(f"{name}: tasks take one value, not {len(values)}")
+    return values[0] if values else None

@@ -1,0 +1,276 @@
+"""`megatron-md evaluate RUN --generative --judge RUN_AR`: how likely samples are to a causal run, and how varied.
+
+A sampler that repeats itself is very likely to any judge, so that perplexities compare only at equal unigram entropy
+(Zheng et al., arXiv 2409.02908): temperatures are swept, and the perplexity is read off where samples are as varied as
+text of the same length. Entropy is that of the tokens within one sample, in nats, averaged over samples; at most the
+log of the length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_md import parallel
+from megatron_md.config import Config
+from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.diffusion.conditional import ConditionalEstimator
+from megatron_md.diffusion.sampler import SamplerConfig
+from megatron_md.evaluate.conditional import document_log_likelihoods
+from megatron_md.evaluate.generation import fill, shared
+from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_run
+from megatron_md.evaluate.rows import evaluation_rows
+from megatron_md.evaluate.scorer import Scorer
+from megatron_md.parallel import World
+
+Tokens = list[int]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What one setting of the sampler gives.
+
+    Attributes:
+        temperature: of the sampler.
+        steps: denoising steps that were allowed.
+        forward_passes: of the model for a sample, on average.
+        perplexity: of the samples under the judge, per token of the judge.
+        stderr: standard error of its logarithm over samples; nan of a single one.
+        entropy: unigram entropy within a sample in nats, averaged over samples.
+        seconds: for all samples.
+    """
+
+    temperature: float
+    steps: int
+    forward_passes: float
+    perplexity: float
+    stderr: float
+    entropy: float
+    seconds: float
+
+
+def unigram_entropy(samples: Sequence[Sequence[int]]) -> float:
+    """Entropy of the token frequencies within a sample, in nats, averaged over samples."""
+    return float(np.mean([_entropy(np.unique(sample, return_counts=True)[1]) for sample in samples]))
+
+
+def _entropy(count_K: np.ndarray[Any, Any]) -> float:
+    share_K = count_K / count_K.sum()
+    return float(-(share_K * np.log(share_K)).sum())
+
+
+def perplexity_at(entropy: float, qualities: Sequence[Quality]) -> float | None:
+    """Perplexity at an entropy: log perplexity by entropy, linear between neighbours; None beyond the settings."""
+    points = sorted((quality.entropy, math.log(quality.perplexity)) for quality in qualities)
+    if not points or not points[0][0] <= entropy <= points[-1][0]:
+        return None
+    entropies, logs = zip(*points, strict=True)
+    return math.exp(float(np.interp(entropy, entropies, logs)))
+
+
+class Judge:
+    """A causal run that says how likely texts are."""
+
+    def __init__(self, saved: SavedRun, words: Tokenizer, scorer: Scorer) -> None:
+        self.words, self.scorer = words, scorer
+        self.max_length = saved.config.model.max_length or saved.config.data.seq_length
+
+    def __call__(self, samples: Sequence[Tokens], tokenizer: Tokenizer) -> tuple[float, float]:
+        """Nats per token of the judge, and their standard error over samples; every rank gets them.
+
+        Where the tokenizers differ the text of each document of a sample is encoded anew.
+        """
+        if tokenizer.sha256 != self.words.sha256:
+            samples = [self._encoded_anew(sample, tokenizer) for sample in samples]
+        samples = [sample for sample in samples if sample]
+        if not samples:
+            return math.nan, math.nan
+        found = document_log_likelihoods(
+            self.scorer,
+            samples,
+            ConditionalEstimator("autoregressive"),
+            mask_token_id=self.words.mask_token_id,
+            eos_token_id=self.words.eos_token_id,
+            max_length=self.max_length,
+        )
+        nats_S = -np.array([sample.log_likelihood for sample in found])
+        tokens_S = np.array([len(sample) for sample in samples])
+        mean, count = nats_S.sum() / tokens_S.sum(), len(samples)
+        spread = (
+            math.sqrt(float(((nats_S - mean * tokens_S) ** 2).sum()) / (count - 1) * count) if count > 1 else math.nan
+        )
+        return float(mean), spread / float(tokens_S.sum())
+
+    def _encoded_anew(self, sample: Tokens, tokenizer: Tokenizer) -> Tokens:
+        tokens: Tokens = []
+        start = 0
+        for end in [at for at, token in enumerate(sample) if token == tokenizer.eos_token_id]:
+            tokens += [*self.words.encode(tokenizer.decode(sample[start:end])).tolist(), self.words.eos_token_id]
+            start = end + 1
+        return tokens + self.words.encode(tokenizer.decode(sample[start:])).tolist()
+
+
+def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Sample with every setting, judge and print; the figures on the main rank, None elsewhere.
+
+    Raises:
+        ValueError: bad input, with the way out.
+    """
+    if args.judge is None:
+        raise ValueError("--generative needs --judge RUN_AR: a causal run, such as an autoregressive baseline")
+    saved, judge = (
+        open_run(
+            path,
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            tensor=args.tensor,
+            pipeline=args.pipeline,
+            device=args.device,
+            trust=args.trust,
+        )
+        for path in (args.run_path, args.judge)
+    )
+    tokenizer, judge_words = Tokenizer(saved.tokenizer), Tokenizer(judge.tokenizer)
+    if not is_causal(judge, mask_token_id=judge_words.mask_token_id):
+        raise ValueError(f"--judge {args.judge}: is not causal, so that it has no exact perplexity; give a causal run")
+    train = replace(saved.config.train, micro_batch_size=args.micro_batch_size)
+    saved, judge = (replace(run, config=replace(run.config, train=train)) for run in (saved, judge))
+    settings = _settings(args, saved, causal=is_causal(saved, mask_token_id=tokenizer.mask_token_id))
+    reference = _reference(args, saved.config, tokenizer, settings[0].length)
+    with parallel.session(saved.config) as world:
+        denoiser = LoadedDenoiser(saved, world, tokenizer, may_be_causal=True)
+        judging = Judge(judge, judge_words, load_scorer(judge, world, judge_words))
+        text = None if reference is None else _text_quality(reference, judging, tokenizer)
+        if world.is_main:
+            _print_head(str(saved.checkpoint), args, settings[0].length, text)
+        qualities = []
+        for setting in settings:
+            qualities.append(_quality(setting, args.samples, denoiser, judging, world, tokenizer))
+            if world.is_main:
+                _print_quality(qualities[-1])
+    if not world.is_main:
+        return None
+    matched = _matched(qualities, text)
+    for steps, value in matched.items():
+        found = "no two temperatures lie around it" if value is None else f"perplexity {value:.2f}"
+        print(f"at the text's entropy, {steps} steps: {found}")
+    return {
+        "run": str(saved.checkpoint),
+        "judge": str(judge.checkpoint),
+        "samples": args.samples,
+        "length": settings[0].length,
+        "strategy": args.strategy,
+        "seed": args.seed,
+        "text": text,
+        "settings": [asdict(quality) for quality in qualities],
+        "perplexity_at_text_entropy": {str(steps): value for steps, value in matched.items()},
+    }
+
+
+def _settings(args: argparse.Namespace, saved: SavedRun, *, causal: bool) -> list[SamplerConfig]:
+    """Of the sampler, checked: every temperature with every number of steps (one for a causal run)."""
+    context = saved.config.model.max_length or saved.config.data.seq_length
+    length = args.length or saved.config.data.seq_length
+    if length > context:
+        raise ValueError(f"--length {length} exceeds the {context} positions of {saved.checkpoint}")
+    steps = [length] if causal or not args.steps else args.steps
+    return [
+        SamplerConfig(
+            length=length,
+            steps=count,
+            block=1 if causal else args.block,
+            strategy="low_confidence" if causal else args.strategy,
+            temperature=temperature,
+            seed=args.seed,
+        )
+        for temperature in args.temperatures
+        for count in steps
+    ]
+
+
+def _reference(args: argparse.Namespace, config: Config, tokenizer: Tokenizer, length: int) -> list[Tokens] | None:
+    """Rows of real text, as long as the samples."""
+    valid = config.data.valid
+    data = args.reference or ([valid] if valid is not None and Path(valid).exists() else None)
+    if data is None:
+        return None
+    rows = evaluation_rows(
+        data, [replace(config, data=replace(config.data, seq_length=length))], tokenizer, count=args.samples
+    )
+    # A row that is not full has less to vary in.
+    is_full_R = rows.is_maskable_RL[:, 1:].all(axis=1)
+    if not is_full_R.any():
+        raise ValueError(
+            f"{' '.join(data)}: holds less than the {length} tokens of a sample; give --reference more text"
+        )
+    found: list[Tokens] = rows.tokens_RL[is_full_R].tolist()
+    return found
+
+
+def _text_quality(reference: list[Tokens], judging: Judge, tokenizer: Tokenizer) -> dict[str, float]:
+    nats, stderr = judging(reference, tokenizer)
+    return {"perplexity": math.exp(nats), "stderr": stderr, "entropy": unigram_entropy(reference)}
+
+
+def _quality(
+    setting: SamplerConfig, count: int, denoiser: LoadedDenoiser, judging: Judge, world: World, tokenizer: Tokenizer
+) -> Quality:
+    """Sample in batches with seeds of their own, which data-parallel ranks share; every rank judges."""
+    size = judging.scorer.micro_batch_size
+    sizes = [min(size, count - start) for start in range(0, count, size)]
+    start = time.perf_counter()
+
+    def work(number: int) -> tuple[list[Tokens], int]:
+        config = replace(setting, seed=setting.seed + number)
+        prompts: list[Tokens] = [[]] * sizes[number]
+        result = fill(
+            denoiser, prompts, config, mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id
+        )
+        return result.tokens_BL[:, -config.length :].tolist(), result.forward_passes * sizes[number]
+
+    found = shared(world, range(len(sizes)), work)
+    seconds = time.perf_counter() - start
+    samples = [sample for batch, _ in found for sample in batch]
+    nats, stderr = judging(samples, tokenizer)
+    return Quality(
+        temperature=setting.temperature,
+        steps=setting.total_steps,
+        forward_passes=sum(passes for _, passes in found) / count,
+        perplexity=math.exp(nats) if nats < 700.0 else math.inf,
+        stderr=stderr,
+        entropy=unigram_entropy(samples),
+        seconds=seconds,
+    )
+
+
+def _matched(qualities: Sequence[Quality], text: dict[str, float] | None) -> dict[int, float | None]:
+    """By the number of steps, perplexity at the text's entropy."""
+    if text is None:
+        return {}
+    steps = dict.fromkeys(quality.steps for quality in qualities)
+    return {
+        count: perplexity_at(text["entropy"], [quality for quality in qualities if quality.steps == count])
+        for count in steps
+    }
+
+
+def _print_head(run: str, args: argparse.Namespace, length: int, text: dict[str, float] | None) -> None:
+    print(f"{run}, {args.samples} samples of {length} tokens for each line, judged by {args.judge}")
+    print("temperature   steps  forward passes  perplexity (+- of its log)  entropy  seconds")
+    if text is not None:
+        blank = " " * 24
+        print(f"{'text':>11s}{blank} {text['perplexity']:>11.2f} {text['stderr']:>14.4f} {text['entropy']:>9.3f}")
+
+
+def _print_quality(quality: Quality) -> None:
+    print(
+        f"{quality.temperature:>11g} {quality.steps:>7d} {quality.forward_passes:>15.1f} {quality.perplexity:>11.2f} "
+        f"{quality.stderr:>14.4f} {quality.entropy:>9.3f} {quality.seconds:>8.1f}"
+    )

@@ -1,0 +1,252 @@
+"""The model behind lm-evaluation-harness: exact where it can be, the same on every layout, text that ends rightly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.evaluate.test_likelihood import evaluate
+from tests.ranks import run_ranks
+
+pytest.importorskip("lm_eval", reason="needs lm-eval: make test-harness")
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {file}}}
+test_split: test
+output_type: {kind}
+"""
+CHOICE = """doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+ROLLING = """doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
+"""
+GENERATE = """doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["zzz"], max_gen_toks: 8, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+GROUP = """group: tiny
+task: [tiny_choice, tiny_generate]
+aggregate_metric_list:
+  - {metric: acc, filter_list: none}
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with three local tasks and a group of two."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    documents = [
+        {"question": f"def name_{number}(x):", "choices": ["return x", "x = 1", "pass"], "answer": number % 3}
+        for number in range(4)
+    ]
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    for name, kind, rest in (
+        ("choice", "multiple_choice", CHOICE),
+        ("rolling", "loglikelihood_rolling", ROLLING),
+        ("generate", "generate_until", GENERATE),
+    ):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=f"tiny_{name}", file=data, kind=kind) + rest)
+    (folder / "group.yaml").write_text(GROUP)
+    return folder
+
+
+def request(kind: str, *arguments: Any, doc: int = 0) -> Any:
+    from lm_eval.api.instance import Instance
+
+    return Instance(kind, {}, arguments, 0, ("task", doc, 1))
+
+
+def answers(run: Path, tensor: int = 1, pipeline: int = 1) -> dict[str, Any]:
+    """On a rank: what a run says to some requests."""
+    from megatron_md.evaluate.harness import HarnessModel
+
+    model = HarnessModel(run, tensor=tensor, pipeline=pipeline, draws=8, batch_size=3, device="cpu")
+    choices = [("def f(x):", " return x"), ("def f(x):", " pass"), ("import os\n" * 30, " y = x + 1")]
+    texts = ["def f(x):\n    return x\n", "x = 1\n" * 30, ""]
+    ways = [{"max_gen_toks": 6}, {"max_gen_toks": 6, "until": "e"}, {"max_gen_toks": 12, "until": ["zzz"]}]
+    return {
+        "likelihoods": model.loglikelihood(
+            [request("loglikelihood", *pair, doc=at // 2) for at, pair in enumerate(choices)]
+        ),
+        "rolling": model.loglikelihood_rolling(
+            [request("loglikelihood_rolling", text, doc=at) for at, text in enumerate(texts)]
+        ),
+        "texts": model.generate_until(
+            [request("generate_until", context, way) for context in ("x = ", "", "def f(") for way in ways]
+        ),
+        "passes": model.forward_passes,
+        "shortened": model.shortened,
+    }
+
+
+@pytest.mark.distributed
+def test_answers_are_the_same_on_every_layout(trained: Path) -> None:
+    (one,) = run_ranks(answers, 1, trained / "run")
+    assert [greedy for _, greedy in one["likelihoods"]] == [False] * 3 and one["rolling"][2] == 0.0
+    # The third question has one continuation: greedy decoding is tried; its prompt did not fit.
+    assert one["shortened"] == 1 and len(one["texts"]) == 9 and any(one["texts"])
+    assert all("e" not in text for text in one["texts"][1::3])
+    for tensor, pipeline in ((2, 1), (1, 1), (1, 2)):
+        for found in run_ranks(answers, 2, trained / "run", tensor, pipeline):
+            for key in ("likelihoods", "rolling"):
+                torch.testing.assert_close(torch.tensor(found[key]), torch.tensor(one[key]), rtol=1e-5, atol=0.0)
+            assert {key: found[key] for key in ("texts", "passes", "shortened")} == {
+                key: one[key] for key in ("texts", "passes", "shortened")
+            }, (tensor, pipeline)
+
+
+def exactness(causal: Path, denoiser: Path) -> None:
+    """On a rank: likelihoods against the logits that they are made of."""
+    from megatron_md.evaluate.harness import HarnessModel
+
+    model = HarnessModel(causal, device="cpu")
+    context, text = "def f(x):", "\n    return x + 1\n"
+    prompt, answer = model._encode(context, text)
+    tokens = torch.tensor([[*prompt, *answer]])
+    logp_LV = model.denoiser(tokens)[0].log_softmax(dim=-1)
+    expected = sum(logp_LV[at, token].item() for at, token in enumerate(tokens[0].tolist()) if at >= len(prompt))
+    ((found, _),) = model.loglikelihood([request("loglikelihood", context, text)])
+    assert found == pytest.approx(expected, rel=1e-5)
+    # The exact log-likelihood of a whole text is that of its parts, and long ones go in windows.
+    whole = context + text
+    assert model._encode_pair(context, text) == (prompt, answer)
+    ((start, _),) = model.loglikelihood([request("loglikelihood", "", context)])
+    assert model.loglikelihood_rolling([request("loglikelihood_rolling", whole)])[0] == pytest.approx(
+        start + found, rel=1e-5
+    )
+    long = model.tok_encode(whole * 4)
+    assert len(long) > model.max_length == 32
+    pieces = [long[at : at + 32] for at in range(0, len(long), 32)]
+    logs = [model.denoiser(torch.tensor([piece]))[0].log_softmax(dim=-1) for piece in pieces]
+    expected = sum(
+        log_LV[at, token].item() for log_LV, piece in zip(logs, pieces, strict=True) for at, token in enumerate(piece)
+    )
+    assert model.loglikelihood_rolling([request("loglikelihood_rolling", whole * 4)])[0] == pytest.approx(
+        expected, rel=1e-5
+    )
+    # What greedy decoding gives is recognised, and nothing else.
+    filled = torch.tensor([prompt])
+    for _ in range(3):
+        logits_LV = model.denoiser(torch.cat([filled, torch.zeros(1, 1, dtype=torch.int64)], dim=1))[0]
+        filled = torch.cat([filled, logits_LV[-1].argmax().reshape(1, 1)], dim=1)
+    greedy = filled[0, len(prompt) :].tolist()
+    assert model._is_greedy((prompt, greedy)) == (True, 3)
+    assert not model._is_greedy((prompt, [*greedy[:2], (greedy[2] + 1) % 300]))[0]
+    _one_token(denoiser, model.world)
+
+
+def _one_token(denoiser: Path, world: Any) -> None:
+    """An answer of one token is scored exactly, with one draw, by a masked model too."""
+    from megatron_md.evaluate.harness import HarnessModel
+
+    model = HarnessModel(denoiser, world=world, device="cpu", method="left_to_right")
+    prompt, answer = model._encode("def f(x)", ":")
+    assert len(answer) == 1
+    logp_LV = model.denoiser(torch.tensor([[*prompt, model.words.mask_token_id]]))[0].log_softmax(dim=-1)
+    before = model.forward_passes
+    ((found, greedy),) = model.loglikelihood([request("loglikelihood", "def f(x)", ":")])
+    assert found == pytest.approx(logp_LV[-1, answer[0]].item(), rel=1e-5)
+    assert greedy == (int(logp_LV[-1].argmax()) == answer[0]) and model.forward_passes == before + 2
+
+
+@pytest.mark.distributed
+def test_likelihoods_are_those_of_the_logits(trained: Path) -> None:
+    run_ranks(exactness, 1, trained / "causal", trained / "run")
+
+
+@pytest.mark.distributed
+def test_tasks_give_the_same_figures_on_two_processes(trained: Path, tasks: Path, tmp_path: Path) -> None:
+    words = ["--tasks", "tiny,tiny_rolling", "--include-path", str(tasks), "--draws", "8", "--seeds", "1,2"]
+    found = []
+    for ranks in (1, 2):
+        output = tmp_path / f"{ranks}.json"
+        code = run_ranks(evaluate, ranks, str(trained / "run"), *words, "--json", str(output))
+        assert code == [0] * ranks
+        found.append(json.loads(output.read_text()))
+    one, two = found
+    assert one["forward_passes"] == two["forward_passes"] and one["settings"]["draws"] == 8
+    assert one["tasks"].keys() == {"tiny", "tiny_choice", "tiny_generate", "tiny_rolling"}
+    for task, figures in one["tasks"].items():
+        for name, metric in figures["metrics"].items():
+            assert two["tasks"][task]["metrics"][name]["seeds"] == pytest.approx(metric["seeds"], rel=1e-5)
+        assert two["tasks"][task]["flips"] == figures["flips"]
+    choice = one["tasks"]["tiny_choice"]
+    assert choice["metrics"].keys() == {"acc,none", "acc_norm,none"} and choice["flips"]["none"]["questions"] == 4
+    assert one["tasks"]["tiny"]["flips"]["none"]["questions"] == 8 and one["tasks"]["tiny_rolling"]["flips"] == {}
+    bits = one["tasks"]["tiny_rolling"]["metrics"]["bits_per_byte,none"]
+    assert bits["mean"] > 1.0 and bits["spread"] > 0.0
+
+
+@pytest.mark.distributed
+def test_a_causal_run_needs_no_draws_and_never_flips(trained: Path, tasks: Path, tmp_path: Path) -> None:
+    output = tmp_path / "causal.json"
+    words = ["--tasks", "tiny_choice", "--include-path", str(tasks), "--seeds", "1,2", "--json", str(output)]
+    assert run_ranks(evaluate, 1, str(trained / "causal"), *words) == [0]
+    found = json.loads(output.read_text())
+    assert found["settings"]["method"] == "autoregressive" and found["forward_passes"] == 2 * 4 * 3
+    assert found["tasks"]["tiny_choice"]["flips"]["none"] == {"flip_rate": 0.0, "changed": 0.0, "questions": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draw": 3}, "model_args: unknown draw"),
+        ({"strategy": "guess"}, "unknown sampling strategy 'guess'"),
+        ({"method": "guess"}, "method 'guess': unknown; use monte_carlo or left_to_right"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str, trained: Path) -> None:
+    from megatron_md.evaluate.harness import HarnessModel
+
+    with pytest.raises(ValueError, match=message):
+        HarnessModel(trained / "run", device="cpu", **settings)
+
+
+def test_a_canvas_must_leave_room_for_the_prompt() -> None:
+    from megatron_md.evaluate.harness import HarnessSettings
+
+    settings = HarnessSettings(block=4)
+    assert settings.sampler({"max_gen_toks": 9}, 32).length == 12
+    with pytest.raises(ValueError, match="256 tokens to generate leave no room for a prompt in the model's 32"):
+        settings.sampler({}, 32)
+    sampled = HarnessSettings().sampler({"max_gen_toks": 8, "do_sample": True, "temperature": 0.7, "top_p": 0.9}, 32)
+    assert (sampled.temperature, sampled.top_p) == (0.7, 0.9)
+
+
+def test_bad_tasks_are_refused_in_one_line(trained: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tasks / "lost.yaml").write_text(TASK.format(name="tiny_lost", file="nowhere.jsonl", kind="multiple_choice"))
+    for name, text in (
+        ("tiny_lost", "--tasks tiny_lost: cannot be loaded"),
+        ("tiny,tiny_choice", "--tasks tiny_choice: tiny_choice is part of another one"),
+        (",", "give names of tasks"),
+    ):
+        assert evaluate(str(trained / "run"), "--tasks", name, "--include-path", str(tasks)) == 2
+        assert text in capsys.readouterr().err.splitlines()[-1]
+    assert evaluate(str(trained / "run"), "--tasks", "a", "--include-path", str(tasks / "no")) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_unknown_task_gets_the_nearest_name(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(str(trained / "run"), "--tasks", "helaswag") == 2
+    assert "--tasks helaswag: unknown to lm-eval; did you mean hellaswag?" in capsys.readouterr().err
