@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -107,21 +108,25 @@ class Learning:
 
 @dataclass
 class AccuracyReport(Callback):
-    """Measures every `every` steps and after the last one, adds to the record, and ends the run at the goal."""
+    """Measures every `every` steps and after the last one, adds to the record, and ends the run at the goal.
+
+    `signal_probability` gives P_S at a progress of the run in [0, 1].
+    """
 
     train: LabelEvaluator
     valid: LabelEvaluator
     every: int
     last_step: int
     stop_at: float | None
-    signal_probability: float
+    signal_probability: Callable[[float], float]
     learning: Learning = field(default_factory=Learning)
     is_at_goal: bool = False
 
     def after_step(self, trainer: Trainer, record: Record) -> None:
         """Measure where it is due."""
         step = trainer.progress.step
-        record["signal_probability"] = self.signal_probability
+        # All batches have one size, so this is the progress that the step's mask rates were drawn at.
+        record["signal_probability"] = self.signal_probability((step - 1) / self.last_step)
         if step % self.every and step != self.last_step:
             return
         record["train_accuracy"], record["train_label_ce"] = self.train.run()

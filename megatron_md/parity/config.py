@@ -118,7 +118,7 @@ class ParityConfig:
     ] = field(default_factory=ObjectiveConfig)
     optimizer: Annotated[OptimizerConfig, Doc("AdamW and its learning rate")] = field(default_factory=OptimizerConfig)
     train: Annotated[TrainConfig, Doc("the loop")] = field(default_factory=TrainConfig)
-    log: Annotated[LogConfig, Doc("logging; every_steps is at most accuracy.every_steps")] = field(
+    log: Annotated[LogConfig, Doc("logging; every_steps divides accuracy.every_steps")] = field(
         default_factory=LogConfig
     )
     megatron: Annotated[MegatronConfig, Doc("pass-through to megatron-core")] = field(default_factory=MegatronConfig)
@@ -169,7 +169,7 @@ def check_parity(config: ParityConfig, world_size: int = 1) -> None:
     Raises:
         ConfigError: one clear line for each contradiction.
     """
-    lines = [*_check_task(config.task), *_check_model(config, world_size), *_check_objective(config)]
+    lines = [*_check_task(config.task), *_check_model(config, world_size), *_check_rest(config)]
     training = training_config(config)
     if config.objective.name == DIRECT:
         # Known to this package only; everything else about the run is checked as ever.
@@ -211,10 +211,15 @@ def _check_model(config: ParityConfig, world_size: int) -> Iterator[str]:
             yield "denoiser uniform_attention runs on the CPU: set train.device=cpu or auto"
 
 
-def _check_objective(config: ParityConfig) -> Iterator[str]:
+def _check_rest(config: ParityConfig) -> Iterator[str]:
     if config.objective.mask_logit == "keep":
         yield "objective.mask_logit keep: label accuracy needs exactly two tokens to choose from; set exclude"
     if config.objective.name == "autoregressive":
         yield "objective.name autoregressive: the label of a causal model sees no mask; use direct_supervision"
+    if config.accuracy.every_steps % config.log.every_steps:
+        yield (
+            f"accuracy.every_steps {config.accuracy.every_steps} is no multiple of log.every_steps "
+            f"{config.log.every_steps}: some measurements would not be logged"
+        )
     if config.train.batch_ramp is not None:
         yield "train.batch_ramp: parity runs have one batch size"

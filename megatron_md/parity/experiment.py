@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +44,7 @@ def run_experiment(
 
     Returns:
         The summary, as in RUN/summary.json: `status` (`finished`, or `stopped` by a signal), `step`, the fields of
-        `Learning`, `signal_probability`, `seconds`.
+        `Learning`, `signal_probability` (at the start), `secret`, `seconds`.
     """
     training = training_config(config)
     import_plugins(training)
@@ -66,7 +66,7 @@ def run_experiment(
             "status": "stopped" if trainer.stopped_by and not accuracy.is_at_goal else "finished",
             "step": trainer.progress.step,
             **asdict(accuracy.learning),
-            "signal_probability": accuracy.signal_probability,
+            "signal_probability": accuracy.signal_probability(0.0),
             "secret": list(task.secret),
             "seconds": time.time() - start,
         }
@@ -75,11 +75,12 @@ def run_experiment(
     return summary
 
 
-def theoretical_signal_probability(config: ParityConfig) -> float:
-    """P_S of the run's schedule at its start; NaN under direct supervision of visible inputs, which draws no t."""
+def theoretical_signal_probability(config: ParityConfig) -> Callable[[float], float]:
+    """P_S of the run's schedule at a progress; NaN under direct supervision, which masks every label."""
     if config.objective.name == DIRECT:
-        return float("nan")
-    return schedule_signal_probability(parse_schedule(config.objective.mask_schedule), config.task.k)
+        return lambda progress: float("nan")
+    schedule = parse_schedule(config.objective.mask_schedule)
+    return lambda progress: schedule_signal_probability(schedule, config.task.k, progress)
 
 
 @contextmanager

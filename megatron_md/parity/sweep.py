@@ -152,10 +152,11 @@ def run_sweep(config: ParityConfig, *, workers: int) -> int:
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that start clean and do not outlive an interrupt or a SIGTERM."""
+    """Processes that start clean and do not outlive this one, however it ends."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     try:
         yield pool
     except BaseException:
@@ -164,6 +165,18 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the sweep is gone (kill -9): it would go on writing where the next sweep does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers are children of the sweep"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_in_worker(config: ParityConfig) -> None:

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
         ({"model": {"preset": "tiny"}}, "model.preset: presets are for language models"),
         ({"model": {"heads": 3}}, "model.heads 3 does not divide model.hidden 16"),
         ({"train": {"global_batch_size": 18}}, "train.global_batch_size 18 is no multiple of 4"),
+        ({"accuracy": {"every_steps": 5}, "log": {"every_steps": 2}}, "5 is no multiple of log.every_steps 2"),
         ({"parallel": {"tensor": 2}}, "the layout needs 2 processes"),
     ],
 )  # fmt: skip

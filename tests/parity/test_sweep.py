@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +143,34 @@ def test_a_sweep_resumes_and_survives_a_failed_run(
     monkeypatch.setattr(sweep, "_pool", lambda workers: _InProcess(started))
     assert run_sweep(config, workers=1) == 0
     assert started == [runs[1].config.run_dir]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_sweep_leaves_no_worker_and_is_resumed(tmp_path: Path) -> None:
+    config = small(
+        tmp_path / "sweep",
+        denoiser="uniform_attention",
+        accuracy={"every_steps": 100, "stop_at": None},
+        train={"steps": 400},
+        sweep={"seeds": [1, 2]},
+    )
+    file = tmp_path / "sweep.yaml"
+    file.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "megatron_md", "parity", "sweep", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    second = tmp_path / "sweep/run/seed_2/metrics.jsonl"
+    for _ in range(2500):
+        if second.exists():
+            break
+        time.sleep(0.1)
+    process.kill()
+    # The worker holds the pipe open: it is gone once this returns.
+    process.communicate(timeout=30)
+    assert json.loads(second.with_name("summary.json").read_text())["status"] == "running"
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "2 runs, 1 of them done already" in done.stderr
+    assert [row["seed"] for row in read_csv(tmp_path / "sweep")] == ["1", "2"]
 
 
 class _InProcess:

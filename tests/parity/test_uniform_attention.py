@@ -95,3 +95,13 @@ def test_records_of_a_run(tmp_path: Path) -> None:
     assert {"train_accuracy", "valid_accuracy", "weight_norm", "signal_probability"} <= records[3].keys()
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["status"] == "finished" and summary["step"] == 4 and np.isfinite(summary["largest_gap"])
+
+
+def test_records_follow_a_curriculums_signal_probability(tmp_path: Path) -> None:
+    stages = [{"until": 0.5, "schedule": "point:0.25"}, {"until": 1, "schedule": "uniform:0,1"}]
+    schedule = {"name": "curriculum", "stages": stages}
+    summary = run_experiment(small(tmp_path, denoiser="uniform_attention", objective={"mask_schedule": schedule}))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # k = 2: 3 t (1 - t)^2 at t = 1/4, and 1 / (k + 2) on the full range.
+    assert [record["signal_probability"] for record in records] == pytest.approx([27 / 64] * 2 + [1 / 4] * 2)
+    assert summary["signal_probability"] == pytest.approx(27 / 64)
