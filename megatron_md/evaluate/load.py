@@ -32,7 +32,7 @@ class SavedRun:
 
     Attributes:
         checkpoint: directory with the weights.
-        config: its resolved config, with all processes given to tensor parallelism.
+        config: its resolved config, with the layout that this job has.
         step: optimizer steps that it has seen.
         tokenizer: file of its tokenizer.
         trust: load it even if it has no manifest, and import what its config lists under `imports`.
@@ -45,13 +45,18 @@ class SavedRun:
     trust: bool = False
 
 
-def open_run(path: str | Path, *, world_size: int = 1, device: Device = "auto", trust: bool = False) -> SavedRun:
+def open_run(
+    path: str | Path, *, world_size: int = 1, pipeline: int = 1, device: Device = "auto", trust: bool = False
+) -> SavedRun:
     """Find the newest complete checkpoint of a run directory, or take a checkpoint directory itself.
+
+    Its processes are pipeline stages, `pipeline` of them, and tensor-parallel within each.
 
     Nothing in it is run: its config is data, and `imports` in it are not imported.
 
     Raises:
-        ValueError: there is none; the message says what was looked for.
+        ValueError: there is none (the message says what was looked for), or `pipeline` does not divide the processes
+            or the layers.
         CheckpointError: it has no manifest and is not trusted.
     """
     path = Path(path)
@@ -61,9 +66,14 @@ def open_run(path: str | Path, *, world_size: int = 1, device: Device = "auto", 
     if not trust:
         read_manifest(checkpoint)
     config = load_config(checkpoint / "config.yaml", [])
+    if world_size % pipeline or config.model.layers % pipeline:
+        raise ValueError(
+            f"--pipeline {pipeline} must divide the {world_size} process(es) and the {config.model.layers} layers of "
+            f"{path}"
+        )
     config = replace(
         config,
-        parallel=ParallelConfig(tensor=world_size, distributed_optimizer=False),
+        parallel=ParallelConfig(tensor=world_size // pipeline, pipeline=pipeline, distributed_optimizer=False),
         train=replace(config.train, device=device),
     )
     copies = [checkpoint.parent.parent / "tokenizer.model", Path(config.data.tokenizer or "")]
@@ -107,22 +117,11 @@ class LoadedDenoiser:
             raise ValueError(f"{run.checkpoint}: an autoregressive baseline cannot denoise; give a diffusion run")
         self.max_length = run.config.model.max_length or run.config.data.seq_length
         self.device = world.device
-        self.right_shift = run.config.objective.right_shift
-        chunks: list[Any] = build_model(
-            run.config, world.device, causal=False, mask_token_id=tokenizer.mask_token_id, initialize=False
-        )
-        _load(chunks, run)
-        self._model = chunks[0].eval()
+        self._stepper = _stepper(run, world, tokenizer, causal=False)
 
-    @torch.no_grad()
     def __call__(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Logits at every position."""
-        positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-        logits_BLV: torch.Tensor = self._model(tokens_BL, positions_BL, None)
-        if self.right_shift:
-            # The output at a position predicts the next one; nothing predicts the first.
-            logits_BLV = torch.cat((logits_BLV[:, :1], logits_BLV[:, :-1]), dim=1)
-        return logits_BLV
+        """Logits at every position; every rank calls this with the same tokens."""
+        return self._stepper.logits(tokens_BL)
 
 
 def load_scorer(run: SavedRun, world: World, tokenizer: Tokenizer) -> StepperScorer:
@@ -133,6 +132,11 @@ def load_scorer(run: SavedRun, world: World, tokenizer: Tokenizer) -> StepperSco
     """
     verify(run.checkpoint, trust=run.trust)
     causal = is_causal(run, mask_token_id=tokenizer.mask_token_id)
+    return StepperScorer(_stepper(run, world, tokenizer, causal=causal))
+
+
+def _stepper(run: SavedRun, world: World, tokenizer: Tokenizer, *, causal: bool) -> Stepper:
+    """The model with its weights read."""
     chunks: list[Any] = build_model(
         run.config, world.device, causal=causal, mask_token_id=tokenizer.mask_token_id, initialize=False
     )
@@ -141,7 +145,7 @@ def load_scorer(run: SavedRun, world: World, tokenizer: Tokenizer) -> StepperSco
     name = "autoregressive" if causal else "masked_diffusion"
     keys = replace(run.config.objective, name=name, mask_schedule="uniform:0,1", importance=False, options={})
     objective = build_objective(keys, seed=run.config.seed, mask_token_id=tokenizer.mask_token_id)
-    return StepperScorer(Stepper(run.config, world, chunks, None, objective))
+    return Stepper(run.config, world, chunks, None, objective)
 
 
 def _load(chunks: list[Any], run: SavedRun) -> None:
