@@ -5,6 +5,7 @@ Shape letters: B rows, K positions of the block, V vocabulary, N open positions 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Proposal:
 def propose(
     logits_BKV: torch.Tensor,
     is_open_BK: torch.Tensor,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     *,
     excluded: tuple[int, ...],
     temperature: float = 0.0,
@@ -46,7 +47,8 @@ def propose(
     Args:
         logits_BKV: of any float type.
         is_open_BK: where to propose.
-        generator: on the logits' device.
+        generators: on the logits' device, one for all rows or one for each. With its own, a row's draws do not depend
+            on the other rows.
         excluded: tokens that are never proposed.
         temperature: T; 0 takes the likeliest token.
         top_p: see `keep_top_p`.
@@ -56,9 +58,13 @@ def propose(
     """
     tokens_BK = torch.zeros_like(is_open_BK, dtype=torch.long)
     figures_3BK = torch.zeros(3, *is_open_BK.shape, dtype=torch.float32, device=is_open_BK.device)
+    open_N2 = is_open_BK.nonzero()
+    shares = [open_N2] if len(generators) == 1 else [open_N2[open_N2[:, 0] == b] for b in range(len(generators))]
     # A part of the positions at a time: float64 noise over a large vocabulary is big.
-    for index_N in torch.split(is_open_BK.nonzero(), max(1, _LOGITS_AT_ONCE // logits_BKV.shape[-1])):
-        row_N, column_N = index_N.unbind(dim=1)
+    size = max(1, _LOGITS_AT_ONCE // logits_BKV.shape[-1])
+    parts = [(part, g) for share, g in zip(shares, generators, strict=True) for part in torch.split(share, size)]
+    for index_N2, generator in parts:
+        row_N, column_N = index_N2.unbind(dim=1)
         logits_NV = exclude(logits_BKV[row_N, column_N].float(), excluded)
         token_N = _draw(logits_NV, generator, temperature, top_p)
         probability_NV = logits_NV.softmax(dim=-1)

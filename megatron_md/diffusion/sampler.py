@@ -8,7 +8,7 @@ strategy choose which proposals to commit (unmasking.py). Shape letters: B rows,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -121,12 +121,15 @@ class SamplerStep:
         steps: the most that there can be.
         tokens_BL: the canvas (do not change it); open positions hold the mask token.
         is_committed_BL: positions that this step filled.
+        probability_BL: the denoiser's probability of the token that it committed; 0 elsewhere, and where a token was
+            not proposed but follows from an `<eos>`.
     """
 
     step: int
     steps: int
     tokens_BL: torch.Tensor
     is_committed_BL: torch.Tensor
+    probability_BL: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ def sample(
     eos_token_id: int | None = None,
     max_length: int | None = None,
     on_step: OnStep | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Sample:
     """Generate `config.length` tokens after each prompt.
 
@@ -182,6 +186,7 @@ def sample(
         eos_token_id: the token that `config.eos` is about.
         max_length: the model's context, checked before the first forward pass.
         on_step: called after every step, for a terminal that shows the canvas.
+        seeds: one for each row instead of `config.seed`: a row then has the same draws alone and in any batch.
 
     Raises:
         ValueError: a prompt contains the mask token or does not fit, the logits have no column for the mask token,
@@ -194,7 +199,7 @@ def sample(
         check_fits(prompt_length, config.length, max_length)
     canvas_BL = prompt_tokens_BP.new_full((rows, prompt_length + config.length), mask_token_id)
     canvas_BL[:, :prompt_length] = prompt_tokens_BP
-    return _Run(denoiser, canvas_BL, config, mask_token_id, eos_token_id, on_step).fill(prompt_length)
+    return _Run(denoiser, canvas_BL, config, mask_token_id, eos_token_id, on_step, seeds).fill(prompt_length)
 
 
 def infill(
@@ -206,6 +211,7 @@ def infill(
     eos_token_id: int | None = None,
     max_length: int | None = None,
     on_step: OnStep | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Sample:
     """Fill the positions of a canvas that hold the mask token, wherever they lie; the others stay as they are.
 
@@ -219,7 +225,7 @@ def infill(
         raise ValueError(f"length {config.length} is not the {length} positions of the canvas to fill in")
     if max_length is not None:
         check_fits(0, length, max_length)
-    return _Run(denoiser, canvas_BL.clone(), config, mask_token_id, eos_token_id, on_step).fill(0)
+    return _Run(denoiser, canvas_BL.clone(), config, mask_token_id, eos_token_id, on_step, seeds).fill(0)
 
 
 class _Run:
@@ -233,7 +239,10 @@ class _Run:
         mask_token_id: int,
         eos_token_id: int | None,
         on_step: OnStep | None,
+        seeds: Sequence[int] | None,
     ) -> None:
+        if seeds is not None and len(seeds) != len(canvas_BL):
+            raise ValueError(f"{len(seeds)} seeds for {len(canvas_BL)} rows: give one for each row")
         if config.eos != "keep" and eos_token_id is None:
             raise ValueError(f"eos {config.eos!r} needs an eos token id")
         self.denoiser, self.canvas_BL, self.config, self.on_step = denoiser, canvas_BL, config, on_step
@@ -245,7 +254,10 @@ class _Run:
         if config.eos == "suppress" and eos_token_id is not None:
             self.excluded += (eos_token_id,)
         self.fixed_step_BL = torch.zeros_like(canvas_BL, dtype=torch.long)
-        self.generator = torch.Generator(device=canvas_BL.device).manual_seed(config.seed)
+        self.generators = [
+            torch.Generator(device=canvas_BL.device).manual_seed(seed)
+            for seed in ([config.seed] if seeds is None else seeds)
+        ]
         self.forward_passes = 0
         self.steps_done = 0
 
@@ -286,7 +298,7 @@ class _Run:
         proposal = propose(
             logits_BKV,
             is_open_BK,
-            self.generator,
+            self.generators,
             excluded=self.excluded,
             temperature=config.temperature,
             top_p=config.top_p,
@@ -301,7 +313,7 @@ class _Run:
             steps=steps,
             threshold=config.threshold,
             factor=config.factor,
-            generator=self.generator,
+            generators=self.generators,
         )
         is_committed_BK = is_open_BK
         if step < steps - 1:
@@ -310,11 +322,17 @@ class _Run:
         is_committed_BL = torch.zeros_like(self.is_given_BL)
         is_committed_BL[:, block] = is_committed_BK
         self.canvas_BL[:, block] = torch.where(is_committed_BK, proposal.tokens_BK, self.canvas_BL[:, block])
+        probability_BL = torch.zeros(self.canvas_BL.shape, dtype=torch.float32, device=self.canvas_BL.device)
+        probability_BL[:, block] = proposal.probability_BK * is_committed_BK
         if config.eos == "stop":
-            is_committed_BL |= self._close_after_eos()
+            is_closed_BL = self._close_after_eos()
+            is_committed_BL |= is_closed_BL
+            probability_BL[is_closed_BL] = 0.0
         self.fixed_step_BL[is_committed_BL] = self.steps_done
         if self.on_step is not None:
-            self.on_step(SamplerStep(self.steps_done, config.total_steps, self.canvas_BL, is_committed_BL))
+            self.on_step(
+                SamplerStep(self.steps_done, config.total_steps, self.canvas_BL, is_committed_BL, probability_BL)
+            )
         return bool(is_committed_BL.any())
 
     def _logits(self, block: slice) -> torch.Tensor:

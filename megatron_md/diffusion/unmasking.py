@@ -7,7 +7,7 @@ Shape letters: B rows, K positions of the block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ class Choice:
         steps: steps of the block.
         threshold: probability from which `threshold` commits.
         factor: f of `factor`.
-        generator: source of randomness on the denoiser's device.
+        generators: sources of randomness on the denoiser's device: one for all rows, or one for each.
     """
 
     is_open_BK: torch.Tensor
@@ -41,12 +41,21 @@ class Choice:
     steps: int
     threshold: float
     factor: float
-    generator: torch.Generator
+    generators: Sequence[torch.Generator]
 
     def uniforms_BK(self) -> torch.Tensor:
-        """A fresh uniform for every position of the block, float64."""
-        shape, device = self.is_open_BK.shape, self.is_open_BK.device
-        return torch.rand(shape, dtype=torch.float64, device=device, generator=self.generator)
+        """A fresh uniform for every position of the block, float64.
+
+        A full row with a generator of its own draws none, as if it were alone.
+        """
+        (rows, width), device = self.is_open_BK.shape, self.is_open_BK.device
+        if len(self.generators) == 1:
+            return torch.rand((rows, width), dtype=torch.float64, device=device, generator=self.generators[0])
+        uniforms_BK = torch.zeros((rows, width), dtype=torch.float64, device=device)
+        for row, is_open in enumerate(self.is_open_BK.any(dim=1).tolist()):
+            if is_open:
+                uniforms_BK[row] = torch.rand(width, dtype=torch.float64, device=device, generator=self.generators[row])
+        return uniforms_BK
 
 
 Strategy = Callable[[Choice], torch.Tensor]

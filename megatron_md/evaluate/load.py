@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
@@ -19,7 +15,7 @@ from megatron_md.checkpoint.families import FAMILIES
 from megatron_md.checkpoint.integrity import CheckpointError, read_manifest, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.state import load_model
-from megatron_md.checks import check_split, import_plugins, vocabulary
+from megatron_md.checks import check_split, import_plugins
 from megatron_md.config import Config, ParallelConfig, load_config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
@@ -152,57 +148,13 @@ class LoadedDenoiser:
         self.max_length = run.config.model.max_length or run.config.data.seq_length
         self.device = world.device
         self.right_shift = run.config.objective.right_shift
-        self._vocabulary = vocabulary(run.config)
-        chunks: list[Any] = build_model(
-            run.config, world.device, causal=self.causal, mask_token_id=tokenizer.mask_token_id, initialize=False
-        )
-        _load(chunks, run)
         # What a causal model of ours reads first, as in training; a right-shifted one reads the row itself.
         self._bos_token_id = tokenizer.mask_token_id if self.causal and not self.right_shift else None
-        self._model = chunks[0].eval()
+        self._stepper = _stepper(run, world, tokenizer, causal=self.causal)
 
-    @torch.no_grad()
     def __call__(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Logits at every position."""
-        if self._bos_token_id is not None:
-            bos_B1 = tokens_BL.new_full((len(tokens_BL), 1), self._bos_token_id)
-            tokens_BL = torch.cat((bos_B1, tokens_BL[:, :-1]), dim=1)
-        logits_BLV = self._through_stages(tokens_BL)
-        if self.right_shift:
-            # The output at a position predicts the next one; nothing predicts the first.
-            logits_BLV = torch.cat((logits_BLV[:, :1], logits_BLV[:, :-1]), dim=1)
-        return logits_BLV
-
-    def _through_stages(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """The model's own output, which every stage of the pipeline gets."""
-
-        def forward(iterator: Iterator[torch.Tensor], model: Any) -> tuple[torch.Tensor, Any]:
-            tokens_BL = next(iterator)
-            positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-            return model(tokens_BL, positions_BL, None), lambda logits_BLV, non_loss_data: logits_BLV
-
-        rows, length = tokens_BL.shape
-        found = get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter([tokens_BL]),
-            model=self._model,
-            num_microbatches=1,
-            seq_length=length,
-            micro_batch_size=rows,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            logits_BLV: torch.Tensor = found[0]
-            return logits_BLV
-        shape = (rows, length, self._vocabulary)
-        logits_BLV = found[0].contiguous() if found else torch.empty(shape, device=self.device)
-        dist.broadcast(
-            logits_BLV,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-        return logits_BLV
+        """Logits at every position; every rank calls this with the same tokens."""
+        return self._stepper.logits(tokens_BL, bos_token_id=self._bos_token_id)
 
 
 def load_scorer(run: SavedRun, world: World, tokenizer: Tokenizer) -> StepperScorer:
@@ -213,6 +165,11 @@ def load_scorer(run: SavedRun, world: World, tokenizer: Tokenizer) -> StepperSco
     """
     verify(run.checkpoint, trust=run.trust)
     causal = is_causal(run, mask_token_id=tokenizer.mask_token_id)
+    return StepperScorer(_stepper(run, world, tokenizer, causal=causal))
+
+
+def _stepper(run: SavedRun, world: World, tokenizer: Tokenizer, *, causal: bool) -> Stepper:
+    """The model with its weights read."""
     chunks: list[Any] = build_model(
         run.config, world.device, causal=causal, mask_token_id=tokenizer.mask_token_id, initialize=False
     )
@@ -221,7 +178,7 @@ def load_scorer(run: SavedRun, world: World, tokenizer: Tokenizer) -> StepperSco
     name = "autoregressive" if causal else "masked_diffusion"
     keys = replace(run.config.objective, name=name, mask_schedule="uniform:0,1", importance=False, options={})
     objective = build_objective(keys, seed=run.config.seed, mask_token_id=tokenizer.mask_token_id)
-    return StepperScorer(Stepper(run.config, world, chunks, None, objective))
+    return Stepper(run.config, world, chunks, None, objective)
 
 
 def _load(chunks: list[Any], run: SavedRun) -> None:

@@ -83,6 +83,7 @@ class Stepper:
             raise ValueError(
                 f"objective.attention_annealing: attention of {objective.name} is always causal; set it to 0"
             )
+        self.vocab = config.model.vocab
         self.micro_batch_size = config.train.micro_batch_size
         self.round_micro_batches = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
         self._schedule = get_forward_backward_func()
@@ -165,6 +166,63 @@ class Stepper:
         if not self.world.is_last_stage:
             return None
         return [output.nll_M.cpu().numpy() for output in outputs]
+
+    @torch.no_grad()
+    def logits(self, tokens_BL: torch.Tensor, *, bos_token_id: int | None = None) -> torch.Tensor:
+        """Logits fp32 [B, L, V] of token ids on this rank's device, -inf for tokens that are never predicted.
+
+        Every rank of a replica of the model calls this with the same tokens, and gets the same logits.
+
+        Args:
+            tokens_BL: the canvas.
+            bos_token_id: what a causal model reads first, so that each position is predicted from those to its left.
+        """
+        if bos_token_id is not None:
+            bos_B1 = tokens_BL.new_full((len(tokens_BL), 1), bos_token_id)
+            tokens_BL = torch.cat((bos_B1, tokens_BL[:, :-1]), dim=1)
+        modes = [chunk.training for chunk in self.chunks]
+        for chunk in self.chunks:
+            chunk.eval()
+        rows, length = tokens_BL.shape
+        # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
+        copies = self.round_micro_batches
+        iterators = [iter([tokens_BL] * copies) for _ in self.chunks]
+        outputs: list[torch.Tensor] = self._schedule(
+            forward_step_func=self._logits_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=copies,
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        for chunk, mode in zip(self.chunks, modes, strict=True):
+            chunk.train(mode)
+        logits_BLV = self._from_last_stage(outputs[0] if self.world.is_last_stage else None, (rows, length))
+        if self.right_shift:
+            # The output at a position predicts the next one; nothing predicts the first.
+            logits_BLV = torch.cat((logits_BLV[:, :1], logits_BLV[:, :-1]), dim=1)
+        return logits_BLV
+
+    @staticmethod
+    def _logits_step(iterator: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
+        tokens_BL = next(iterator)
+        positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+        return model(tokens_BL, positions_BL, None), lambda logits_BLV, non_loss_data: logits_BLV
+
+    def _from_last_stage(self, logits_BLV: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+        """The last pipeline stage's logits, given to every stage."""
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            assert logits_BLV is not None
+            return logits_BLV
+        if logits_BLV is None:
+            assert self.vocab is not None, "model.vocab is resolved before a model is built"
+            logits_BLV = torch.empty((*shape, self.vocab), dtype=torch.float32, device=self.world.device)
+        logits_BLV = logits_BLV.contiguous()
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(logits_BLV, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+        return logits_BLV
 
     def sum_over_ranks(self, figures: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel ranks of what the last pipeline stages hold, given to every rank (on the CPU)."""

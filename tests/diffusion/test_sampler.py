@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,6 +102,25 @@ def test_same_seed_same_sample() -> None:
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_row_with_its_own_seed_is_the_same_alone_and_in_a_batch(strategy: str) -> None:
+    # Rows that are full at different times, in blocks: what another row still draws must not matter.
+    canvas = torch.full((3, 12), MASK)
+    canvas[1, 2:5], canvas[2, 1:] = 1, 2
+    config = SamplerConfig(12, 8, 6, strategy, 1.0)
+    seeds = [7, 8, 7]
+    together = infill(Denoiser(12), canvas, config, mask_token_id=MASK, seeds=seeds)
+    for row, seed in enumerate(seeds):
+        alone = infill(Denoiser(12), canvas[row : row + 1], config, mask_token_id=MASK, seeds=[seed])
+        assert torch.equal(together.tokens_BL[row], alone.tokens_BL[0])
+        by_config = infill(Denoiser(12), canvas[row : row + 1], replace(config, seed=seed), mask_token_id=MASK)
+        assert torch.equal(alone.tokens_BL, by_config.tokens_BL)
+    other = infill(Denoiser(12), canvas[:1], config, mask_token_id=MASK, seeds=[9])
+    assert not torch.equal(other.tokens_BL[0], together.tokens_BL[0])
+    with pytest.raises(ValueError, match="2 seeds for 3 rows"):
+        infill(Denoiser(12), canvas, config, mask_token_id=MASK, seeds=[1, 2])
+
+
 def test_ancestral_needs_no_pass_when_nothing_changed() -> None:
     denoiser = Denoiser(4)
     result = sample(denoiser, prompts(1, 0), SamplerConfig(4, 100, None, "ancestral"), mask_token_id=MASK)
@@ -181,7 +201,7 @@ def test_ancestral_step_of_mdlm() -> None:
 def test_confidences_of_dream() -> None:
     case = vector("dream_confidences")
     logits = torch.tensor([case["inputs"]["logits"]])
-    found = propose(logits, torch.ones(1, 3, dtype=torch.bool), torch.Generator(), excluded=())
+    found = propose(logits, torch.ones(1, 3, dtype=torch.bool), [torch.Generator()], excluded=())
     for name, ours in [
         ("maskgit_plus", found.probability_BK),
         ("topk_margin", found.margin_BK),
@@ -199,7 +219,7 @@ def choice_of(probability_BK: torch.Tensor, is_open_BK: torch.Tensor, **keys: An
         quota_B=torch.tensor([2]),
         step=0,
         steps=8,
-        generator=torch.Generator(),
+        generators=[torch.Generator()],
         **{"threshold": 0.9, "factor": 1.0, **keys},
     )
 
@@ -245,6 +265,11 @@ def test_fixed_steps_say_when_each_token_came() -> None:
     result = sample(denoiser, prompts(2, 1), config, mask_token_id=MASK, on_step=history.append)
     for step in history:
         assert torch.equal(result.fixed_step_BL == step.step, step.is_committed_BL)
+        # Nothing here depends on the canvas: the denoiser's probability of each token, without the mask token's.
+        chance_BL = (
+            denoiser.logits_LV[:, :MASK].softmax(dim=1).expand(2, -1, -1).gather(2, result.tokens_BL[..., None])[..., 0]
+        )
+        torch.testing.assert_close(step.probability_BL, chance_BL * step.is_committed_BL)
     assert (result.fixed_step_BL[:, 0] == 0).all() and result.steps == 4
     assert torch.bincount(result.fixed_step_BL[0]).tolist() == [1, 2, 2, 2, 2]
 
