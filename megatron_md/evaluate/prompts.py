@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from megatron_md.data.tokenizer import Tokenizer
     from megatron_md.parallel import World
 
-PLACEHOLDER = re.compile(r"\[\[(\d+)\]\]")
+PLACEHOLDER = re.compile(r"\[\[([0-9]{1,9})\]\]")
+MOST_OPEN = 1_000_000  # tokens of a placeholder, before anything knows the model's context
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,14 @@ def canvas_of(text: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a text in which each placeholder `[[n]]` became n mask tokens.
 
     Raises:
-        ValueError: there is none, or it leaves nothing open.
+        ValueError: there is none, or its number is out of range.
     """
     tokens: list[int] = []
     # re.split with one group alternates what lies between the matches and the group.
     for number, part in enumerate(PLACEHOLDER.split(text)):
         if number % 2:
-            if not 1 <= len(part) <= 9 or int(part) < 1:
-                raise ValueError(f"the placeholder [[{part}]] leaves no token open; write [[5]] for five of them")
+            if not 1 <= int(part) <= MOST_OPEN:
+                raise ValueError(f"the placeholder [[{part}]] must hold a number from 1 to {MOST_OPEN}, as in [[5]]")
             tokens += [tokenizer.mask_token_id] * int(part)
         elif part:
             tokens += tokenizer.encode(part).tolist()

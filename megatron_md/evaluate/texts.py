@@ -292,7 +292,7 @@ class Writer:
     def _save_trace(self, recorder: Recorder, text: Text, config: SamplerConfig) -> None:
         facts = {
             "run": f"{self._args.run_path}, step {self._saved.step}",
-            "prompt": text.prompt,
+            "prompt": visible(text.prompt),
             "strategy": f"{config.strategy}, temperature {config.temperature:g}, seed {config.seed}",
             "steps": f"{text.steps}, {text.forward_passes} forward passes",
         }
