@@ -48,6 +48,7 @@ SMALLER = {
     "parity sweep": ["sweep.seeds=[1]", "train.steps=2", "train.global_batch_size=16", "train.micro_batch_size=16",
                      "train.device=cpu"],
     "generate": ["--length", "16", "--steps", "4"],
+    "generate --infill": ["--steps", "4"],
     "evaluate --nelbo": ["--rows", "4"],
     "evaluate --generative": ["--samples", "4", "--length", "16", "--steps", "4"],
 }  # fmt: skip
@@ -116,7 +117,7 @@ class Runner:
             self._command(shlex.split(command)[1:])
 
     def _command(self, words: list[str]) -> None:
-        names = [words[0], *(f"{words[0]} {word}" for word in words[1:])]
+        names = [*(f"{words[0]} {word}" for word in words[1:]), words[0]]
         words = [*words, *next((SMALLER[name] for name in names if name in SMALLER), [])]
         # These start megatron-core's process groups, of which this process may hold some for other tests.
         starts_groups = words[0] in ("generate", "evaluate") or "--verify" in words

@@ -1,102 +1,142 @@
-"""`megatron-md generate`: denoise a canvas of mask tokens after a prompt and print the text."""
+"""`megatron-md generate`: continue prompts, or fill in what they leave open, and print the texts."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-import time
 from pathlib import Path
 
 from megatron_md.arguments import add_model_arguments, positive
-from megatron_md.files import replace_file
+from megatron_md.evaluate.prompts import Prompt, read_prompts
 
 EXAMPLES = """examples:
   megatron-md generate runs/demo --prompt 'def main(' --length 64
   megatron-md generate runs/demo --length 128 --steps 32 --strategy ancestral --temperature 1 --samples 4
-  megatron-md generate runs/demo --length 128 --steps 64 --block 32 --output samples.jsonl
+  megatron-md generate runs/demo --length 128 --block 32 --strategy threshold --threshold 0.8 --eos stop
+  megatron-md generate runs/demo --prompt 'def [[4]](x): return [[12]] + 1' --infill
+  megatron-md generate runs/demo --prompts-file prompts.jsonl --batch-size 16 --output texts.jsonl
+  megatron-md generate runs/demo --prompt 'def main(' --save-trace trace.html
+  megatron-md generate runs/demo --interactive
 """
 
-STRATEGIES = "low_confidence | random | margin | entropy | ancestral | first_hitting | threshold | factor"
+STRATEGIES = "low_confidence (default) | random | margin | entropy | ancestral | first_hitting | threshold | factor"
+DEFAULT_LENGTH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_model_arguments(parser)
-    parser.add_argument("--prompt", default="", help="text to continue (default: none)")
-    parser.add_argument("--length", type=int, default=64, help="tokens to generate (default: 64)")
-    parser.add_argument("--steps", type=int, default=None, help="denoising steps (default: one per token)")
-    parser.add_argument("--block", type=int, default=None, help="tokens per block, filled left to right (default: all)")
-    parser.add_argument("--strategy", default="low_confidence", help=STRATEGIES)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default: 0)")
-    parser.add_argument("--samples", type=positive, default=1, help="how many texts, with seeds that follow each other")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
-    parser.add_argument("--output", metavar="FILE.jsonl", default=None, help="also write the texts as JSON lines")
+    source = parser.add_argument_group(
+        "what to write (default: a text without a prompt)"
+    ).add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    source.add_argument(
+        "--prompts-file", type=Path, metavar="FILE", help='a prompt on each line; {"prompt": TEXT} if it ends in .jsonl'
+    )
+    source.add_argument(
+        "--interactive", action="store_true", help="read prompts from standard input, up to an empty line"
+    )
+    parser.add_argument(
+        "--infill", action="store_true", help="fill in the prompt's placeholders: [[5]] stands for five open tokens"
+    )
+    _add_sampler(parser.add_argument_group("how"))
+    parser.add_argument("--samples", type=positive, default=1, help="texts for each prompt; their seeds follow --seed")
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="prompts of equal length that go together (8)"
+    )
+    parser.add_argument("--tensor", type=positive, metavar="N", help="tensor-parallel size (all processes)")
+    parser.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline-parallel size (1)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=Path, metavar="FILE.jsonl", help="also write the texts as JSON lines")
+    output.add_argument("--save-trace", type=Path, metavar="FILE.html", help="write a page that replays the steps")
+    output.add_argument(
+        "--no-stream", action="store_true", help="do not show a lone prompt's canvas at each step on a terminal"
+    )
+
+
+def _add_sampler(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--length", type=int, help=f"tokens to generate ({DEFAULT_LENGTH})")
+    group.add_argument("--steps", type=int, help="denoising steps (one per token)")
+    group.add_argument("--block", type=int, help="tokens per block, filled left to right (all)")
+    group.add_argument("--strategy", help=STRATEGIES)
+    group.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest that reach P (1)"
+    )
+    group.add_argument("--guidance", type=float, default=0.0, metavar="W", help="of classifier-free guidance (0: off)")
+    group.add_argument("--threshold", type=float, metavar="P", help="from which --strategy threshold commits (0.9)")
+    group.add_argument("--factor", type=float, metavar="F", help="of --strategy factor (1)")
+    group.add_argument(
+        "--eos",
+        choices=("keep", "stop", "suppress"),
+        default="keep",
+        help="what <eos> does: nothing, end a text, never",
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate, print, and write `--output`.
+    """Generate, print, and write what was asked for.
 
     Raises:
         ValueError: bad input, with the way out.
     """
-    # Everything that can be wrong is checked before torch is imported and the model is loaded.
-    _check_output(args.output)
-    import torch
+    # Before torch is imported.
+    for name, path in (("--output", args.output), ("--save-trace", args.save_trace)):
+        _check_place(name, path)
+    _check_infill(args)
+    _check_strategy(args)
+    prompts = _prompts(args)
+    _check_trace(args, prompts)
 
-    from megatron_md import parallel
-    from megatron_md.data.tokenizer import Tokenizer
-    from megatron_md.diffusion.sampler import SamplerConfig, check_fits, sample
-    from megatron_md.evaluate.load import LoadedDenoiser, open_run
+    from megatron_md.evaluate.texts import write_texts
 
-    settings = [
-        SamplerConfig(
-            length=args.length,
-            steps=args.steps,
-            block=args.block,
-            strategy=args.strategy,
-            temperature=args.temperature,
-            seed=args.seed + number,
-        )
-        for number in range(args.samples)
-    ]
-    saved = open_run(
-        args.run_path, world_size=int(os.environ.get("WORLD_SIZE", "1")), device=args.device, trust=args.trust
-    )
-    tokenizer = Tokenizer(saved.tokenizer)
-    prompt: list[int] = tokenizer.encode(args.prompt).tolist() if args.prompt else []
-    check_fits(len(prompt), args.length, saved.config.model.max_length or saved.config.data.seq_length)
-    with parallel.session(saved.config) as world:
-        denoiser = LoadedDenoiser(saved, world, tokenizer)
-        prompt_BP = torch.tensor([prompt], dtype=torch.int64, device=world.device)
-        lines = []
-        for setting in settings:
-            start = time.perf_counter()
-            result = sample(denoiser, prompt_BP, setting, mask_token_id=tokenizer.mask_token_id)
-            tokens = result.tokens_BL[0].tolist()
-            record = {
-                "prompt": args.prompt,
-                "text": tokenizer.decode(tokens[len(prompt) :]),
-                "seed": setting.seed,
-                "forward_passes": result.forward_passes,
-                "seconds": time.perf_counter() - start,
-            }
-            lines.append(json.dumps(record))
-            if world.is_main:
-                print(args.prompt + str(record["text"]))
-                print(
-                    f"[{args.length} tokens, {result.forward_passes} forward passes, {record['seconds']:.1f} s, "
-                    f"step {saved.step} of {args.run_path}]",
-                    file=sys.stderr,
-                )
-        if args.output and world.is_main:
-            replace_file(Path(args.output), "".join(line + "\n" for line in lines))
+    write_texts(args, prompts)
     return 0
 
 
-def _check_output(output: str | None) -> None:
-    if output and Path(output).is_dir():
-        raise ValueError(f"--output {output} is a folder: name a file")
-    if output and not Path(output).parent.is_dir():
-        raise ValueError(f"--output {output}: the folder {Path(output).parent} does not exist")
+def _check_place(name: str, path: Path | None) -> None:
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{name} {path} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} {path}: the folder {path.parent} does not exist")
+
+
+def _check_infill(args: argparse.Namespace) -> None:
+    if not args.infill:
+        args.length = DEFAULT_LENGTH if args.length is None else args.length
+        return
+    if args.prompt is None and args.prompts_file is None and not args.interactive:
+        raise ValueError("--infill needs a prompt with placeholders, such as --prompt 'x = [[5]]'")
+    for name in ("length", "block"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} does not go with --infill: the prompt says what is open; leave --{name} out")
+
+
+def _check_strategy(args: argparse.Namespace) -> None:
+    for name in ("threshold", "factor"):
+        if getattr(args, name) is not None and args.strategy != name:
+            raise ValueError(f"--{name} belongs to --strategy {name}: ask for that, or leave --{name} out")
+
+
+def _prompts(args: argparse.Namespace) -> list[Prompt] | None:
+    """What to continue; None where it will be typed."""
+    if args.interactive:
+        return None
+    if args.prompts_file is None:
+        return [Prompt(args.prompt or "")]
+    for name in ("output", "save_trace"):
+        path = getattr(args, name)
+        if path is not None and path.resolve() == args.prompts_file.resolve():
+            raise ValueError(f"--{name.replace('_', '-')} {path} would replace the prompts: name another file")
+    return read_prompts(args.prompts_file)
+
+
+def _check_trace(args: argparse.Namespace, prompts: list[Prompt] | None) -> None:
+    if args.save_trace is None:
+        return
+    if prompts is None or len(prompts) != 1 or args.samples != 1:
+        raise ValueError("--save-trace replays one text: give one prompt and --samples 1")
+    if args.output is not None and args.output.resolve() == args.save_trace.resolve():
+        raise ValueError(f"--output and --save-trace are both {args.output}: name two files")

@@ -1,4 +1,4 @@
-"""Batches of canvases, shared between data-parallel ranks: what the harness and generative perplexity generate with."""
+"""Batches of canvases, shared between data-parallel ranks: what all that generates does it with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_md.diffusion.sampler import Sample, SamplerConfig, sample
+from megatron_md.diffusion.sampler import OnStep, Sample, SamplerConfig, sample
 from megatron_md.evaluate.load import LoadedDenoiser
 from megatron_md.parallel import World
 
@@ -38,6 +38,7 @@ def fill(
     *,
     mask_token_id: int,
     eos_token_id: int,
+    on_step: OnStep | None = None,
 ) -> Sample:
     """Continue prompts of one length; a causal model fills one token after the other, whatever the steps and strategy.
 
@@ -58,4 +59,5 @@ def fill(
         mask_token_id=mask_token_id,
         eos_token_id=eos_token_id,
         max_length=denoiser.max_length,
+        on_step=on_step,
     )

@@ -1,0 +1,107 @@
+"""A canvas on a terminal while it is unmasked: each token in the colour of the step that fixed it."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from megatron_md.diffusion.sampler import SamplerStep
+
+Decode = Callable[[list[int]], str]
+
+OPEN = "░"
+BROKEN = "\ufffd"
+LONGEST_CHARACTER = 4  # bytes, and so tokens, of a character in UTF-8
+DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+FRAMES_PER_SECOND = 12
+FIRST_HUE, LAST_HUE = 210.0, 390.0  # blue for the first step, by red to orange for the last
+RAMP = 24  # cells of the legend
+
+
+def can_stream() -> bool:
+    """Whether standard output is a terminal that shows colours and moves its cursor."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not Console().is_dumb_terminal
+
+
+def visible(text: str) -> str:
+    """A text that cannot command a terminal: control characters and marks of writing direction are made visible."""
+    return "".join(_visible_character(character) for character in text)
+
+
+def _visible_character(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t" or (unicodedata.category(character) != "Cc" and character not in DIRECTION_MARKS):
+        return character
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else BROKEN
+
+
+def pieces(tokens: Sequence[int], decode: Decode) -> list[str]:
+    """What each token adds to the text; the first of several that spell one character has it, the others nothing."""
+    found: list[str] = []
+    while len(found) < len(tokens):
+        rest = list(tokens[len(found) : len(found) + LONGEST_CHARACTER])
+        texts = [decode(rest[: size + 1]) for size in range(len(rest))]
+        size = next((number for number, text in enumerate(texts) if BROKEN not in text), 0)
+        found += [texts[size], *[""] * size]
+    return found
+
+
+def hue(step: int, steps: int) -> float:
+    """Of the colour of a step, in degrees."""
+    return (FIRST_HUE + (LAST_HUE - FIRST_HUE) * (step - 1) / max(1, steps - 1)) % 360.0
+
+
+def _colour(step: int, steps: int) -> str:
+    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue(step, steps) / 360.0, 0.6, 0.8))
+    return f"rgb({red},{green},{blue})"
+
+
+class LiveCanvas:
+    """Shows the first row of a canvas while the block lasts, and leaves its last state; `on_step` is the callback."""
+
+    def __init__(self, decode: Decode, mask_token_id: int, console: Console | None = None) -> None:
+        self._decode, self._mask_token_id = decode, mask_token_id
+        self._state: tuple[list[int], list[int], int, int] = ([], [], 0, 1)
+        console = console or Console(highlight=False)
+        self._live = Live(self, console=console, refresh_per_second=FRAMES_PER_SECOND)
+
+    def __enter__(self) -> LiveCanvas:
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def on_step(self, step: SamplerStep) -> None:
+        """Take over the canvas after a step; a thread draws it."""
+        tokens, is_committed = step.tokens_BL[0].tolist(), step.is_committed_BL[0].tolist()
+        fixed = self._state[1] or [0] * len(tokens)
+        fixed = [step.step if new else old for new, old in zip(is_committed, fixed, strict=True)]
+        self._state = tokens, fixed, step.step, step.steps
+
+    def __rich__(self) -> Text:
+        """The canvas, and below it the step and the colours of all steps."""
+        tokens, fixed, step, steps = self._state
+        text = Text()
+        if not tokens:
+            return text
+        for token, at, piece in zip(tokens, fixed, pieces(tokens, self._decode), strict=True):
+            if token == self._mask_token_id:
+                text.append(OPEN, "dim")
+            else:
+                style = _colour(at, steps) + (" bold" if at == step < steps else "") if at else ""
+                text.append(visible(piece), style)
+        text.append(f"\n\nstep {step} of {steps}  1 ", "dim")
+        for cell in range(RAMP):
+            text.append("━", _colour(1 + round(cell * (steps - 1) / (RAMP - 1)), steps))
+        text.append(f" {steps}", "dim")
+        return text

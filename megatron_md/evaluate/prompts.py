@@ -1,0 +1,122 @@
+"""Where prompts come from, the placeholders in them, and which of them go through the model together."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_md.data.tokenizer import Tokenizer
+    from megatron_md.parallel import World
+
+PLACEHOLDER = re.compile(r"\[\[([0-9]{1,9})\]\]")
+MOST_OPEN = 1_000_000  # tokens of a placeholder, before anything knows the model's context
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue or to fill in.
+
+    Attributes:
+        text: as it was written.
+        where: what messages call it.
+    """
+
+    text: str
+    where: str = "--prompt"
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file: each line of a text, or "prompt" of each line of a `.jsonl`; blank lines are left out.
+
+    Raises:
+        ValueError: the file is missing or holds no prompt, or a line is not what it should be (its number is named).
+    """
+    if not path.is_file():
+        raise ValueError(f"--prompts-file {path}: no such file")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        at = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} line {at}: not UTF-8; write the prompts in UTF-8") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{path} line {number}"
+            text = _from_json(line, where) if path.suffix == ".jsonl" else line.removesuffix("\r")
+            prompts.append(Prompt(text, where))
+    if not prompts:
+        raise ValueError(f"--prompts-file {path}: holds no prompt; write one on each line")
+    return prompts
+
+
+def _from_json(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at character {error.colno})") from error
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where}: no text under "prompt"; write {{"prompt": "..."}} on each line')
+    return prompt
+
+
+def typed_prompts(world: World) -> Iterator[Prompt]:
+    """What the main rank reads from standard input, line by line up to an empty one or the end; every rank gets it."""
+    import torch.distributed as dist
+
+    if world.is_main and hasattr(sys.stdin, "reconfigure"):
+        # What is not UTF-8 is refused by the tokenizer, on every rank.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    for number in range(1, sys.maxsize):
+        line = [_typed_line() if world.is_main else ""]
+        if world.size > 1:
+            dist.broadcast_object_list(line, src=0, device=world.device)
+        if not line[0]:
+            return
+        yield Prompt(line[0], f"line {number}")
+
+
+def _typed_line() -> str:
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        import readline  # noqa: F401  (input() then knows the arrow keys)
+
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return ""
+    return sys.stdin.readline().rstrip("\r\n")
+
+
+def canvas_of(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a text in which each placeholder `[[n]]` became n mask tokens.
+
+    Raises:
+        ValueError: there is none, or its number is out of range.
+    """
+    tokens: list[int] = []
+    # re.split with one group alternates what lies between the matches and the group.
+    for number, part in enumerate(PLACEHOLDER.split(text)):
+        if number % 2:
+            if not 1 <= int(part) <= MOST_OPEN:
+                raise ValueError(f"the placeholder [[{part}]] must hold a number from 1 to {MOST_OPEN}, as in [[5]]")
+            tokens += [tokenizer.mask_token_id] * int(part)
+        elif part:
+            tokens += tokenizer.encode(part).tolist()
+    if tokenizer.mask_token_id not in tokens:
+        raise ValueError("no placeholder to fill in; write [[5]] where five tokens are to be found")
+    return tokens
+
+
+def batches(keys: Sequence[Hashable], size: int) -> list[list[int]]:
+    """Places of equal keys together, at most `size` in a batch, in the order in which a key first appears."""
+    groups: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
