@@ -25,11 +25,12 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
 from megatron_md.diffusion.sampler import SamplerConfig
 from megatron_md.evaluate.conditional import document_log_likelihoods
-from megatron_md.evaluate.generation import fill, shared
+from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_run
 from megatron_md.evaluate.rows import evaluation_rows
 from megatron_md.evaluate.scorer import Scorer
 from megatron_md.parallel import World
+from megatron_md.train.denoiser import fill
 
 Tokens = list[int]
 

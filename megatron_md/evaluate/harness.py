@@ -38,10 +38,11 @@ from megatron_md.evaluate.conditional import (
     conditional_log_likelihoods,
     document_log_likelihoods,
 )
-from megatron_md.evaluate.generation import fill, shared
+from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_run
 from megatron_md.evaluate.scorer import StepperScorer
 from megatron_md.parallel import World
+from megatron_md.train.denoiser import fill
 
 DEFAULT_LENGTH = 256  # the harness' own default for models that are not told
 

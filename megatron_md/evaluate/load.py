@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
@@ -22,6 +21,7 @@ from megatron_md.diffusion.objective import build_objective
 from megatron_md.evaluate.scorer import StepperScorer
 from megatron_md.model.build import build_model
 from megatron_md.parallel import World
+from megatron_md.train.denoiser import StepperDenoiser
 from megatron_md.train.step import Stepper
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -127,12 +127,8 @@ def is_causal(run: SavedRun, *, mask_token_id: int) -> bool:
     return build_objective(run.config.objective, seed=run.config.seed, mask_token_id=mask_token_id).causal
 
 
-class LoadedDenoiser:
-    """Calls a model: tokens [B, L] -> logits fp32 [B, L, V], -inf for tokens that it never predicts.
-
-    A causal model predicts each position from those to its left, so that filling a canvas in blocks of one token is its
-    own left-to-right sampling.
-    """
+class LoadedDenoiser(StepperDenoiser):
+    """The model of a run as a denoiser."""
 
     def __init__(self, run: SavedRun, world: World, tokenizer: Tokenizer, *, may_be_causal: bool = False) -> None:
         """Verify the checkpoint, build the model and read its weights; every rank does this.
@@ -142,19 +138,14 @@ class LoadedDenoiser:
             ValueError: the run trained a causal model, which denoises nothing, and it may not be one.
         """
         verify(run.checkpoint, trust=run.trust)
-        self.causal = is_causal(run, mask_token_id=tokenizer.mask_token_id)
-        if self.causal and not may_be_causal:
+        causal = is_causal(run, mask_token_id=tokenizer.mask_token_id)
+        if causal and not may_be_causal:
             raise ValueError(f"{run.checkpoint}: an autoregressive baseline cannot denoise; give a diffusion run")
-        self.max_length = run.config.model.max_length or run.config.data.seq_length
-        self.device = world.device
-        self.right_shift = run.config.objective.right_shift
-        # What a causal model of ours reads first, as in training; a right-shifted one reads the row itself.
-        self._bos_token_id = tokenizer.mask_token_id if self.causal and not self.right_shift else None
-        self._stepper = _stepper(run, world, tokenizer, causal=self.causal)
-
-    def __call__(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Logits at every position; every rank calls this with the same tokens."""
-        return self._stepper.logits(tokens_BL, bos_token_id=self._bos_token_id)
+        super().__init__(
+            _stepper(run, world, tokenizer, causal=causal),
+            mask_token_id=tokenizer.mask_token_id,
+            max_length=run.config.model.max_length or run.config.data.seq_length,
+        )
 
 
 def load_scorer(run: SavedRun, world: World, tokenizer: Tokenizer) -> StepperScorer:

@@ -18,12 +18,13 @@ from megatron_md.checks import import_plugins
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import OnStep, Sample, SamplerConfig, SamplerStep, check_fits, infill
 from megatron_md.evaluate.canvas import LiveCanvas, can_stream, visible
-from megatron_md.evaluate.generation import fill, shared
+from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, open_run
 from megatron_md.evaluate.prompts import Prompt, batches, canvas_of, typed_prompts
 from megatron_md.evaluate.trace import Recorder, trace_page
 from megatron_md.files import replace_file
 from megatron_md.parallel import World
+from megatron_md.train.denoiser import fill
 
 TYPING_SECONDS = 7 * 86400.0  # how long other ranks wait for a line
 
@@ -50,7 +51,7 @@ class Text:
     Attributes:
         prompt: as it was given.
         text: what follows the prompt; with `--infill` the whole text.
-        seed: of the draws of its batch.
+        seed: of its draws.
         tokens: ids of `text`.
         forward_passes: of its batch.
         steps: of its batch.
@@ -271,10 +272,15 @@ class Writer:
     def _denoise(self, requests: list[Request], config: SamplerConfig, on_step: OnStep | None) -> Sample:
         mask, eos = self._tokenizer.mask_token_id, self._tokenizer.eos_token_id
         rows = [request.tokens for request in requests]
+        seeds = [config.seed] * len(rows)  # a text does not depend on what it is batched with
         if not self._args.infill:
-            return fill(self._denoiser, rows, config, mask_token_id=mask, eos_token_id=eos, on_step=on_step)
+            return fill(
+                self._denoiser, rows, config, mask_token_id=mask, eos_token_id=eos, on_step=on_step, seeds=seeds
+            )
         canvas_BL = torch.tensor(rows, dtype=torch.int64, device=self._denoiser.device)
-        return infill(self._denoiser, canvas_BL, config, mask_token_id=mask, eos_token_id=eos, on_step=on_step)
+        return infill(
+            self._denoiser, canvas_BL, config, mask_token_id=mask, eos_token_id=eos, on_step=on_step, seeds=seeds
+        )
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, show_special=True)
