@@ -69,6 +69,7 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True) -> La
         *_check_attention(config),
         *_check_run_dir(config),
         *_check_checkpoint(config),
+        *_check_sampling(config),
         *_check_wandb(config),
     ]
     if corpora:
@@ -318,6 +319,18 @@ def _check_attention(config: Config) -> Iterator[str]:
         )
     if annealing and config.objective.name == "autoregressive":
         yield "objective.attention_annealing: attention of autoregressive is always causal; set it to 0"
+
+
+def _check_sampling(config: Config) -> Iterator[str]:
+    keys, context = config.sampling, config.model.max_length or config.data.seq_length
+    if not keys.every_steps:
+        return
+    if config.data.tokenizer is None:
+        yield "sampling.every_steps needs data.tokenizer, to read prompts and to write texts; set it, or every_steps 0"
+    if not keys.prompts:
+        yield 'sampling.prompts is empty: give a prompt ("" starts from nothing), or set sampling.every_steps=0'
+    if keys.length > context:
+        yield f"sampling.length {keys.length} exceeds the model's {context} positions; shorten it"
 
 
 def _check_wandb(config: Config) -> Iterator[str]:

@@ -31,6 +31,7 @@ from megatron_md.config_sections import (
     OptimizerConfig,
     ParallelConfig,
     ProfileConfig,
+    SamplingConfig,
     TrainConfig,
     ValidationConfig,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ProfileConfig",
+    "SamplingConfig",
     "TrainConfig",
     "ValidationConfig",
     "as_dict",
@@ -79,6 +81,7 @@ class Config:
     train: Annotated[TrainConfig, Doc("the loop")] = field(default_factory=TrainConfig)
     checkpoint: Annotated[CheckpointConfig, Doc("saving and resuming")] = field(default_factory=CheckpointConfig)
     validation: Annotated[ValidationConfig, Doc("validation during training")] = field(default_factory=ValidationConfig)
+    sampling: Annotated[SamplingConfig, Doc("texts during training")] = field(default_factory=SamplingConfig)
     log: Annotated[LogConfig, Doc("logging")] = field(default_factory=LogConfig)
     megatron: Annotated[MegatronConfig, Doc("pass-through to megatron-core")] = field(default_factory=MegatronConfig)
     imports: Annotated[list[str], Doc("modules that register third-party schedules and objectives")] = field(

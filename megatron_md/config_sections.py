@@ -299,6 +299,24 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """Texts that the model writes during training (RUN/samples.jsonl); `megatron-md generate` explains the sampler."""
+
+    __pydantic_config__ = STRICT
+
+    every_steps: Annotated[NonNegativeInt, Doc("sampling interval, and after the last step; 0 turns it off")] = 0
+    prompts: Annotated[list[str], Doc("texts to continue, one sample each; an empty one starts from nothing")] = field(
+        default_factory=lambda: [""]
+    )
+    length: Annotated[PositiveInt, Doc("tokens to generate")] = 64
+    steps: Annotated[PositiveInt | None, Doc("denoising steps; one per token if null")] = None
+    block: Annotated[PositiveInt | None, Doc("tokens per block, filled left to right; length if null")] = None
+    strategy: Annotated[str, Doc("what a denoising step commits (docs/sampling.md)")] = "low_confidence"
+    temperature: Annotated[NonNegativeFloat, Doc("0: the likeliest token")] = 0.0
+    seed: Annotated[NonNegativeInt, Doc("seed of the draws")] = 0
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written about the run."""
 

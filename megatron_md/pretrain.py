@@ -29,6 +29,7 @@ from megatron_md.exit_codes import EXIT_DONE, EXIT_STOPPED, RunFailedError
 from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback
+from megatron_md.train.denoiser import StepperDenoiser
 from megatron_md.train.logs import logger, open_rank_log
 from megatron_md.train.metrics import MetricsWriter, append_event, environment, write_json
 from megatron_md.train.optimizer import build_optimizer
@@ -36,6 +37,7 @@ from megatron_md.train.profile import Profiler
 from megatron_md.train.progress import Progress
 from megatron_md.train.quarantine import Quarantine
 from megatron_md.train.resilience import StopRequest
+from megatron_md.train.sampling import Sampling
 from megatron_md.train.step import Stepper
 from megatron_md.train.trainer import Trainer
 from megatron_md.train.validation import NelboEvaluator, Validation, ValidationRows, nelbo_record
@@ -119,6 +121,8 @@ class Run:
         callbacks: list[Callback] = [Profiler(config.train.profile, directory), quarantine, metrics, checkpointing]
         if validation is not None:
             callbacks.insert(0, validation)
+        if config.sampling.every_steps:
+            callbacks.insert(-1, _sampling(config, stepper, metrics))
         stop_request = StopRequest(directory if world.is_main else None)
         trainer = Trainer(config, world, stream, stepper, optimizer, callbacks, stop_request)
         run = cls(config, world, directory, manifests, trainer, manager, checkpointing, metrics, quarantine, validation)
@@ -291,6 +295,13 @@ def _metrics_writer(config: Config, world: World, directory: Path) -> MetricsWri
         flops_per_token=estimates.training_flops_per_token(config, config.model.vocab),
         peak_flops=parallel.peak_flops(world.device, config.train.precision),
     )
+
+
+def _sampling(config: Config, stepper: Stepper, metrics: MetricsWriter) -> Sampling:
+    assert config.data.tokenizer is not None, "checked before"
+    tokenizer, context = Tokenizer(config.data.tokenizer), config.model.max_length or config.data.seq_length
+    denoiser = StepperDenoiser(stepper, mask_token_id=tokenizer.mask_token_id, max_length=context)
+    return Sampling(config, denoiser, tokenizer, metrics)
 
 
 def _validation(config: Config, world: World, stepper: Stepper, manifest: Manifest) -> Validation | None:

@@ -62,7 +62,7 @@ def environment(world_size: int) -> dict[str, Any]:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Cut metrics.jsonl back to `step`, where a resumed run goes on; a torn last line goes too."""
+    """Cut metrics.jsonl or samples.jsonl back to `step`, where a resumed run goes on; a torn last line goes too."""
     if not path.is_file():
         return
     kept = []
@@ -157,6 +157,12 @@ class MetricsWriter(Callback):
             self._wandb.finish()
         if self._console is not None:
             self._console.close()
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Show a text on TensorBoard, as it is."""
+        if self._tensorboard is not None:
+            # TensorBoard renders Markdown, in which an indented block is verbatim.
+            self._tensorboard.add_text(name, "".join(f"    {line}\n" for line in text.splitlines()), step)
 
     def _reset(self, tokens: int) -> None:
         self.seconds = self.data_seconds = self.save_seconds = 0.0

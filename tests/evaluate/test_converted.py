@@ -24,9 +24,9 @@ def scored(folder: Path) -> None:
     from megatron_md.diffusion.conditional import ConditionalEstimator
     from megatron_md.diffusion.sampler import SamplerConfig
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods, document_log_likelihoods
-    from megatron_md.evaluate.generation import fill
     from megatron_md.evaluate.load import LoadedDenoiser, load_scorer, open_run
     from megatron_md.evaluate.verify_conversion import reference_logits
+    from megatron_md.train.denoiser import fill
 
     def expected(tokens: list[int], first: int) -> float:
         with HuggingFaceFolder(folder / "hf") as hf:

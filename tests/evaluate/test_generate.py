@@ -15,9 +15,9 @@ import pytest
 
 from megatron_md.cli import main
 from megatron_md.data.tokenizer import Tokenizer
-from tests.evaluate.trained_run import run_config
 from tests.ranks import run_ranks
 from tests.train.test_trainer import pretrain
+from tests.trained_run import run_config
 
 # None is empty: without a given token all positions are tied, and rounding decides which one a step commits.
 PROMPTS = ["def f(", "value = ", "def g(", "x", "    return alpha"]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_md.cli import main
-from tests.evaluate.trained_run import run_config
 from tests.ranks import RankError, run_ranks
+from tests.trained_run import run_config
 
 
 @pytest.fixture(scope="module")

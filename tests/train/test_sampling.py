@@ -1,0 +1,103 @@
+"""Samples during training: the same on every layout, cut back on a resume, and nothing that training would notice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_md.config import Config
+from megatron_md.data.tokenizer import Tokenizer
+from tests.ranks import run_ranks
+from tests.train.test_trainer import metrics, pretrain, without_times
+from tests.trained_run import run_config
+
+PROMPTS = ["def main(", "x = "]
+
+
+def config_of(folder: Path, name: str, **sections: dict[str, Any]) -> Config:
+    sampling = {"every_steps": 2, "prompts": PROMPTS, "length": 8, **sections.pop("sampling", {})}
+    config = run_config(folder, name, sampling=sampling, **sections)
+    return replace(config, train=replace(config.train, steps=sections.get("train", {}).get("steps", 5)))
+
+
+def samples(config: Config) -> list[dict[str, Any]]:
+    lines = (Path(config.run_dir) / "samples.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+@pytest.mark.distributed
+def test_every_layout_writes_the_same_texts_and_trains_as_without(trained: Path) -> None:
+    found = {}
+    for name, ranks, layout in (
+        ("one", 1, {}),
+        ("tensor", 2, {"tensor": 2, "sequence_parallel": True}),
+        ("stages", 2, {"pipeline": 2}),
+        ("data", 2, {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    ):
+        curves = []
+        for every in (2, 0):
+            config = config_of(trained, f"sampling-{name}-{every}", parallel=layout, sampling={"every_steps": every})
+            assert run_ranks(pretrain, ranks, config) == [0] * ranks
+            curves.append(without_times(metrics(Path(config.run_dir))))
+            if every:
+                found[name] = samples(config)
+        assert curves[0] == curves[1], name
+    assert [(line["step"], line["prompt"]) for line in found["one"]] == [
+        (step, prompt) for step in (2, 4, 5) for prompt in PROMPTS
+    ]
+    assert all(line["forward_passes"] == 8 and line["text"] for line in found["one"])
+    assert found["one"] == found["stages"] == found["data"]
+    # Sequence parallelism rounds the canvas up, here by at most one token.
+    words = Tokenizer(str(trained / "tokenizer.model"))
+    for ours, theirs in zip(found["one"], found["tensor"], strict=True):
+        longer = (len(words.encode(ours["prompt"])) + 8) % 2
+        assert theirs["forward_passes"] == 8 + longer
+        assert longer or theirs == ours
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_has_each_sample_once(trained: Path) -> None:
+    whole = config_of(trained, "sampling-whole", train={"steps": 6})
+    assert run_ranks(pretrain, 1, whole) == [0]
+    parts = config_of(trained, "sampling-parts", train={"steps": 3})
+    assert run_ranks(pretrain, 1, parts) == [0]
+    with (Path(parts.run_dir) / "samples.jsonl").open("a") as file:
+        file.write('{"step": 4, "prompt": "of a run that was killed", "text": ""}\n{"step"')
+    assert run_ranks(pretrain, 1, replace(parts, train=replace(parts.train, steps=6))) == [0]
+    # The sample after the last step of the first part is the only one that the whole run does not have.
+    assert [line for line in samples(parts) if line["step"] != 3] == samples(whole)
+
+
+@pytest.mark.distributed
+def test_a_causal_run_writes_from_left_to_right(trained: Path) -> None:
+    config = config_of(trained, "sampling-causal", objective={"name": "autoregressive"}, train={"steps": 1})
+    assert run_ranks(pretrain, 1, config) == [0]
+    assert [line["forward_passes"] for line in samples(config)] == [8, 8]
+
+
+def refused(config: Config) -> str:
+    """What a run says that does not start; what a rank runs."""
+    try:
+        pretrain(config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"length": 30}, "prompt 'def main(': the prompt's"),
+        ({"block": 3}, "length 8 is not a multiple of block 3"),
+        ({"strategy": "guess"}, "unknown sampling strategy 'guess'"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_at_the_start(trained: Path, keys: dict[str, Any], message: str) -> None:
+    (text,) = run_ranks(refused, 1, config_of(trained, "sampling-refused", sampling=keys))
+    assert text.startswith("sampling, prompt 'def main(': ") and message in text
+    assert not (trained / "sampling-refused" / "checkpoints").exists()
