@@ -3,7 +3,8 @@
 A sampler that repeats itself is very likely to any judge, so that perplexities compare only at equal unigram entropy
 (Zheng et al., arXiv 2409.02908): temperatures are swept, and the perplexity is read off where samples are as varied as
 text of the same length. Entropy is that of the tokens within one sample, in nats, averaged over samples; at most the
-log of the length.
+log of the length. How far the samples' tokens and pairs of neighbours are distributed from those of the text is their
+total-variation distance; two samples of text of that size have some distance too, which stands in the text's line.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +48,8 @@ class Quality:
         perplexity: of the samples under the judge, per token of the judge.
         stderr: standard error of its logarithm over samples; nan of a single one.
         entropy: unigram entropy within a sample in nats, averaged over samples.
+        unigram_distance: total variation between the token frequencies of samples and text; nan without a text.
+        bigram_distance: the same of pairs of neighbours.
         seconds: for all samples.
     """
 
@@ -55,7 +59,20 @@ class Quality:
     perplexity: float
     stderr: float
     entropy: float
+    unigram_distance: float
+    bigram_distance: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class TextQuality:
+    """The same of real text, whose samples are compared with as many others."""
+
+    perplexity: float
+    stderr: float
+    entropy: float
+    unigram_distance: float
+    bigram_distance: float
 
 
 def unigram_entropy(samples: Sequence[Sequence[int]]) -> float:
@@ -66,6 +83,16 @@ def unigram_entropy(samples: Sequence[Sequence[int]]) -> float:
 def _entropy(count_K: np.ndarray[Any, Any]) -> float:
     share_K = count_K / count_K.sum()
     return float(-(share_K * np.log(share_K)).sum())
+
+
+def ngram_distance(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], order: int) -> float:
+    """Total variation, sum |p - q| / 2, between the frequencies of the n-grams within two sets of samples; 0 to 1."""
+    one, two = (
+        Counter(gram for sample in samples for gram in zip(*(sample[at:] for at in range(order)), strict=False))
+        for samples in (first, second)
+    )
+    ones, twos = max(one.total(), 1), max(two.total(), 1)
+    return sum(abs(one[gram] / ones - two[gram] / twos) for gram in one | two) / 2.0
 
 
 def perplexity_at(entropy: float, qualities: Sequence[Quality]) -> float | None:
@@ -149,11 +176,12 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
         denoiser = LoadedDenoiser(saved, world, tokenizer, may_be_causal=True)
         judging = Judge(judge, judge_words, load_scorer(judge, world, judge_words))
         text = None if reference is None else _text_quality(reference, judging, tokenizer)
+        compared = [] if reference is None else reference[1::2]
         if world.is_main:
             _print_head(str(saved.checkpoint), args, settings[0].length, text)
         qualities = []
         for setting in settings:
-            qualities.append(_quality(setting, args.samples, denoiser, judging, world, tokenizer))
+            qualities.append(_quality(setting, args.samples, denoiser, judging, world, tokenizer, compared))
             if world.is_main:
                 _print_quality(qualities[-1])
     if not world.is_main:
@@ -169,7 +197,7 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
         "length": settings[0].length,
         "strategy": args.strategy,
         "seed": args.seed,
-        "text": text,
+        "text": None if text is None else asdict(text),
         "settings": [asdict(quality) for quality in qualities],
         "perplexity_at_text_entropy": {str(steps): value for steps, value in matched.items()},
     }
@@ -197,13 +225,13 @@ def _settings(args: argparse.Namespace, saved: SavedRun, *, causal: bool) -> lis
 
 
 def _reference(args: argparse.Namespace, config: Config, tokenizer: Tokenizer, length: int) -> list[Tokens] | None:
-    """Rows of real text, as long as the samples."""
+    """Rows of real text, as long as the samples and up to twice as many."""
     valid = config.data.valid
     data = args.reference or ([valid] if valid is not None and Path(valid).exists() else None)
     if data is None:
         return None
     rows = evaluation_rows(
-        data, [replace(config, data=replace(config.data, seq_length=length))], tokenizer, count=args.samples
+        data, [replace(config, data=replace(config.data, seq_length=length))], tokenizer, count=2 * args.samples
     )
     # A row that is not full has less to vary in.
     is_full_R = rows.is_maskable_RL[:, 1:].all(axis=1)
@@ -215,13 +243,28 @@ def _reference(args: argparse.Namespace, config: Config, tokenizer: Tokenizer, l
     return found
 
 
-def _text_quality(reference: list[Tokens], judging: Judge, tokenizer: Tokenizer) -> dict[str, float]:
-    nats, stderr = judging(reference, tokenizer)
-    return {"perplexity": math.exp(nats), "stderr": stderr, "entropy": unigram_entropy(reference)}
+def _text_quality(reference: list[Tokens], judging: Judge, tokenizer: Tokenizer) -> TextQuality:
+    """Of every second row, set against the others."""
+    rows, others = reference[::2], reference[1::2]
+    nats, stderr = judging(rows, tokenizer)
+    return TextQuality(math.exp(nats), stderr, unigram_entropy(rows), *_distances(rows, others))
+
+
+def _distances(samples: list[Tokens], text: list[Tokens]) -> tuple[float, float]:
+    """By unigrams and by bigrams."""
+    if not text:
+        return math.nan, math.nan
+    return ngram_distance(samples, text, 1), ngram_distance(samples, text, 2)
 
 
 def _quality(
-    setting: SamplerConfig, count: int, denoiser: LoadedDenoiser, judging: Judge, world: World, tokenizer: Tokenizer
+    setting: SamplerConfig,
+    count: int,
+    denoiser: LoadedDenoiser,
+    judging: Judge,
+    world: World,
+    tokenizer: Tokenizer,
+    text: list[Tokens],
 ) -> Quality:
     """Sample in batches with seeds of their own, which data-parallel ranks share; every rank judges."""
     size = judging.scorer.micro_batch_size
@@ -240,6 +283,7 @@ def _quality(
     seconds = time.perf_counter() - start
     samples = [sample for batch, _ in found for sample in batch]
     nats, stderr = judging(samples, tokenizer)
+    unigram_distance, bigram_distance = _distances(samples, text)
     return Quality(
         temperature=setting.temperature,
         steps=setting.total_steps,
@@ -247,31 +291,39 @@ def _quality(
         perplexity=math.exp(nats) if nats < 700.0 else math.inf,
         stderr=stderr,
         entropy=unigram_entropy(samples),
+        unigram_distance=unigram_distance,
+        bigram_distance=bigram_distance,
         seconds=seconds,
     )
 
 
-def _matched(qualities: Sequence[Quality], text: dict[str, float] | None) -> dict[int, float | None]:
+def _matched(qualities: Sequence[Quality], text: TextQuality | None) -> dict[int, float | None]:
     """By the number of steps, perplexity at the text's entropy."""
     if text is None:
         return {}
     steps = dict.fromkeys(quality.steps for quality in qualities)
     return {
-        count: perplexity_at(text["entropy"], [quality for quality in qualities if quality.steps == count])
+        count: perplexity_at(text.entropy, [quality for quality in qualities if quality.steps == count])
         for count in steps
     }
 
 
-def _print_head(run: str, args: argparse.Namespace, length: int, text: dict[str, float] | None) -> None:
+def _print_head(run: str, args: argparse.Namespace, length: int, text: TextQuality | None) -> None:
     print(f"{run}, {args.samples} samples of {length} tokens for each line, judged by {args.judge}")
-    print("temperature   steps  forward passes  perplexity (+- of its log)  entropy  seconds")
+    print(
+        "temperature   steps  forward passes  perplexity (+- of its log)  entropy  distance: unigrams  bigrams  seconds"
+    )
     if text is not None:
-        blank = " " * 24
-        print(f"{'text':>11s}{blank} {text['perplexity']:>11.2f} {text['stderr']:>14.4f} {text['entropy']:>9.3f}")
+        print(f"{'text':>11s}{' ' * 24} {_figures(text)}")
 
 
 def _print_quality(quality: Quality) -> None:
-    print(
-        f"{quality.temperature:>11g} {quality.steps:>7d} {quality.forward_passes:>15.1f} {quality.perplexity:>11.2f} "
-        f"{quality.stderr:>14.4f} {quality.entropy:>9.3f} {quality.seconds:>8.1f}"
+    head = f"{quality.temperature:>11g} {quality.steps:>7d} {quality.forward_passes:>15.1f}"
+    print(f"{head} {_figures(quality)} {quality.seconds:>8.1f}")
+
+
+def _figures(quality: Quality | TextQuality) -> str:
+    return (
+        f"{quality.perplexity:>11.2f} {quality.stderr:>14.4f} {quality.entropy:>9.3f} "
+        f"{quality.unigram_distance:>19.3f} {quality.bigram_distance:>8.3f}"
     )

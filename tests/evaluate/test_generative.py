@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_md.evaluate.generative import Judge, Quality, perplexity_at, unigram_entropy
+from megatron_md.evaluate.generative import Judge, Quality, ngram_distance, perplexity_at, unigram_entropy
 from megatron_md.evaluate.scorer import DenoiserScorer
 from tests.evaluate.test_likelihood import evaluate, refusal
 from tests.ranks import run_ranks
@@ -27,8 +27,16 @@ def test_entropy_is_within_a_sample() -> None:
     assert unigram_entropy([[1, 1, 2, 2], [5, 6, 7, 8]]) == pytest.approx(1.5 * math.log(2))
 
 
+def test_distances_count_ngrams_within_samples() -> None:
+    assert ngram_distance([[1, 2], [1, 2]], [[1, 2]], 1) == 0.0 == ngram_distance([[1, 2], [1, 2]], [[1, 2]], 2)
+    # 3/4 and 1/4 against 1/2 and 1/2; no pair reaches from one sample into the next.
+    assert ngram_distance([[1, 1], [1, 2]], [[1, 2]], 1) == pytest.approx(0.25)
+    assert ngram_distance([[1, 1], [1, 2]], [[1, 2]], 2) == pytest.approx(0.5)
+    assert ngram_distance([[1, 2, 1]], [[3, 4]], 2) == 1.0
+
+
 def quality(entropy: float, perplexity: float) -> Quality:
-    return Quality(1.0, 8, 8.0, perplexity, 0.0, entropy, 1.0)
+    return Quality(1.0, 8, 8.0, perplexity, 0.0, entropy, 0.0, 0.0, 1.0)
 
 
 def test_perplexities_are_compared_at_equal_entropy() -> None:
@@ -91,13 +99,14 @@ def test_samples_are_judged_alike_on_every_layout(trained: Path) -> None:
     one = found[0]
     for other in found[1:]:
         for ours, theirs in zip(one["settings"], other["settings"], strict=True):
-            for key in ("temperature", "steps", "forward_passes", "perplexity", "stderr", "entropy"):
+            for key in ours.keys() - {"seconds"}:
                 assert theirs[key] == pytest.approx(ours[key], rel=1e-5), key
         assert other["text"] == pytest.approx(one["text"], rel=1e-5)
     assert [(setting["temperature"], setting["steps"]) for setting in one["settings"]] == [
         (0.7, 4), (0.7, 16), (1.0, 4), (1.0, 16),
     ]  # fmt: skip
     assert all(setting["forward_passes"] <= setting["steps"] for setting in one["settings"])
+    assert 0.0 < one["text"]["unigram_distance"] < one["text"]["bigram_distance"] < 1.0
     # A model that has hardly learnt is more varied and less likely than text.
     assert all(setting["perplexity"] > one["text"]["perplexity"] > 1.0 for setting in one["settings"])
     assert all(0.0 < setting["entropy"] <= math.log(16) for setting in one["settings"])
