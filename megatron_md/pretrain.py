@@ -36,6 +36,7 @@ from megatron_md.train.profile import Profiler
 from megatron_md.train.progress import Progress
 from megatron_md.train.quarantine import Quarantine
 from megatron_md.train.resilience import StopRequest
+from megatron_md.train.run_lock import only_job
 from megatron_md.train.step import Stepper
 from megatron_md.train.trainer import Trainer
 from megatron_md.train.validation import NelboEvaluator, Validation, ValidationRows, nelbo_record
@@ -58,7 +59,12 @@ def pretrain(config: Config) -> int:
     manifests = [load_manifest(corpus.manifest, cache=cache) for corpus in config.data.corpora()]
     assert manifests, "checked before"
     config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifests[0].vocab_size))
-    with parallel.session(config) as world, Watchdog(config.train.hang_timeout, world, Path(config.run_dir)) as dog:
+    directory = Path(config.run_dir)
+    with (
+        parallel.session(config) as world,
+        only_job(directory, world),
+        Watchdog(config.train.hang_timeout, world, directory) as dog,
+    ):
         run = Run.build(config, world, manifests)
         run.trainer.watchdog = dog
         if run.resume():

@@ -128,4 +128,5 @@ def finish(run_dir: Path) -> Rollback | None:
 def _saved_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints of a run."""
     found = (path for path in run_dir.glob("checkpoints/step_*") if is_complete(path))
-    return sorted(int(path.name.removeprefix("step_")) for path in found)
+    numbers = (path.name.removeprefix("step_") for path in found)
+    return sorted(int(number) for number in numbers if number.isdecimal())  # not a user's copy, step_00000100.bak
