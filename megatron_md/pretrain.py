@@ -14,7 +14,13 @@ from megatron_md import config as configuration
 from megatron_md import estimates, parallel
 from megatron_md.checkpoint import rollback
 from megatron_md.checkpoint.callback import Checkpointing
-from megatron_md.checkpoint.directory import checkpoint_name, config_changes, find_checkpoint, model_identity
+from megatron_md.checkpoint.directory import (
+    checkpoint_name,
+    config_changes,
+    find_checkpoint,
+    model_identity,
+    named_checkpoints,
+)
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checks import import_plugins
 from megatron_md.config import Config
@@ -159,7 +165,7 @@ class Run:
         return not finished
 
     def _load_newest(self) -> tuple[Path, Progress] | None:
-        if self.config.checkpoint.resume == "never" and any((self.directory / "checkpoints").glob("step_*")):
+        if self.config.checkpoint.resume == "never" and named_checkpoints(self.directory / "checkpoints"):
             raise ValueError(
                 f"{self.directory} holds checkpoints and checkpoint.resume is never: "
                 "choose another run_dir, remove it, or set checkpoint.resume=auto"

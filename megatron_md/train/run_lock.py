@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,13 @@ from megatron_md.parallel import World
 from megatron_md.train.logs import logger
 
 LOCK_NAME = ".lock"
-WAIT_SECONDS = 20.0  # what the workers of a job that was just killed may need to end
+WAIT_SECONDS = 100.0  # the workers of a killed job end in seconds; NFS keeps a dead machine's locks for 90 s by default
+RESTART_WAIT_SECONDS = 5.0  # a launcher that restarts its workers has seen the ones before them end
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def only_job(run_dir: Path, world: World, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+def only_job(run_dir: Path, world: World, *, wait_seconds: float | None = None) -> Iterator[None]:
     """Keep other jobs out of a run directory while the block runs; every rank enters it, the main one holds the lock.
 
     The lock is a `flock`, which the system drops with its process, however that ends. A file system without locks is
@@ -31,11 +33,14 @@ def only_job(run_dir: Path, world: World, *, wait_seconds: float = WAIT_SECONDS)
     Args:
         run_dir: made if it is not there.
         world: this process's place in the job.
-        wait_seconds: how long the holder of the lock is given to end.
+        wait_seconds: how long the holder of the lock is given to end; by default, what it may need.
 
     Raises:
         ValueError: on all ranks: another job holds the lock, or the directory cannot be written.
     """
+    if wait_seconds is None:
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        wait_seconds = RESTART_WAIT_SECONDS if is_restart else WAIT_SECONDS
     file, problem = None, None
     if world.is_main:
         try:
@@ -64,7 +69,7 @@ def _lock(run_dir: Path, wait_seconds: float) -> IO[str]:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / LOCK_NAME).open("a")
-    deadline = time.monotonic() + wait_seconds
+    deadline, is_told = time.monotonic() + wait_seconds, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,6 +77,10 @@ def _lock(run_dir: Path, wait_seconds: float) -> IO[str]:
             if time.monotonic() >= deadline:
                 file.close()
                 raise
+            if not is_told:
+                line = f"another job holds this run directory; it is given {wait_seconds:.0f} s to end"
+                print(f"megatron-md: {run_dir}: {line}", file=sys.stderr, flush=True)
+                is_told = True
             time.sleep(0.2)
             continue
         except OSError as error:

@@ -40,10 +40,11 @@ def test_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
     _lock(tmp_path, 0.0).close()
 
 
-def test_a_job_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
+def test_a_job_that_is_about_to_end_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     holder = hold(tmp_path, 1)
     _lock(tmp_path, 60.0).close()
     assert holder.wait() == 0
+    assert capsys.readouterr().err.count("another job holds this run directory; it is given 60 s to end") == 1
 
 
 def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,29 +55,32 @@ def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch
     _lock(tmp_path, 0.0).close()
 
 
-def enter(run_dir: Path) -> str:
-    """What a rank hears on its way in."""
+def enter(run_dirs: list[Path]) -> list[str]:
+    """What a rank hears on its way into each of some run directories."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     world = World(rank, size, torch.device("cpu"), data_rank=rank, data_size=size, is_last_stage=True)
     torch.distributed.init_process_group("gloo")
-    try:
-        with only_job(run_dir, world, wait_seconds=0.0):
-            return "in"
-    except ValueError as error:
-        return str(error)
-    finally:
-        torch.distributed.destroy_process_group()
+    said = []
+    for run_dir in run_dirs:
+        try:
+            with only_job(run_dir, world, wait_seconds=0.0):
+                said.append("in")
+        except ValueError as error:
+            said.append(str(error))
+    torch.distributed.destroy_process_group()
+    return said
 
 
 @pytest.mark.distributed
 def test_all_ranks_are_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert ["cannot be written" in said for said in run_ranks(enter, 2, tmp_path / "file")] == [True, True]
-    run_dir = tmp_path / "run"
-    assert run_ranks(enter, 2, run_dir) == ["in", "in"]
-    holder = hold(run_dir, 60)
+    (tmp_path / "held").mkdir()
+    holder = hold(tmp_path / "held", 60)
     try:
-        assert ["another job trains" in said for said in run_ranks(enter, 2, run_dir)] == [True, True]
+        # Twice into one directory: a run that has ended has dropped its lock, in the same process as well.
+        first, second = run_ranks(enter, 2, [tmp_path / name for name in ("file", "run", "run", "held")])
     finally:
         holder.kill()
         holder.wait()
+    assert first == second and first[1:3] == ["in", "in"]
+    assert "cannot be written" in first[0] and "another job trains" in first[3]
