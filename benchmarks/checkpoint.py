@@ -74,6 +74,7 @@ def void(value: Any) -> None:
 def measure(shape: str, repeats: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of each kind of event, and the size of a checkpoint."""
     chunks, optimizer, step = build(shape)
+    from megatron_md.checkpoint.integrity import verify
     from megatron_md.checkpoint.manager import CheckpointManager
     from megatron_md.model.build import count_parameters
     from megatron_md.train.progress import Progress
@@ -101,6 +102,7 @@ def measure(shape: str, repeats: int, folder: Path) -> dict[str, list[float]]:
     size = sum(path.stat().st_size for path in saved.path.iterdir())
     found["bytes per parameter"] = [size / count_parameters(chunks)]
     found["bytes"] = [float(size)]
+    found["hashing"] = [seconds(lambda: verify(saved.path)) for _ in range(repeats)]
     return found
 
 
@@ -122,6 +124,8 @@ def main() -> None:
         median = statistics.median(found[name])
         print(f"  {name:20s} {median:7.3f} s   {median / step:6.1%} of a step")
     print(f"  {found['bytes per parameter'][0]:.2f} bytes per parameter, {found['bytes'][0] / 2**20:.0f} MiB")
+    per_byte = statistics.median(found["hashing"]) / found["bytes"][0]
+    print(f"  verifying hashes {100e9 * per_byte:.0f} s per 100 GB on one rank; R ranks share the files")
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 

@@ -14,7 +14,13 @@ from megatron_md import config as configuration
 from megatron_md import estimates, parallel
 from megatron_md.checkpoint import original, rollback
 from megatron_md.checkpoint.callback import Checkpointing
-from megatron_md.checkpoint.directory import checkpoint_name, config_changes, find_checkpoint, model_identity
+from megatron_md.checkpoint.directory import (
+    checkpoint_name,
+    config_changes,
+    find_checkpoint,
+    model_identity,
+    named_checkpoints,
+)
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checks import import_plugins
 from megatron_md.config import Config
@@ -37,6 +43,7 @@ from megatron_md.train.profile import Profiler
 from megatron_md.train.progress import Progress
 from megatron_md.train.quarantine import Quarantine
 from megatron_md.train.resilience import StopRequest
+from megatron_md.train.run_lock import only_job
 from megatron_md.train.sampling import Sampling
 from megatron_md.train.step import Stepper
 from megatron_md.train.trainer import Trainer
@@ -60,7 +67,12 @@ def pretrain(config: Config) -> int:
     manifests = [load_manifest(corpus.manifest, cache=cache) for corpus in config.data.corpora()]
     assert manifests, "checked before"
     config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifests[0].vocab_size))
-    with parallel.session(config) as world, Watchdog(config.train.hang_timeout, world, Path(config.run_dir)) as dog:
+    directory = Path(config.run_dir)
+    with (
+        parallel.session(config) as world,
+        only_job(directory, world),
+        Watchdog(config.train.hang_timeout, world, directory) as dog,
+    ):
         run = Run.build(config, world, manifests)
         run.trainer.watchdog = dog
         if run.resume():
@@ -157,7 +169,7 @@ class Run:
         return not finished
 
     def _load_newest(self) -> tuple[Path, Progress] | None:
-        if self.config.checkpoint.resume == "never" and any((self.directory / "checkpoints").glob("step_*")):
+        if self.config.checkpoint.resume == "never" and named_checkpoints(self.directory / "checkpoints"):
             raise ValueError(
                 f"{self.directory} holds checkpoints and checkpoint.resume is never: "
                 "choose another run_dir, remove it, or set checkpoint.resume=auto"

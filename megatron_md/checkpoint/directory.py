@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -24,11 +25,23 @@ from megatron_md.train.progress import Progress
 FORMAT_VERSION = 2
 RECORD_NAME, CONFIG_NAME = "progress.json", "config.yaml"
 _WRITING, _REMOVING = ".writing_", ".removing_"
+_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 
 
 def checkpoint_name(step: int) -> str:
     """Directory name of the checkpoint at `step`."""
     return f"step_{step:08d}"
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """True for what `checkpoint_name` gives; a user's copy, `step_00000100.bak`, is neither taken nor removed."""
+    return _NAME.fullmatch(name) is not None
+
+
+def named_checkpoints(directory: Path) -> dict[int, Path]:
+    """What bears a checkpoint's name in RUN/checkpoints, complete or not, by step, newest first."""
+    found = (path for path in directory.glob("step_*") if is_checkpoint_name(path.name))
+    return dict(sorted(((int(path.name.removeprefix("step_")), path) for path in found), reverse=True))
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -43,13 +56,17 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
         ValueError: there are checkpoint directories, and none is complete.
     """
     directory = run_dir / "checkpoints"
-    pointer = directory / "latest"
-    named = [directory / pointer.read_text().strip()] if pointer.is_file() else []
-    found = sorted(directory.glob("step_*"), reverse=True)
-    complete = [path for path in dict.fromkeys([*named, *found]) if is_complete(path)]
+    found, latest = named_checkpoints(directory), _latest(directory)
+    complete = [path for path in sorted(found.values(), key=lambda path: path.name != latest) if is_complete(path)]
     if found and not complete:
         raise ValueError(f"{directory}: none of its {len(found)} checkpoints is complete; remove them to start anew")
     return complete
+
+
+def _latest(directory: Path) -> str:
+    """The name in `latest`, which a user may have edited; one that is unreadable, or not there, names nothing."""
+    pointer = directory / "latest"
+    return pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -215,15 +232,15 @@ def discard(directory: Path, checkpoints: Iterable[Path]) -> None:
 def _prune(directory: Path, retention: Retention) -> None:
     found: dict[int, tuple[Path, float | None]] = {}
     guards: dict[int, GuardState] = {}
-    for path in directory.glob("step_*"):
+    for step, path in named_checkpoints(directory).items():
         if is_complete(path):
             try:
                 progress, nelbo = read_progress(path), read_record(path).get("val_nelbo")
             except ValueError:
                 continue  # not ours to judge: verify names it when it is read
-            found[progress.step], guards[progress.step] = (path, nelbo), progress.guard
+            found[step], guards[step] = (path, nelbo), progress.guard
     keep = retention.kept({step: nelbo for step, (_, nelbo) in found.items()})
-    newest = (directory / "latest").read_text()
+    newest = _latest(directory)
     guard = next((guards[step] for step, (path, _) in found.items() if path.name == newest), GuardState())
     if guard.skipped_in_row:
         # If the next updates are left out too, the run returns to here.

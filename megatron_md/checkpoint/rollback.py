@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_md.checkpoint.directory import checkpoint_name, discard, is_complete, read_progress
+from megatron_md.checkpoint.directory import checkpoint_name, discard, is_complete, named_checkpoints, read_progress
 from megatron_md.files import replace_file
 from megatron_md.train.bad_numbers import BadNumbersError
 from megatron_md.train.progress import Progress
@@ -64,12 +64,23 @@ class Rollback:
 
     @classmethod
     def read(cls, run_dir: Path) -> Rollback | None:
-        """The newest return of a run, if there was one."""
+        """The newest return of a run, if there was one.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
         path = run_dir / FILE_NAME
         if not path.is_file():
             return None
-        record: dict[str, Any] = json.loads(path.read_text())
-        return cls(**{**record, "jumps": tuple((first, stop) for first, stop in record["jumps"])})
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            jumps = tuple((int(first), int(stop)) for first, stop in record["jumps"])
+            return cls(int(record["step"]), int(record["number"]), jumps, int(record["skipped_total"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}): restore or remove it; without it the run goes "
+                "on from its newest checkpoint, and returns again where it meets the bad numbers again"
+            ) from error
 
     def applied(self, progress: Progress) -> Progress:
         """A checkpoint's progress with this return in it; unchanged if it knows of it already."""
@@ -81,14 +92,17 @@ class Rollback:
     def discard_newer(self, run_dir: Path) -> None:
         """Remove the checkpoints that the return leaves behind; on one rank, and harmless to repeat."""
         directory = run_dir / "checkpoints"
-        stale = [
-            directory / checkpoint_name(step)
-            for step in _saved_steps(run_dir)
-            if step > self.step and read_progress(directory / checkpoint_name(step)).guard.rollbacks < self.number
-        ]
+        newer = [path for step, path in named_checkpoints(directory).items() if step > self.step and is_complete(path)]
+        stale = [path for path in newer if self._is_unknown_to(path)]
         if stale:
             replace_file(directory / "latest", checkpoint_name(self.step))
             discard(directory, stale)
+
+    def _is_unknown_to(self, checkpoint: Path) -> bool:
+        try:
+            return read_progress(checkpoint).guard.rollbacks < self.number
+        except ValueError:
+            return False  # damaged: `verify` names it, and the one before it is taken
 
 
 def agreed(run_dir: Path, progress: Progress, *, max_rollbacks: int) -> Rollback:
@@ -113,19 +127,34 @@ def agreed(run_dir: Path, progress: Progress, *, max_rollbacks: int) -> Rollback
 
 
 def finish(run_dir: Path) -> Rollback | None:
-    """The run's newest return, carried out on disk where a crash has kept it from that; every rank calls this."""
+    """The run's newest return, carried out on disk where a crash has kept it from that; every rank calls this.
+
+    Raises:
+        ValueError: on all ranks, as `Rollback.read` says.
+    """
+    answer: list[Rollback | str | None] = [None]
     if dist.get_rank() == 0:
-        rollback = Rollback.read(run_dir)
-        if rollback is not None and not _saved_steps(run_dir):
-            # The run begins anew.
-            (run_dir / FILE_NAME).unlink()
-        elif rollback is not None:
-            rollback.discard_newer(run_dir)
-    dist.barrier()
-    return Rollback.read(run_dir)
+        try:
+            answer = [_finished(run_dir)]
+        except ValueError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], str):
+        raise ValueError(answer[0])
+    return answer[0]
+
+
+def _finished(run_dir: Path) -> Rollback | None:
+    rollback = Rollback.read(run_dir)
+    if rollback is not None and not _saved_steps(run_dir):
+        # The run begins anew.
+        (run_dir / FILE_NAME).unlink()
+        return None
+    if rollback is not None:
+        rollback.discard_newer(run_dir)
+    return rollback
 
 
 def _saved_steps(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints of a run."""
-    found = (path for path in run_dir.glob("checkpoints/step_*") if is_complete(path))
-    return sorted(int(path.name.removeprefix("step_")) for path in found)
+    """Steps of the complete checkpoints of a run, newest first."""
+    return [step for step, path in named_checkpoints(run_dir / "checkpoints").items() if is_complete(path)]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_md.checkpoint.directory import config_changes, model_identity
+from megatron_md.checkpoint.directory import config_changes, is_checkpoint_name, model_identity
 from megatron_md.checkpoint.integrity import MANIFEST_NAME, CheckpointError, verify, verify_listing
 from megatron_md.config import load_config, to_yaml
 from megatron_md.config_loader import ConfigError, read_yaml
@@ -157,6 +157,8 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
     for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
         if entry.is_dir() and entry.name.startswith("."):
             found.unfinished.append(entry.name)
+        elif entry.is_dir() and not is_checkpoint_name(entry.name):
+            found.notes.append(f"{entry} is no checkpoint of the run by its name: it is neither resumed nor removed")
         elif entry.is_dir():
             summary = _summarise(entry, verified)
             summary.is_latest = entry.name == latest

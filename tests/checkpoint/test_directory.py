@@ -35,7 +35,9 @@ def write_checkpoint(directory: Path, step: int, retention: Retention, *, skippe
 
 
 def steps_in(directory: Path) -> list[int]:
-    return [int(path.name.removeprefix("step_")) for path in sorted(directory.glob("step_*"))]
+    """Steps of the checkpoints that are there; a copy that a test has put beside them is none."""
+    names = (path.name.removeprefix("step_") for path in sorted(directory.glob("step_*")))
+    return [int(name) for name in names if name.isdecimal()]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,32 @@ def test_the_one_before_is_taken_where_latest_names_nothing(tmp_path: Path) -> N
     assert complete_checkpoints(tmp_path) == [two, one]
     (directory / "latest").unlink()
     assert latest_checkpoint(tmp_path) == two and find_checkpoint(tmp_path) == two and find_checkpoint(one) == one
+
+
+@pytest.mark.parametrize("name", ["step_00000009.bak", "step_9", "step_best", "step_000000009", "step_00000009 (copy)"])
+def test_other_names_are_neither_taken_nor_removed(name: str, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    write_checkpoint(directory, 9, Retention(2)).rename(directory / name)
+    assert latest_checkpoint(tmp_path) is None
+    kept = [write_checkpoint(directory, step, Retention(1)) for step in (1, 2)][-1]
+    (directory / "latest").write_text(name)
+    assert complete_checkpoints(tmp_path) == [kept] and (directory / name).is_dir()
+    assert find_checkpoint(directory / name) == directory / name
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"step_00000001\xff", b"../elsewhere"])
+def test_a_damaged_latest_names_nothing(content: bytes, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    one, two = (write_checkpoint(directory, step, Retention(2)) for step in (1, 2))
+    (directory / "latest").write_bytes(content)
+    assert complete_checkpoints(tmp_path) == [two, one]
+
+
+def test_steps_are_in_the_order_of_numbers(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    found = [write_checkpoint(directory, step, Retention(9)) for step in (99_999_999, 100_000_000)]
+    (directory / "latest").unlink()
+    assert complete_checkpoints(tmp_path) == found[::-1]
 
 
 def test_an_incomplete_directory_is_never_taken(tmp_path: Path) -> None:

@@ -114,10 +114,12 @@ def test_damage_is_named_and_changes_the_exit_code(run: Path, capsys: pytest.Cap
 def test_unsealed_and_unfinished_directories_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "checkpoints" / "step_00000050" / "manifest.json").unlink()
     (run / "checkpoints" / ".writing_step_00000150").mkdir()
+    (run / "checkpoints" / "step_00000100.bak").mkdir()
     code, found = as_json(capsys, run)
     assert code == 0
     assert found["checkpoints"][0]["state"] == "unsealed"
     assert found["unfinished"] == [".writing_step_00000150"]
+    assert len(found["checkpoints"]) == 2 and "step_00000100.bak is no checkpoint of the run" in found["notes"][0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""One job at a time in a run directory: two of them would write each other's metrics and checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch.distributed as dist
+
+from megatron_md.parallel import World
+from megatron_md.train.logs import logger
+
+LOCK_NAME = ".lock"
+WAIT_SECONDS = 100.0  # the workers of a killed job end in seconds; NFS keeps a dead machine's locks for 90 s by default
+RESTART_WAIT_SECONDS = 5.0  # a launcher that restarts its workers has seen the ones before them end
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextmanager
+def only_job(run_dir: Path, world: World, *, wait_seconds: float | None = None) -> Iterator[None]:
+    """Keep other jobs out of a run directory while the block runs; every rank enters it, the main one holds the lock.
+
+    The lock is a `flock`, which the system drops with its process, however that ends. A file system without locks is
+    used without one.
+
+    Args:
+        run_dir: made if it is not there.
+        world: this process's place in the job.
+        wait_seconds: how long the holder of the lock is given to end; by default, what it may need.
+
+    Raises:
+        ValueError: on all ranks: another job holds the lock, or the directory cannot be written.
+    """
+    if wait_seconds is None:
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        wait_seconds = RESTART_WAIT_SECONDS if is_restart else WAIT_SECONDS
+    file, problem = None, None
+    if world.is_main:
+        try:
+            file = _lock(run_dir, wait_seconds)
+        except BlockingIOError:
+            problem = f"{run_dir}: another job trains in this run directory: stop it, or choose another run_dir"
+        except OSError as error:
+            problem = f"{run_dir}: run_dir cannot be written ({error.strerror or error}): choose another one"
+    verdict = [problem]
+    dist.broadcast_object_list(verdict, src=0)
+    if verdict[0] is not None:
+        raise ValueError(verdict[0])
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(run_dir: Path, wait_seconds: float) -> IO[str]:
+    """The locked file.
+
+    Raises:
+        BlockingIOError: another process has held it all the time.
+        OSError: it cannot be opened for writing.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / LOCK_NAME).open("a")
+    deadline, is_told = time.monotonic() + wait_seconds, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                raise
+            if not is_told:
+                line = f"another job holds this run directory; it is given {wait_seconds:.0f} s to end"
+                print(f"megatron-md: {run_dir}: {line}", file=sys.stderr, flush=True)
+                is_told = True
+            time.sleep(0.2)
+            continue
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise
+            logger.warning("%s: no lock on this file system (%s)", run_dir, os.strerror(error.errno))
+        return file
