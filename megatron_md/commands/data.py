@@ -17,6 +17,7 @@ from megatron_md.data.stream import WINDOW_SHARDS, Rows, SequenceStream
 from megatron_md.data.tokenizer import Tokenizer
 
 BAR_WIDTH = 40
+MAX_SEQ_LENGTH = 1 << 24
 ASSUMED = (
     "masks as in a run on this corpus alone whose global batches all have {} rows (no train.batch_ramp) of full length "
     "(no data.random_length_fraction), with a curriculum at its start"
@@ -66,10 +67,16 @@ def run(args: argparse.Namespace) -> int:
     for name in ("seq_length", "window_shards", "global_batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.seq_length > MAX_SEQ_LENGTH:
+        raise ValueError(f"--seq-length {args.seq_length}: at most {MAX_SEQ_LENGTH} tokens can be shown as a row")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2**63, as in a run")
     if args.masks and not args.row:
         raise ValueError("--masks marks the tokens of rows: name them with --row G")
     if min(args.row, default=0) < 0:
         raise ValueError(f"--row {min(args.row)}: rows are numbered from 0")
+    if max(args.row, default=0) >= 2**63:
+        raise ValueError(f"--row {max(args.row)}: must be below 2**63")
     console = Console(highlight=False, soft_wrap=True)
     for path in args.manifest:
         manifest = load_manifest(path)

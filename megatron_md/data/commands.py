@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    if args.output is None:
+    if not args.output:
         raise ValueError("--output is missing: the folder to create")
     for name in ("workers", "shard_tokens", "max_document_bytes"):
         if getattr(args, name) < 1:

@@ -87,6 +87,9 @@ def test_masks_are_those_of_a_run(manifest: Manifest, capsys: pytest.CaptureFixt
     [
         (["--masks", "uniform:0,1"], "name them with --row G"),
         (["--row", "-1"], "numbered from 0"),
+        (["--row", str(2**63)], "below 2**63"),
+        (["--row", "0", "--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--row", "0", "--seq-length", str(10**14)], "at most 16777216 tokens"),
         (["--row", "0", "--masks", "sometimes"], "mask_schedule"),
         (["--seq-length", "0"], "must be at least 1"),
         (["--row", "0", "--tokenizer", "none.model"], "none.model"),

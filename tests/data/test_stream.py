@@ -302,15 +302,19 @@ def test_a_trillion_tokens_open_at_any_row_in_bounded_memory(tmp_path: Path) -> 
         assert opened.rows([g]).is_maskable_BL.sum() > 4000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    start = time.perf_counter()
+    # CPU time, which other processes of the machine hardly change.
+    start = time.process_time()
     manifest = load_manifest(tmp_path, check_files=False)
-    seconds = [time.perf_counter() - start]
+    seconds = [time.process_time() - start]
     for g in some_g:
-        start = time.perf_counter()
+        start = time.process_time()
         SequenceStream(manifest, seed=11, seq_length=4096).rows([g])
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     names = ("manifest", "a random row", "step 10", "step 10,000")
-    print(f"{manifest.tokens / 1e12:.2f}T tokens:", *(f"{n} {s:.2f} s," for n, s in zip(names, seconds, strict=True)))
+    print(
+        f"{manifest.tokens / 1e12:.2f}T tokens, CPU time:",
+        *(f"{n} {s:.2f} s," for n, s in zip(names, seconds, strict=True)),
+    )
     print(f"{at_rest / 2**20:.0f} MiB at rest, {peak / 2**20:.0f} MiB at most")
     assert at_rest < 128 * 2**20 and peak < 512 * 2**20
 
