@@ -49,9 +49,13 @@ def pieces(tokens: Sequence[int], decode: Decode) -> list[str]:
     found: list[str] = []
     while len(found) < len(tokens):
         rest = list(tokens[len(found) : len(found) + LONGEST_CHARACTER])
-        texts = [decode(rest[: size + 1]) for size in range(len(rest))]
-        size = next((number for number, text in enumerate(texts) if BROKEN not in text), 0)
-        found += [texts[size], *[""] * size]
+        for size in range(1, len(rest) + 1):
+            text = decode(rest[:size])
+            if BROKEN not in text:
+                break
+        else:
+            size, text = 1, decode(rest[:1])
+        found += [text, *[""] * (size - 1)]
     return found
 
 

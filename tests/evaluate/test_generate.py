@@ -83,6 +83,7 @@ def test_samples_options_infilling_and_replay(trained: Path) -> None:
         "threshold": ["--length", "8", "--strategy", "threshold", "--threshold", "0.000001", "--steps", "8"],
         "guidance": ["--length", "8", "--steps", "4", "--guidance", "2", "--prompt", "def f(", "--eos", "suppress"],
         "infill": ["--infill", "--prompt", given, "--save-trace", str(page)],
+        "ancestral": ["--infill", "--prompt", given, "--strategy", "ancestral", "--temperature", "1"],
     }
     words = [[run, "--device", "cpu", "--output", f"{output}.{name}", *words] for name, words in calls.items()]
     assert run_ranks(generate, 1, *words) == [[0] * len(calls)]
@@ -99,7 +100,8 @@ def test_samples_options_infilling_and_replay(trained: Path) -> None:
     assert filled["tokens"][middle : middle + len(parts[1])] == parts[1] and end == middle + len(parts[1]) + 4
     assert tokenizer.mask_token_id not in filled["tokens"] and filled["steps"] == 7
     assert tokenizer.decode(filled["tokens"]) == filled["text"]
-    assert "step" in page.read_text()
+    assert found["ancestral"][0]["steps"] <= 7  # one per open token, not per token of the canvas
+    assert '"steps": "7, 7 forward passes"' in page.read_text()
 
 
 def type_on_each_rank(words: list[str]) -> list[int]:
