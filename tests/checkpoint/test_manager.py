@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_md.checkpoint.directory import checkpoint_name, complete_checkpoints, latest_checkpoint, read_progress
-from megatron_md.checkpoint.writer import _explained
+from megatron_md.checkpoint.storage import explained
 from megatron_md.config import Config
 from tests.checkpoint.legs import ONE, SHARDED, build_manager, leg, legs_config, progress_at, uninterrupted
 from tests.ranks import RankError, run_ranks
@@ -153,11 +153,11 @@ def test_a_file_that_the_system_cuts_short_is_told_in_words(tmp_path: Path) -> N
     assert not any((tmp_path / "checkpoints").iterdir())
     # What torch makes of a disk that is full in the middle of a tensor.
     text = str(
-        _explained(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), tmp_path)
+        explained(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), tmp_path)
     )
     assert text.startswith(f"{tmp_path}: a file could not be written whole; the disk has ")
     other = RuntimeError("something else")
-    assert _explained(other, tmp_path) is other
+    assert explained(other, tmp_path) is other
 
 
 def die_during_save(config: Config, run_dir: Path, point: str) -> None:

@@ -19,7 +19,9 @@ PROMPTS = ["def main(", "x = "]
 
 
 def config_of(folder: Path, name: str, **sections: dict[str, Any]) -> Config:
-    sampling = {"every_steps": 2, "prompts": PROMPTS, "length": 8, **sections.pop("sampling", {})}
+    # Drawn texts: what so small a model writes greedily is blanks, whatever the weights.
+    sampling = {"every_steps": 2, "prompts": PROMPTS, "length": 8, "temperature": 1.0, "strategy": "random"}
+    sampling = {**sampling, **sections.pop("sampling", {})}
     config = run_config(folder, name, sampling=sampling, **sections)
     return replace(config, train=replace(config.train, steps=sections.get("train", {}).get("steps", 5)))
 
@@ -49,7 +51,8 @@ def test_every_layout_writes_the_same_texts_and_trains_as_without(trained: Path)
     assert [(line["step"], line["prompt"]) for line in found["one"]] == [
         (step, prompt) for step in (2, 4, 5) for prompt in PROMPTS
     ]
-    assert all(line["forward_passes"] == 8 and line["text"] for line in found["one"])
+    assert all(line["forward_passes"] == 8 for line in found["one"])
+    assert len({line["text"] for line in found["one"]}) == 6
     assert found["one"] == found["stages"] == found["data"]
     # Sequence parallelism rounds the canvas up, here by at most one token.
     words = Tokenizer(str(trained / "tokenizer.model"))
