@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from megatron_md.diffusion.conditional import ConditionalEstimator
 from megatron_md.diffusion.sampler import SamplerConfig
 from megatron_md.evaluate.conditional import document_log_likelihoods
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_run
+from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_asked
 from megatron_md.evaluate.rows import evaluation_rows
 from megatron_md.evaluate.scorer import Scorer
 from megatron_md.parallel import World
@@ -154,17 +153,7 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     if args.judge is None:
         raise ValueError("--generative needs --judge RUN_AR: a causal run, such as an autoregressive baseline")
-    saved, judge = (
-        open_run(
-            path,
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-            tensor=args.tensor,
-            pipeline=args.pipeline,
-            device=args.device,
-            trust=args.trust,
-        )
-        for path in (args.run_path, args.judge)
-    )
+    saved, judge = (open_asked(path, args) for path in (args.run_path, args.judge))
     tokenizer, judge_words = Tokenizer(saved.tokenizer), Tokenizer(judge.tokenizer)
     if not is_causal(judge, mask_token_id=judge_words.mask_token_id):
         raise ValueError(f"--judge {args.judge}: is not causal, so that it has no exact perplexity; give a causal run")

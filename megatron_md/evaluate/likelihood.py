@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,23 +31,12 @@ def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     _check(args)
     from megatron_md import parallel
-    from megatron_md.evaluate.load import open_run
+    from megatron_md.evaluate.load import open_asked
     from megatron_md.evaluate.nelbo import check_passes, difference
     from megatron_md.evaluate.rows import TextFiles, evaluation_rows
 
     check_passes(args.passes, args.stderr, args.max_passes)
-    runs = [
-        open_run(
-            path,
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
-            tensor=args.tensor,
-            pipeline=args.pipeline,
-            device=args.device,
-            trust=args.trust,
-        )
-        for path in (args.run_path, args.against)
-        if path is not None
-    ]
+    runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]
     tokenizers = [Tokenizer(saved.tokenizer) for saved in runs]
     if len({tokenizer.sha256 for tokenizer in tokenizers}) > 1:
         raise ValueError(f"{args.against}: has another tokenizer than {args.run_path}, so that tokens do not compare")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +91,18 @@ def open_run(
     if tokenizer is None:
         raise ValueError(f"{path}: its tokenizer is not there (looked for {copies[0]} and {copies[1]})")
     return SavedRun(checkpoint, config, read_progress(checkpoint).step, tokenizer, trust)
+
+
+def open_asked(path: str | Path, args: argparse.Namespace) -> SavedRun:
+    """`open_run` in this job, as a command's `--tensor --pipeline --device --trust` say."""
+    return open_run(
+        path,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        tensor=args.tensor,
+        pipeline=args.pipeline,
+        device=args.device,
+        trust=args.trust,
+    )
 
 
 def _no_run(path: Path) -> str:

@@ -80,11 +80,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
         ValueError: bad input, with the way out.
     """
     _check(args)
-    # The harness' own bars know nothing of ranks, and its bootstrap would fork a process that has threads.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    if os.environ.get("RANK", "0") != "0":
-        logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+    _quieten()
     optional_package("lm_eval", "--tasks", "eval")
     names = [name for name in args.tasks.split(",") if name]
     manager = _task_manager(names, args.include_path)
@@ -93,7 +89,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
 
     from megatron_md import parallel
     from megatron_md.evaluate.harness import HarnessModel, HarnessSettings
-    from megatron_md.evaluate.load import open_run
+    from megatron_md.evaluate.load import open_asked
 
     settings = HarnessSettings(
         method=args.method,
@@ -105,9 +101,8 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
         temperature=args.temperature,
         guidance=args.guidance,
     )
-    split: dict[str, Any] = {"tensor": args.tensor, "pipeline": args.pipeline, "device": args.device}
-    split["trust"] = args.trust
-    saved = open_run(args.run_path, world_size=int(os.environ.get("WORLD_SIZE", "1")), **split)
+    split = {key: getattr(args, key) for key in ("tensor", "pipeline", "device", "trust")}
+    saved = open_asked(args.run_path, args)
     with parallel.session(saved.config) as world:
         model = HarnessModel(args.run_path, batch_size=args.micro_batch_size, world=world, **split, **asdict(settings))
         per_seed: dict[int, dict[str, Any]] = {}
@@ -142,6 +137,15 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
         }
     _print(result)
     return result
+
+
+def _quieten() -> None:
+    """Before the harness is imported."""
+    # The harness' own bars know nothing of ranks, and its bootstrap would fork a process that has threads.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import OnStep, Sample, SamplerConfig, SamplerStep, check_fits, infill
 from megatron_md.evaluate.canvas import LiveCanvas, can_stream, visible
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, open_run
+from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, open_asked
 from megatron_md.evaluate.prompts import Prompt, batches, canvas_of, typed_prompts
 from megatron_md.evaluate.trace import Recorder, trace_page
 from megatron_md.files import replace_file
@@ -156,14 +155,7 @@ def write_texts(args: argparse.Namespace, prompts: list[Prompt] | None) -> None:
     Raises:
         ValueError: bad input, with the way out.
     """
-    saved = open_run(
-        args.run_path,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        tensor=args.tensor,
-        pipeline=args.pipeline,
-        device=args.device,
-        trust=args.trust,
-    )
+    saved = open_asked(args.run_path, args)
     if args.trust:
         import_plugins(saved.config)  # they may register strategies
     tokenizer = Tokenizer(saved.tokenizer)
