@@ -6,18 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peer_vectors import vector
 
-from megatron_md.diffusion.proposal import exclude, guide, gumbel_scores, keep_top_p, propose
+from megatron_md.diffusion.proposal import guide, keep_top_p
 from megatron_md.diffusion.sampler import SamplerConfig, SamplerStep, infill, sample
 from megatron_md.diffusion.unmasking import (
     Choice,
-    ancestral_commit_probability,
-    largest,
-    over_threshold,
     strategies,
-    transfer_counts,
-    within_factor,
 )
 
 MASK, EOS, VOCAB = 6, 5, 7
@@ -149,93 +143,6 @@ def test_temperature_samples_from_the_softmax() -> None:
         chance_V = (denoiser.logits_LV[0, :MASK] / temperature).softmax(dim=0)
         share_V = torch.bincount(tokens, minlength=MASK) / rows
         assert ((share_V - chance_V).abs() < 4 * (chance_V * (1 - chance_V) / rows).sqrt() + 1e-4).all()
-
-
-def test_transfer_counts_of_llada() -> None:
-    case = vector("llada_num_transfer_tokens")
-    for inputs, expected in zip(case["inputs"], case["expected"], strict=True):
-        assert transfer_counts(torch.tensor(inputs["n_masked"]), inputs["steps"]).tolist() == expected
-
-
-def test_gumbel_noise_of_llada() -> None:
-    case = vector("gumbel_noise_T")
-    logits = torch.tensor(case["inputs"]["logits"])
-    uniforms = torch.full((3,), case["inputs"]["u"], dtype=torch.float64)
-    for temperature, expected in zip(case["inputs"]["temperature"], case["expected"], strict=True):
-        scores = gumbel_scores(logits, temperature, uniforms)
-        if temperature == 0:
-            assert scores.tolist() == expected
-        else:
-            assert scores.dtype == torch.float64
-            torch.testing.assert_close(
-                scores.exp(), torch.tensor(expected, dtype=torch.float64), atol=case["tol"], rtol=1e-7
-            )
-
-
-def test_excluded_mask_token_as_in_mdlm() -> None:
-    case = vector("mdlm_subs_log_probs")
-    inputs = case["inputs"]
-    xt_BL = torch.tensor(inputs["xt"])
-    log_probs = exclude(torch.tensor(inputs["logits"]), (inputs["mask_id"],)).log_softmax(dim=-1)
-    expected = torch.tensor(case["expected"]["log_p_of_x0"])
-    # x0 of the toy batch; visible positions have log-probability 0 by definition and are not predicted.
-    x0_BL = torch.tensor([[0, 1, 2, 3], [3, 0, 1, 2]])
-    is_masked_BL = xt_BL == inputs["mask_id"]
-    ours = log_probs.gather(2, x0_BL[..., None])[..., 0]
-    torch.testing.assert_close(ours[is_masked_BL], expected[is_masked_BL], atol=case["tol"], rtol=0)
-    assert (log_probs[..., inputs["mask_id"]] == -math.inf).all()
-
-
-def test_ancestral_step_of_mdlm() -> None:
-    case = vector("mdlm_ancestral_step_probs")
-    logits = exclude(torch.tensor(case["inputs"]["logits"]), (4,))
-    # From t = 0.8 to s = 0.6 is step 1 of 5.
-    commit = ancestral_commit_probability(1, 5)
-    probabilities = commit * logits.softmax(dim=-1)
-    probabilities[..., 4] = 1.0 - commit
-    for name in ("ddpm_normalised", "ddpm_cache_normalised"):
-        expected = torch.tensor(case["expected"][name])
-        torch.testing.assert_close(probabilities, expected, atol=case["tol"], rtol=0)
-
-
-def test_confidences_of_dream() -> None:
-    case = vector("dream_confidences")
-    logits = torch.tensor([case["inputs"]["logits"]])
-    found = propose(logits, torch.ones(1, 3, dtype=torch.bool), [torch.Generator()], excluded=())
-    for name, ours in [
-        ("maskgit_plus", found.probability_BK),
-        ("topk_margin", found.margin_BK),
-        ("neg_entropy", found.negative_entropy_BK),
-    ]:
-        torch.testing.assert_close(ours, torch.tensor([case["expected"][name]]), atol=case["tol"], rtol=0)
-
-
-def choice_of(probability_BK: torch.Tensor, is_open_BK: torch.Tensor, **keys: Any) -> Choice:
-    return Choice(
-        is_open_BK=is_open_BK,
-        probability_BK=probability_BK,
-        margin_BK=probability_BK,
-        negative_entropy_BK=probability_BK,
-        quota_B=torch.tensor([2]),
-        step=0,
-        steps=8,
-        generators=[torch.Generator()],
-        **{"threshold": 0.9, "factor": 1.0, **keys},
-    )
-
-
-def test_parallel_decoding_of_fast_dllm() -> None:
-    case = vector("fastdllm_transfer_index")
-    probability_BK = torch.tensor(case["inputs"]["p_token0"])
-    is_open_BK = torch.tensor(case["inputs"]["mask"]).bool()
-    found = [
-        over_threshold(choice_of(probability_BK, is_open_BK, threshold=0.9)),
-        over_threshold(choice_of(probability_BK, is_open_BK, threshold=0.99)),
-        within_factor(choice_of(probability_BK, is_open_BK, factor=1.0)),
-        within_factor(choice_of(probability_BK, is_open_BK, factor=0.5)),
-        largest(probability_BK, is_open_BK, torch.tensor([2])),
-    ]
-    assert [is_chosen.int().tolist() for is_chosen in found] == case["expected"]
 
 
 def test_threshold_needs_fewer_passes_where_the_denoiser_is_sure() -> None:
