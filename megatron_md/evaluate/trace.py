@@ -21,27 +21,28 @@ class Recorder:
     Attributes:
         start: the canvas before the first step.
         canvas: the canvas after the last one.
-        changes: (position, token) of what each step fixed.
+        changes: (position, token, probability) of what each step fixed.
     """
 
     def __init__(self, mask_token_id: int) -> None:
         self.mask_token_id = mask_token_id
         self.start: list[int] = []
         self.canvas: list[int] = []
-        self.changes: list[list[tuple[int, int]]] = []
+        self.changes: list[list[tuple[int, int, float]]] = []
 
     def on_step(self, step: SamplerStep) -> None:
         """Record a step."""
-        self.canvas, is_committed = step.tokens_BL[0].tolist(), step.is_committed_BL[0].tolist()
-        change = [(at, token) for at, (token, new) in enumerate(zip(self.canvas, is_committed, strict=True)) if new]
+        self.canvas = step.tokens_BL[0].tolist()
+        places = step.is_committed_BL[0].nonzero()[:, 0].tolist()
+        change = [(at, self.canvas[at], float(step.probability_BL[0, at])) for at in places]
         if not self.changes:
-            changed = {at for at, _ in change}
+            changed = set(places)
             self.start = [self.mask_token_id if at in changed else token for at, token in enumerate(self.canvas)]
         self.changes.append(change)
 
 
 def trace_page(recorder: Recorder, decode: Decode, *, title: str, facts: dict[str, str]) -> str:
-    """The page, with the canvas at any step, a player, and each token's step and id.
+    """The page, with the canvas at any step, a player, and each token's step, probability and id.
 
     Args:
         recorder: a finished recording.
@@ -65,7 +66,10 @@ def trace_page(recorder: Recorder, decode: Decode, *, title: str, facts: dict[st
             None if token == recorder.mask_token_id else [token, shown(at, token)]
             for at, token in enumerate(recorder.start)
         ],
-        "changes": [[[at, token, shown(at, token)] for at, token in change] for change in recorder.changes],
+        "changes": [
+            [[at, token, shown(at, token), round(probability, 4)] for at, token, probability in change]
+            for change in recorder.changes
+        ],
         "hues": [round(hue(step, count), 1) for step in range(1, count + 1)],
     }
     page = resources.files("megatron_md.evaluate").joinpath("trace.html").read_text(encoding="utf-8")

@@ -41,7 +41,7 @@ def step_of(number: int, text: str, committed: list[int]) -> SamplerStep:
     tokens_BL = torch.tensor([[MASK if letter == "_" else ord(letter) for letter in text]])
     is_committed_BL = torch.zeros_like(tokens_BL, dtype=torch.bool)
     is_committed_BL[0, committed] = True
-    return SamplerStep(number, 3, tokens_BL, is_committed_BL)
+    return SamplerStep(number, 3, tokens_BL, is_committed_BL, is_committed_BL / 2)
 
 
 def colours(text: str) -> dict[str, str]:

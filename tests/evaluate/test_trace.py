@@ -35,7 +35,8 @@ def recorded(*canvases: list[int]) -> Recorder:
     recorder = Recorder(MASK)
     for number, (old, new) in enumerate(itertools.pairwise(canvases), start=1):
         tokens_BL, before_BL = torch.tensor([new]), torch.tensor([old])
-        recorder.on_step(SamplerStep(number, len(canvases) - 1, tokens_BL, tokens_BL != before_BL))
+        probability_BL = torch.full(tokens_BL.shape, number / 8)
+        recorder.on_step(SamplerStep(number, len(canvases) - 1, tokens_BL, tokens_BL != before_BL, probability_BL))
     return recorder
 
 
@@ -60,7 +61,8 @@ def test_replaying_the_changes_gives_the_canvas_of_every_step() -> None:
     assert canvas == [token or None for token in CANVASES[0]]
     assert len(data["changes"]) == len(data["hues"]) == len(CANVASES) - 1
     for change, expected in zip(data["changes"], CANVASES[1:], strict=True):
-        for at, token, text in change:
+        for at, token, text, probability in change:
+            assert probability in (0.125, 0.25, 0.375, 0.5)
             canvas[at] = token
             assert text == WORDS[token].replace("\x1b", "\u241b")
         assert canvas == [token or None for token in expected]
