@@ -32,6 +32,18 @@ def replace_file(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a file: all of it or, where an OSError is raised, nothing."""
+    with path.open("ab", buffering=0) as file:
+        start, left = file.tell(), memoryview(text.encode())
+        try:
+            while left:
+                left = left[os.write(file.fileno(), left) :]
+        except OSError:
+            file.truncate(start)
+            raise
+
+
 def write_synced(path: Path, content: str | bytes) -> None:
     """Write a file and wait until it is on disk."""
     with path.open("wb") as file:

@@ -227,16 +227,23 @@ class Run:
             self._open()
         if self.trainer.watchdog is not None:
             # Whoever fails first says so in the run's files, be it the main rank or not.
-            self.trainer.watchdog.on_failure = lambda text: self._close("failed", start, error=text)
+            self.trainer.watchdog.on_failure = lambda text: self._close_failed(start, text)
         try:
             self.trainer.fit()
         except Exception as error:
             logger.exception("the run failed at step %d", self.trainer.progress.step)
             if self.world.is_main and (self.world.size == 1 or isinstance(error, RunFailedError)):
-                self._close("failed", start, error=f"{type(error).__name__}: {error}")
+                self._close_failed(start, f"{type(error).__name__}: {error}")
             raise
         if self.world.is_main:
             self._close("stopped" if self.trainer.stopped_by else "finished", start)
+
+    def _close_failed(self, start: float, text: str) -> None:
+        """Record what the run failed of; a disk that is full must not hide it."""
+        try:
+            self._close("failed", start, error=text)
+        except OSError as error:
+            print(f"megatron-md: {self.directory}: the failure is not recorded there ({error})", file=sys.stderr)
 
     def _close_late(self) -> None:
         """Say that the run is finished where it was cut off between its last save and its summary."""

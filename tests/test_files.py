@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
-from megatron_md.files import replace_file, replacing, sync, write_synced
+from megatron_md.files import append, replace_file, replacing, sync, write_synced
 
 
 def test_content_replaces_the_old_at_the_end_only(tmp_path: Path) -> None:
@@ -35,3 +36,18 @@ def test_synced_files_take_text_and_bytes(tmp_path: Path) -> None:
     sync(tmp_path)
     assert (tmp_path / "t").read_text(encoding="utf-8") == "text ü"
     assert (tmp_path / "b").read_bytes() == b"\x00\xff"
+
+
+def test_what_does_not_fit_whole_is_not_appended_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    append(path, "one\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            append(path, "a line of more than the six bytes that are left\n")
+        assert path.read_text() == "one\n"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append(path, "two \N{GREEK SMALL LETTER NU}\n")
+    assert path.read_text(encoding="utf-8") == "one\ntwo \N{GREEK SMALL LETTER NU}\n"

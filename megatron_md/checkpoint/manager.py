@@ -224,8 +224,8 @@ class CheckpointManager:
                 verify(checkpoint)
             except CheckpointError as error:
                 damages.append(str(error))
-                logger.warning("%s; the checkpoint before it is tried", error)
                 if dist.get_rank() == 0:
+                    logger.warning("%s; the checkpoint before it is tried", error)
                     append_event(self.run_dir, "checkpoint_damaged", path=checkpoint.name, error=str(error))
                 continue
             return checkpoint, self._load_verified(chunks, optimizer, checkpoint)

@@ -17,11 +17,16 @@ def rank_log(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank_{rank}.log"
 
 
+class _RankLog(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk must not fill the terminal with logging's own tracebacks."""
+
+
 def open_rank_log(run_dir: Path, world: World) -> None:
     """Append this process's log, with megatron-core's and torch's warnings, to its own file."""
     path = rank_log(run_dir, world.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = _RankLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.INFO)
     logging.getLogger().addHandler(handler)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_md.config import Config
-from megatron_md.files import replace_file
+from megatron_md.files import append, replace_file
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.logs import logger
 from megatron_md.train.trainer import Trainer
@@ -37,9 +37,13 @@ def without_nan(value: Any) -> Any:
 
 
 def append_event(run_dir: Path, name: str, **details: Any) -> None:
-    """Append a line to RUN/events.jsonl: starts, saves, signals, skips."""
-    with (run_dir / "events.jsonl").open("a") as file:
-        file.write(json.dumps(without_nan({"time": time.time(), "event": name, **details})) + "\n")
+    """Append a line to RUN/events.jsonl: starts, saves, signals, skips; if it fails, tell it on the terminal."""
+    path = run_dir / "events.jsonl"
+    line = json.dumps(without_nan({"time": time.time(), "event": name, **details}))
+    try:
+        append(path, line + "\n")
+    except OSError as error:
+        print(f"megatron-md: {path} cannot be written ({error.strerror}): {line}", file=sys.stderr)
 
 
 def environment(world_size: int) -> dict[str, Any]:
@@ -92,6 +96,7 @@ class MetricsWriter(Callback):
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._console: Console | None = None
+        self._unwritten = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -103,6 +108,7 @@ class MetricsWriter(Callback):
         self.last_tokens = self.first_tokens = trainer.progress.tokens
         if not trainer.world.is_main:
             return
+        self._unwritten = ""
         truncate_metrics(self.run_dir / "metrics.jsonl", trainer.progress.step)
         self._console = Console(self.config.train.steps, trainer.progress.step)
         if self.config.log.tensorboard:
@@ -151,6 +157,8 @@ class MetricsWriter(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the files."""
+        if self._unwritten:
+            self._append("")
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -170,8 +178,7 @@ class MetricsWriter(Callback):
         self.last_tokens = tokens
 
     def _write(self, record: Record) -> None:
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(without_nan(record)) + "\n")
+        self._append(json.dumps(without_nan(record)) + "\n")
         scalars = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
         if self._tensorboard is not None:
             for name, value in scalars.items():
@@ -180,6 +187,20 @@ class MetricsWriter(Callback):
             self._wandb.log(scalars, step=record["step"])
         if self._console is not None:
             self._console.line(record)
+
+    def _append(self, line: str) -> None:
+        """Write to metrics.jsonl; lines that a full disk does not take follow with the next one that it does."""
+        path, was_full = self.run_dir / "metrics.jsonl", bool(self._unwritten)
+        self._unwritten += line
+        try:
+            append(path, self._unwritten)
+            self._unwritten = ""
+        except OSError as error:
+            if self.config.checkpoint.on_error != "continue":
+                raise
+            if not was_full:
+                problem = f"{path} cannot be written ({error.strerror})"
+                print(f"megatron-md: {problem}; its lines are kept for later", file=sys.stderr)
 
 
 class Console:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -207,3 +208,39 @@ def test_kill_minus_nine_changes_nothing(kills: int, config_file: Path, tmp_path
     last = f"checkpoints/step_{20 * kills:08d}"
     hashes = tensors_of(tmp_path / "run" / last)
     assert len(hashes) > 10 and hashes == tensors_of(tmp_path / "whole" / last)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs privileges")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("on_error", "reached"), [("stop", 4), ("continue", 8)])
+def test_a_disk_that_is_really_full_loses_nothing_that_was_saved(
+    on_error: str, reached: int, config_file: Path, small_disk: Path
+) -> None:
+    run, filler = small_disk / "run", small_disk / "filler"
+    filler.write_bytes(bytes(5_500_000))  # leaves room for one checkpoint of 1.9 MB
+    words = [f"run_dir={run}", f"checkpoint.on_error={on_error}", "checkpoint.every_steps=2", "train.steps=8"]
+    process = start(config_file, *words)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "Traceback" not in error, error
+    assert "could not be written whole" in error or "No space left on device" in error
+    assert [record["step"] for record in metrics(run)] == list(range(1, reached + 1))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+    assert sum('"save_failed"' in line for line in lines(run / "events.jsonl")) >= (1 if on_error == "stop" else 3)
+
+    filler.unlink()
+    process = start(config_file, *words)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 0 and "continues at step 2" in error, error
+    assert [record["step"] for record in metrics(run)] == list(range(1, 9))
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000008"

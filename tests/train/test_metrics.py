@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_md.train.metrics import Console, append_event, truncate_metrics, write_json
+from megatron_md.train import metrics
+from megatron_md.train.metrics import Console, MetricsWriter, append_event, truncate_metrics, write_json
+from tests.small_run import variant
 
 
 def test_metrics_are_cut_back_to_the_resumed_step_and_a_torn_line_goes(tmp_path: Path) -> None:
@@ -36,6 +40,35 @@ def test_events_are_appended_with_their_time(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["started", "saved"] and events[1]["path"] == "x"
     assert events[0]["time"] <= events[1]["time"]
+
+
+@pytest.mark.parametrize("on_error", ["continue", "stop"])
+def test_lines_that_a_full_disk_does_not_take_follow_later(
+    on_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append, is_full = metrics.append, [False]
+
+    def limited(*args: Any) -> None:
+        if is_full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(*args)
+
+    monkeypatch.setattr(metrics, "append", limited)
+    writer = MetricsWriter(variant(checkpoint={"on_error": on_error}), tmp_path, flops_per_token=1.0, peak_flops=None)
+    for step in range(1, 6):
+        is_full[0] = step in (2, 3)
+        append_event(tmp_path, "passed", step=step)
+        if is_full[0] and on_error == "stop":
+            with pytest.raises(OSError, match="No space left"):
+                writer._write({"step": step})
+            return
+        writer._write({"step": step})
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+    told = capsys.readouterr().err
+    assert told.count("metrics.jsonl cannot be written (No space left on device); its lines are kept") == 1
+    # An event is not kept, but told with all that it holds.
+    assert told.count("events.jsonl cannot be written") == 2 and '"event": "passed", "step": 3' in told
 
 
 def test_console_prints_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
