@@ -108,14 +108,17 @@ class Tokenizer:
         return np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer], *, show_special: bool = False) -> str:
-        """Text of token ids [n]; special tokens are left out, or spelt like `<mask>` under `show_special`."""
+        """Text of token ids [n]; special tokens are left out, or spelt like `<mask>` under `show_special`.
+
+        So are ids that the tokenizer lacks (`<340>`): a model may have more rows than it, and writes them untrained.
+        """
         text: list[str] = []
         run: list[int] = []
         special_names = self._model.special_names
         for id in np.asarray(ids, dtype=np.int64).tolist():
-            if id in special_names:
+            if id in special_names or not 0 <= id < self.vocab_size:
                 text.append(self._model.decode(run))
-                text.append(special_names[id] if show_special else "")
+                text.append(special_names.get(id, f"<{id}>") if show_special else "")
                 run = []
             else:
                 run.append(id)

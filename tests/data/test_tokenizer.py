@@ -48,6 +48,13 @@ def test_special_tokens_are_distinct_and_shown_on_request(tokenizer: Tokenizer) 
     assert tokenizer.decode(ids, show_special=True) == "a b<mask><eos><pad> c"
 
 
+def test_ids_that_only_a_larger_model_has_are_no_text(tokenizer: Tokenizer) -> None:
+    beyond = tokenizer.vocab_size
+    ids = [*tokenizer.encode("a b").tolist(), beyond, beyond + 99, *tokenizer.encode(" c").tolist()]
+    assert tokenizer.decode(ids) == "a b c"
+    assert tokenizer.decode(ids, show_special=True) == f"a b<{beyond}><{beyond + 99}> c"
+
+
 def test_training_is_repeatable(tokenizer: Tokenizer, code: list[Document], tmp_path: Path) -> None:
     again = train_tokenizer(iter(code), 330, tmp_path / "new" / "again.model")
     assert again.sha256 == tokenizer.sha256
