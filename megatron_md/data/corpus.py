@@ -45,7 +45,7 @@ def documents(
         skip_damaged: a damaged file becomes one rejection with what could not be read of it, instead of an error.
 
     Raises:
-        ValueError: an input does not exist, holds no known file, or cannot be read for want of a package.
+        ValueError: an input does not exist, holds no file of a known kind, or cannot be read for want of a package.
         InputError: a file is damaged.
     """
     reading = reading or Reading()
@@ -87,6 +87,8 @@ def _files(source: str | Path) -> Iterator[tuple[str, Path]]:
         return
     path = Path(source)
     if path.is_file():
+        if not path.name.endswith((*SUFFIXES, ".bin")):
+            raise ValueError(f"{path}: unknown kind of file, none of {', '.join(SUFFIXES)}; give text the name *.txt")
         yield path.name, path
     elif path.is_dir():
         folder = path.resolve()

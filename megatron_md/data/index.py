@@ -24,7 +24,8 @@ from megatron_md.data.tar import Member, TarError, read_members
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.writer import Vocabulary, describe_shard, write_manifest
 
-LARGEST_MEMBER = 1 << 30
+# Bytes. 16 MiB of lengths are 4 million documents, whose entries in the index take four times that.
+LARGEST_MEMBER = {"tokens.bin": 1 << 30, "lengths.bin": 1 << 24}
 SUMS_NAME = "SHA256SUMS"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 KINDS = ("tokens", "lengths")
@@ -133,10 +134,10 @@ def _scan(path: Path, scan: _Scan, tokenizer: Tokenizer, expected_sha256: str | 
 def _key_and_kind(path: Path, member: Member, document: int) -> tuple[str, str]:
     key, _, suffix = member.name.partition(".")
     problem = member.problem
-    if problem is None and suffix not in ("tokens.bin", "lengths.bin"):
+    if problem is None and suffix not in LARGEST_MEMBER:
         problem = "neither .tokens.bin nor .lengths.bin"
-    if problem is None and member.size > LARGEST_MEMBER:
-        problem = f"{member.size} bytes in one member, {LARGEST_MEMBER} at most"
+    if problem is None and member.size > LARGEST_MEMBER[suffix]:
+        problem = f"{member.size} bytes in one member, {LARGEST_MEMBER[suffix]} at most"
     if problem is not None:
         raise ShardError(f"{path}: member {member.name!r} at document {document}: {problem}; make the tar without it")
     return key, suffix.removesuffix(".bin")

@@ -7,9 +7,10 @@ load 1: under constant weights that rule always meets the deadlines (Baruah et a
 at every g each corpus has served what it is due rounded down or up: within one row of its share, everywhere.
 
 At a change of weights every corpus keeps what it is due and has served, and the deadlines are set anew. No corpus ever
-gets ahead by a row. Up to three corpora never fall behind by one either. Of more, one may for a while (by less than 1.5
-rows in all our tests), and no rule excludes that whose rows do not depend on later changes: of four equal corpora two
-have been served after two rows, and it may be the other two that get all the weight from there on.
+gets ahead by a row. Up to three corpora never fall behind by one either. Of more, one may (by less than 1.5 rows at
+random changes), and no rule excludes that whose rows do not depend on later changes: let each row's weight go in
+equal parts to the corpora that no row has come from yet. Of n corpora the last one is then behind by
+1/2 + 1/3 + ... + 1/n after n - 1 rows, whichever rule has served the others: by 5/6 of three, by 13/12 of four.
 
 From a change on, the schedule repeats itself after a few periods (one, where no corpus is behind: two schedules of the
 same deadlines agree after D rows at the latest), so any g is found by division; nothing before it is looked at.

@@ -52,7 +52,7 @@ class Reading:
 
 
 def read_file(name: str, path: Path, reading: Reading) -> Iterator[Entry]:
-    """Documents of a file, by its suffix; a file of an unknown kind is one document of text.
+    """Documents of a file, by its suffix.
 
     Raises:
         InputError: the file is damaged.
@@ -188,10 +188,12 @@ def read_hub(source: str, reading: Reading) -> Iterator[Entry]:
     """Rows of `datasets:NAME[:CONFIG[:SPLIT]]`, streamed; the split is `train` unless given.
 
     Raises:
-        ValueError: `datasets` is not installed, or it cannot load the data set.
+        ValueError: it names no data set, or `datasets` is not installed or cannot load it.
     """
+    name, config, split, *rest = (*source.removeprefix(HUB).split(":"), "", "")
+    if not name or any(rest):
+        raise ValueError(f"{source}: names no data set; write {HUB}NAME[:CONFIG[:SPLIT]]")
     datasets = optional_package("datasets", source)
-    name, config, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         if rows.column_names is not None and reading.text_key not in rows.column_names:

@@ -233,11 +233,35 @@ def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None
 def _check_size(manifest: Manifest, shard: Shard) -> None:
     path = manifest.directory / shard.name
     if not path.is_file():
-        raise ShardError(f"{path}: missing shard; restore the file or build the shards again")
-    if path.stat().st_size != shard.bytes:
         raise ShardError(
-            f"{path}: {path.stat().st_size} bytes instead of {shard.bytes}; restore the shard or build again"
+            f"{path}: missing shard of {shard.documents} documents; restore the file or build the shards again"
         )
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise ShardError(
+            f"{path}: {size} bytes instead of {shard.bytes}{_cut_off(manifest, shard, size)}; "
+            "restore the shard or build again"
+        )
+
+
+def read_index(manifest: Manifest, shard: Shard) -> npt.NDArray[np.void] | None:
+    """Index of a shard that need not be sound itself; None where the index is not."""
+    path = manifest.directory / shard.index
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        return None
+    index: npt.NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
+    return index if index.dtype == INDEX_DTYPE else None
+
+
+def _cut_off(manifest: Manifest, shard: Shard, size: int) -> str:
+    """Which documents a shard of `size` bytes lacks, as far as its index tells."""
+    index = read_index(manifest, shard)
+    if index is None or size > shard.bytes:
+        return ""
+    ends = index["offset"].astype(np.int64) + index["tokens"].astype(np.int64) * manifest.token_dtype.itemsize
+    lost = np.flatnonzero(ends > size)
+    return f"; document {lost[0]} and {len(lost) - 1} after it are lost" if len(lost) else "; no document is lost"
 
 
 class ShardReader:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_md.data.remote import RemoteError
-from megatron_md.data.shards import INDEX_DTYPE, Manifest, Shard, ShardError, ShardReader
+from megatron_md.data.shards import Manifest, ShardError, ShardReader, read_index
 from megatron_md.data.tar import TarError, read_members
 
 
@@ -25,7 +24,8 @@ def verify(manifest: Manifest) -> list[str]:
         try:
             reader = ShardReader(manifest, number)
         except ShardError as error:
-            problems.append(f"{error}{_lost(manifest, shard)}")
+            path, index = manifest.directory / shard.name, read_index(manifest, shard)
+            problems.append(f"{error}{_structure(path, index) if path.is_file() and index is not None else ''}")
             continue
         except RemoteError as error:
             problems.append(str(error))
@@ -53,25 +53,6 @@ def _damaged_documents(reader: ShardReader, vocab_size: int) -> list[str]:
         if tokens.size and int(tokens.max()) >= vocab_size:
             problems.append(f"{reader.path}: document {number} holds a token outside the vocabulary of {vocab_size}")
     return problems
-
-
-def _lost(manifest: Manifest, shard: Shard) -> str:
-    """Which documents a shard of the wrong size lacks, as far as its index tells."""
-    path, index_path = manifest.directory / shard.name, manifest.directory / shard.index
-    if not path.is_file() or not index_path.is_file():
-        return f"; all of its {shard.documents} documents are lost"
-    data = index_path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        return ""
-    index = np.load(io.BytesIO(data), allow_pickle=False)
-    if index.dtype != INDEX_DTYPE or path.stat().st_size >= shard.bytes:
-        return _structure(path, index)
-    ends = index["offset"].astype(np.int64) + index["tokens"].astype(np.int64) * manifest.token_dtype.itemsize
-    is_lost = ends > path.stat().st_size
-    if not is_lost.any():
-        return f"{_structure(path, index)}; no document is lost"
-    first = int(np.argmax(is_lost))
-    return f"; document {first} and {int(is_lost.sum()) - 1} after it are lost"
 
 
 def _structure(path: Path, index: npt.NDArray[np.void]) -> str:

@@ -130,14 +130,17 @@ def write_corpus(
         resume_from: what `interrupted_build` found; `batches` begin after its entries.
 
     Raises:
-        ValueError: `output_dir` holds something else, there is no document to write, or a token lies outside the
-            vocabulary.
+        ValueError: `output_dir` holds something else or cannot be made, there is no document to write, or a token
+            lies outside the vocabulary.
     """
     output_dir, partial = _folders(output_dir)
     state = resume_from
     if state is None:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"{output_dir}: cannot be made ({error.strerror}); give another --output") from error
         state = BuildState(_settings_key(vocabulary, shard_tokens, block_bytes, source))
     try:
         writer = _CorpusWriter(partial, vocabulary, shard_tokens, block_bytes, state.shards)

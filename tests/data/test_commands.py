@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import json
+import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,56 @@ def test_tables_damaged_files_and_long_documents(
         ("b.jsonl.gz", "damaged file"),
     ]
     assert "restore the file" in rejected[1]["detail"]
+
+
+def test_documents_in_are_documents_written_and_rejected_of_every_kind(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, data in {"a.txt": b"fine", "b.txt": b"", "c.txt": b"\xff", "d.txt": b"x" * 99}.items():
+        (folder / name).write_bytes(data)
+    lines = [b'{"text": "fine"}', b"{broken", b'{"body": 1}', b'{"text": "\\ud800"}', b'{"text": ""}', b"[" * 99]
+    (folder / "e.jsonl").write_bytes(b"\n".join(lines))
+    with tarfile.open(folder / "f.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("fine.txt", "../up.txt", "evil.pyd", "link.txt"):
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.SYMTYPE if name == "link.txt" else tarfile.REGTYPE
+            info.size = 0 if name == "link.txt" else 4
+            tar.addfile(info, io.BytesIO(b"fine"))
+    (folder / "g.tar").write_bytes((folder / "f.tar").read_bytes()[:1024])
+    (folder / "h.jsonl.gz").write_bytes(gzip.compress(lines[0] + b"\n")[:-4])
+    (folder / "i.jsonl.gz").write_bytes(gzip.compress(bytes(96 << 20)))
+    build = ["data", "build", "--input", str(folder), "--tokenizer", str(tokenizer.path), "--skip-damaged"]
+    assert main([*build, "--max-document-bytes", "60", "--output", str(tmp_path / "out")]) == 0
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    expected = {"empty": 2, "not decodable": 1, "too long": 2, "malformed JSON": 1, "no text field": 1,
+                "not encodable as UTF-8": 1, "unsafe name": 1, "not text": 1, "not a regular file": 1,
+                "damaged tar": 1, "damaged file": 1, "decompression bomb": 1}  # fmt: skip
+    assert Counter(entry["reason"] for entry in rejected) == expected
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest.source["rejected"] == expected
+    # Four texts, six lines, four members, the member before the cut, a line, and the three damaged files.
+    assert manifest.documents == 5 and manifest.documents + len(rejected) == 4 + 6 + 4 + 1 + 1 + 3
+
+
+def test_inputs_and_outputs_that_cannot_be_are_one_line(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.bin2"
+    file.write_text("text")
+    (tmp_path / "x.txt").write_text("text")
+    for source, output, message in [
+        (file, "o", "x.bin2: unknown kind of file, none of .jsonl, "),
+        ("datasets:", "o", "datasets:: names no data set; write datasets:NAME[:CONFIG[:SPLIT]]"),
+        ("datasets:a:b:c:d", "o", "names no data set"),
+        (tmp_path / "x.txt", "x.txt/o", "x.txt/o: cannot be made (Not a directory); give another --output"),
+    ]:
+        words = ["--input", str(source), "--tokenizer", str(tokenizer.path), "--output", str(tmp_path / output)]
+        assert main(["data", "build", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin2", "x.txt"]
 
 
 @pytest.mark.parametrize("words", [["index"], ["build", "--index", "--input"]])

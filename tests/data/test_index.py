@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
+import itertools
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,10 +17,12 @@ import numpy as np
 import pytest
 import webdataset
 
+from megatron_md.batch import DamagedDocument
 from megatron_md.data.builder import build_shards
 from megatron_md.data.entries import Document
 from megatron_md.data.index import index_shards
-from megatron_md.data.shards import ShardError
+from megatron_md.data.shards import ShardError, load_manifest
+from megatron_md.data.stream import SequenceStream
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.verify import verify
 from tests.data.small_corpus import all_documents
@@ -123,13 +129,18 @@ def test_six_damages_before_indexing(tars: Path, tokenizer: Tokenizer, tmp_path:
     assert sorted(file.name for file in tars.iterdir()) == before
 
 
+def documents_behind(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The index of a shard, its documents from the third member on, and those in that member."""
+    index = np.load(path.with_suffix(".index.npy"))
+    behind = np.flatnonzero(index["offset"] >= layout(path)[2][0])
+    return index, behind, behind[index["offset"][behind] < layout(path)[2][2]]
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_six_damages_after_indexing(tars: Path, tokenizer: Tokenizer, kind: str) -> None:
     manifest = index_shards(tars, tokenizer.path)
     path = tars / "shard-000001.tar"
-    index = np.load(tars / "shard-000001.index.npy")
-    behind = np.flatnonzero(index["offset"] >= layout(path)[2][0])
-    block = behind[index["offset"][behind] < layout(path)[2][2]]
+    index, behind, block = documents_behind(path)
     damage(path, kind)
     problems = verify(manifest)
     assert all("shard-000001.tar: " in problem and DAMAGES[kind][1] in problem for problem in problems)
@@ -144,6 +155,31 @@ def test_six_damages_after_indexing(tars: Path, tokenizer: Tokenizer, kind: str)
         damaged = block if kind == "zeroed member" else block[:1]
         assert len(problems) == len(damaged)
         assert all(f": document {number} (" in text for number, text in zip(damaged, problems, strict=True))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_six_damages_on_the_way_to_training(tars: Path, tokenizer: Tokenizer, kind: str) -> None:
+    """A cut shard stops a run with the documents that it lacks; of the others, served + left out = the total."""
+    manifest = index_shards(tars, tokenizer.path)
+    path = tars / "shard-000001.tar"
+    index, behind, block = documents_behind(path)
+    damage(path, kind)
+    stream = SequenceStream(manifest, seed=1, seq_length=64, window_shards=2, keep_going=True)
+    if kind.startswith("cut"):
+        lost = [n for n in behind if index["offset"][n] + 2 * index["tokens"][n] > path.stat().st_size]
+        message = rf"shard-000001\.tar: .* instead of \d+; document {lost[0]} and {len(lost) - 1} after it are lost;"
+        for refused in (lambda: load_manifest(tars), lambda: stream.rows(range(stream.rows_per_epoch))):
+            with pytest.raises(ShardError, match=message):
+                refused()
+        return
+    rows = stream.rows(range(stream.rows_per_epoch))
+    # No document lies in a header, and none is found by it.
+    damaged = {"flipped header byte": block[:0], "zeroed member": block, "flipped data byte": block[:1]}[kind]
+    assert rows.damaged == {
+        DamagedDocument(manifest.sha256, path.name, number, int(index["tokens"][number])) for number in damaged.tolist()
+    }
+    left_out = int(index["tokens"][damaged].sum()) + len(damaged)
+    assert rows.is_maskable_BL.sum() + left_out == manifest.tokens + manifest.documents
 
 
 def test_a_flip_that_only_a_checksum_can_tell(tars: Path, tokenizer: Tokenizer) -> None:
@@ -193,6 +229,67 @@ def test_members_that_are_no_regular_files_are_refused(tokenizer: Tokenizer, tmp
         tar.addfile(info)
     with pytest.raises(ShardError, match=r"a\.tar: member 'x\.tokens\.bin' at document 0: not a regular file"):
         index_shards(tmp_path / "tars", tokenizer.path)
+
+
+CAPPED = """
+import resource, sys
+from pathlib import Path
+from megatron_md.data.corpus import documents
+from megatron_md.data.index import index_shards
+from megatron_md.data.tokenizer import Tokenizer
+
+Tokenizer(sys.argv[1])
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (64 << 20),) * 2)
+try:
+    bytearray(80 << 20)
+    sys.exit("the cap does not hold")
+except MemoryError:
+    pass
+for folder in sys.argv[2:]:
+    try:
+        index_shards(folder, sys.argv[1])
+    except ValueError as error:
+        print(str(error).removeprefix(f"{folder}/"))
+    print(*(f"{entry.name} {entry.reason}" for entry in documents([folder], skip_damaged=True)))
+"""
+
+
+def test_abuse_is_refused_under_a_memory_cap(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """64 MiB beyond the imports; the members claim or hold (as holes in the file) more than that."""
+    abuses = {
+        "huge": ("x.tokens.bin", (8 << 30) - 1, 0),
+        "claim": ("x.tokens.bin", 1 << 30, 0),
+        "pickle": ("evil.pickle", 256 << 20, 256 << 20),
+        "pyd": ("evil.pyd", 256 << 20, 256 << 20),
+        "lengths": ("x.lengths.bin", 256 << 20, 256 << 20),
+        "pax": ("x.tokens.bin", 256 << 20, 256 << 20),
+    }
+    for name, (member, claimed, held) in abuses.items():
+        header = tarfile.TarInfo(member)
+        header.size, header.type = claimed, tarfile.XHDTYPE if name == "pax" else tarfile.REGTYPE
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "a.tar").open("wb") as file:
+            file.write(header.tobuf(tarfile.USTAR_FORMAT))
+            file.truncate(512 + held + (1024 if held else 0))
+    (tmp_path / "gzip").mkdir()
+    (tmp_path / "gzip" / "a.tar").write_bytes(gzip.compress(bytes(64 << 20)))
+    folders = [str(tmp_path / name) for name in (*abuses, "gzip")]
+    words = [sys.executable, "-c", CAPPED, str(tokenizer.path), *folders]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected = [
+        ("8589934591 bytes in one member, 1073741824 at most", "not text"),
+        ("the file ends inside member 'x.tokens.bin'", "not text"),
+        ("member 'evil.pickle' at document 0: neither .tokens.bin nor .lengths.bin", "evil.pickle not text"),
+        ("member 'evil.pyd' at document 0: neither .tokens.bin nor .lengths.bin", "evil.pyd not text"),
+        ("268435456 bytes in one member, 16777216 at most", "not text"),
+        ("an extended header of 268435456 bytes", "damaged tar"),
+        ("damaged header", "damaged tar"),
+    ]
+    lines = done.stdout.splitlines()
+    for line, part in zip(lines, itertools.chain(*expected), strict=True):
+        assert part in line
 
 
 @pytest.mark.parametrize(

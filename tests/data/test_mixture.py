@@ -82,13 +82,18 @@ def test_shares_are_kept_at_every_row_across_changes(corpora: int) -> None:
         assert lags_BK.max() < (1.0 - 1e-9 if corpora <= 3 else 1.5)
 
 
-def test_no_rule_keeps_four_corpora_within_a_row_without_looking_ahead() -> None:
-    """The lag of 1 that the docs speak of: the weight goes to the two corpora that have not been served."""
-    served = MixtureSchedule([[(0, 1.0)]] * 4).locate(range(2))[0].tolist()
-    points = [[(0, 1.0), (2, 0.0 if corpus in served else 1.0)] for corpus in range(4)]
-    lags_BK = lags(points, 200)
-    assert lags_BK[2].max() == 1.0 and lags_BK[3:].max() < 1.5
-    assert np.abs(lags_BK[10:]).max() <= 1.0
+@pytest.mark.parametrize("corpora", [3, 4, 12])
+def test_no_rule_keeps_four_corpora_within_a_row_without_looking_ahead(corpora: int) -> None:
+    """Weights set against any rule: those of the corpora that have not been served, and equal ones again afterwards."""
+    points: list[list[tuple[int, float]]] = [[(0, 1.0)] for _ in range(corpora)]
+    for g in range(1, corpora):
+        served = MixtureSchedule(points).locate(range(g))[0].tolist()
+        assert len(set(served)) == g, "a rule that serves one twice leaves more corpora behind"
+        for corpus, own in enumerate(points):
+            own.append((g, 1.0 if g == corpora - 1 or corpus not in served else 0.0))
+    lags_BK = lags(points, 20 * corpora)
+    assert lags_BK[corpora - 2].max() == pytest.approx(sum(1 / n for n in range(2, corpora + 1)))
+    assert np.abs(lags_BK[5 * corpora :]).max() < 1.0
 
 
 def test_rows_of_each_corpus_come_once_and_in_order() -> None:

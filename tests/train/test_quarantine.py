@@ -123,18 +123,23 @@ def test_too_much_damage_stops_all_ranks_with_one_report(tmp_path: Path) -> None
     assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 1
 
 
-def test_batches_of_random_length_train_alike_on_a_pipeline(tmp_path: Path) -> None:
+def test_batches_of_random_length_train_alike_on_any_layout_and_after_a_crash(tmp_path: Path) -> None:
     corpus = write_bigram_corpus(tmp_path / "corpus", 60, 0)
-    config = small(tmp_path / "one", corpus, train={"steps": 6}, data={"random_length_fraction": 0.7})
+    data = {"random_length_fraction": 0.7, "document_attention": "within_document"}
+    config = small(tmp_path / "one", corpus, train={"steps": 6}, data=data)
     run_ranks(pretrain, 1, config)
-    two = replace(config, run_dir=str(tmp_path / "two"), parallel=replace(config.parallel, pipeline=2))
-    run_ranks(pretrain, 2, two)
+    four = replace(config, run_dir=str(tmp_path / "four"), parallel=replace(config.parallel, tensor=2, pipeline=2))
+    run_ranks(pretrain, 4, four)
     records = metrics(tmp_path / "one")
     sizes = np.diff([0, *(record["tokens"] for record in records)]) // 8
     assert len(set(sizes.tolist())) > 2 and max(sizes) <= LENGTH and not (sizes % 2).any()
-    for one, other in zip(records, metrics(tmp_path / "two"), strict=True):
+    for one, other in zip(records, metrics(tmp_path / "four"), strict=True):
         assert one["tokens"] == other["tokens"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    parts = replace(config, run_dir=str(tmp_path / "parts"), checkpoint=replace(config.checkpoint, every_steps=2))
+    run_ranks(pretrain_and_die_after, 1, parts, 3)
+    run_ranks(pretrain, 1, parts)
+    assert without_times(metrics(tmp_path / "parts")) == without_times(records)
 
 
 def resume_with_other_weights(config: Config) -> None:
