@@ -74,6 +74,8 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True) -> La
     ]
     if corpora:
         lines += [*missing_files(config), *corpus_problems(config)]
+    if corpora and not lines:
+        lines += _check_prompts(config)
     if lines:
         raise ConfigError(lines)
     parallel = config.parallel
@@ -331,6 +333,23 @@ def _check_sampling(config: Config) -> Iterator[str]:
         yield 'sampling.prompts is empty: give a prompt ("" starts from nothing), or set sampling.every_steps=0'
     if keys.length > context:
         yield f"sampling.length {keys.length} exceeds the model's {context} positions; shorten it"
+    # The sampler's rules need torch, which a run without samples is checked without.
+    from megatron_md.train.sample_requests import sampler_config
+
+    try:
+        sampler_config(config)
+    except ValueError as error:
+        yield f"sampling: {error}"
+
+
+def _check_prompts(config: Config) -> Iterator[str]:
+    if config.sampling.every_steps and config.data.tokenizer is not None:
+        from megatron_md.train.sample_requests import sample_requests
+
+        try:
+            sample_requests(config, Tokenizer(config.data.tokenizer))
+        except ValueError as error:
+            yield str(error)
 
 
 def _check_wandb(config: Config) -> Iterator[str]:

@@ -3,58 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.sampler import SamplerConfig, SamplerStep, check_fits
+from megatron_md.diffusion.sampler import SamplerStep
+from megatron_md.files import append
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.denoiser import StepperDenoiser, fill
 from megatron_md.train.metrics import MetricsWriter, truncate_metrics
+from megatron_md.train.sample_requests import sample_requests
 from megatron_md.train.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """A prompt with its tokens, and how to continue it."""
-
-    prompt: str
-    tokens: list[int]
-    config: SamplerConfig
-
-
-def sample_requests(config: Config, tokenizer: Tokenizer) -> list[SampleRequest]:
-    """The prompts of `sampling`, checked.
-
-    Under sequence parallelism a canvas must be a multiple of `parallel.tensor`: the length is rounded up to that.
-
-    Raises:
-        ValueError: a prompt does not fit into the context, or the sampler's keys contradict each other.
-    """
-    keys = config.sampling
-    multiple = config.parallel.tensor if config.parallel.sequence_parallel else 1
-    requests = []
-    for prompt in keys.prompts:
-        try:
-            tokens = tokenizer.encode(prompt).tolist()
-            if config.objective.right_shift and not tokens:
-                tokens = [tokenizer.eos_token_id]  # nothing predicts a row's first token
-            length = keys.length + -(len(tokens) + keys.length) % multiple
-            check_fits(len(tokens), length, config.model.max_length or config.data.seq_length)
-            sampler = SamplerConfig(
-                length=length,
-                steps=keys.steps,
-                block=keys.block,
-                strategy=keys.strategy,
-                temperature=keys.temperature,
-                seed=keys.seed,
-            )
-        except ValueError as error:
-            raise ValueError(f"sampling, prompt {prompt!r}: {error}") from None
-        requests.append(SampleRequest(prompt, tokens, sampler))
-    return requests
 
 
 class Sampling(Callback):
@@ -65,6 +26,7 @@ class Sampling(Callback):
         self.every, self.last_step = config.sampling.every_steps, config.train.steps
         self.path = Path(config.run_dir) / "samples.jsonl"
         self.denoiser, self.tokenizer, self.metrics = denoiser, tokenizer, metrics
+        self.may_be_lost = config.checkpoint.on_error == "continue"
         self.requests = sample_requests(config, tokenizer)
 
     def on_start(self, trainer: Trainer) -> None:
@@ -102,6 +64,13 @@ class Sampling(Callback):
                     "forward_passes": result.forward_passes,
                     "seconds": time.perf_counter() - start,
                 }
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                self._write(json.dumps(line) + "\n")
                 self.metrics.text(f"sample/{request.prompt}", request.prompt + text, step)
+
+    def _write(self, line: str) -> None:
+        try:
+            append(self.path, line)
+        except OSError as error:
+            if not self.may_be_lost:
+                raise
+            print(f"megatron-md: {self.path} cannot be written ({error.strerror}): a sample is lost", file=sys.stderr)

@@ -185,17 +185,9 @@ class Stepper:
             chunk.eval()
         rows, length = tokens_BL.shape
         # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
-        copies = self.round_micro_batches
-        iterators = [iter([tokens_BL] * copies) for _ in self.chunks]
-        outputs: list[torch.Tensor] = self._schedule(
-            forward_step_func=self._logits_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=copies,
-            seq_length=length,
-            micro_batch_size=rows,
-            forward_only=True,
-            collect_non_loss_data=True,
+        canvases = [tokens_BL] * self.round_micro_batches
+        outputs: list[torch.Tensor] = self._through(
+            self._logits_step, canvases, (rows, length), forward_only=True, collect_non_loss_data=True
         )
         for chunk, mode in zip(self.chunks, modes, strict=True):
             chunk.train(mode)
@@ -239,23 +231,29 @@ class Stepper:
 
     def _run(self, batches: Sequence[CorruptedBatch], *, forward_only: bool) -> list[PredictionLoss]:
         """Forward (and backward) over all micro-batches; the last pipeline stage gets their outputs."""
-        rows, length = batches[0].tokens_BL.shape
-        iterators = [iter(batches) for _ in self.chunks]
         attention_mask = None
         if batches[0].is_hidden_LL is not None:
             # One for all micro-batches and layers: they keep it for their backward pass.
             is_hidden_LL = _to_device(batches[0].is_hidden_LL, self.world.device)
             attention_mask = additive_mask(is_hidden_LL, self.chunks[0].config.params_dtype)
-        outputs: list[PredictionLoss] = self._schedule(
-            forward_step_func=partial(self._forward_step, attention_mask),
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(batches),
-            seq_length=length,
-            micro_batch_size=rows,
-            forward_only=forward_only,
+        step = partial(self._forward_step, attention_mask)
+        outputs: list[PredictionLoss] = self._through(
+            step, batches, batches[0].tokens_BL.shape, forward_only=forward_only
         )
         return outputs
+
+    def _through(self, step: Callable[..., Any], items: Sequence[Any], shape: tuple[int, ...], **keys: Any) -> Any:
+        """Send micro-batches of `shape` [B, L] through megatron-core's schedule, whichever the layout has."""
+        iterators = [iter(items) for _ in self.chunks]
+        return self._schedule(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(items),
+            seq_length=shape[1],
+            micro_batch_size=shape[0],
+            **keys,
+        )
 
     def _forward_step(
         self, attention_mask: torch.Tensor | None, iterator: Iterator[CorruptedBatch], model: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_md.config import Config
+from megatron_md.checks import check_config
+from megatron_md.config import Config, ConfigError
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.train import sampling
 from tests.ranks import run_ranks
 from tests.train.test_trainer import metrics, pretrain, pretrain_and_die_after, without_times
 from tests.trained_run import run_config
@@ -20,9 +23,8 @@ PROMPTS = ["def main(", "x = "]
 
 def config_of(folder: Path, name: str, **sections: dict[str, Any]) -> Config:
     # Drawn texts: what so small a model writes greedily is blanks, whatever the weights.
-    sampling = {"every_steps": 2, "prompts": PROMPTS, "length": 8, "temperature": 1.0, "strategy": "random"}
-    sampling = {**sampling, **sections.pop("sampling", {})}
-    config = run_config(folder, name, sampling=sampling, **sections)
+    keys = {"every_steps": 2, "prompts": PROMPTS, "length": 8, "temperature": 1.0, "strategy": "random"}
+    config = run_config(folder, name, sampling={**keys, **sections.pop("sampling", {})}, **sections)
     return replace(config, train=replace(config.train, steps=sections.get("train", {}).get("steps", 5)))
 
 
@@ -82,25 +84,42 @@ def test_a_causal_run_writes_from_left_to_right(trained: Path) -> None:
     assert [line["forward_passes"] for line in samples(config)] == [8, 8]
 
 
-def refused(config: Config) -> str:
-    """What a run says that does not start; what a rank runs."""
-    try:
-        pretrain(config)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("sections", "message"),
     [
-        ({"length": 30}, "prompt 'def main(': the prompt's"),
-        ({"block": 3}, "length 8 is not a multiple of block 3"),
-        ({"strategy": "guess"}, "unknown sampling strategy 'guess'"),
+        ({"sampling": {"length": 30}}, "sampling.prompts, 'def main(': the prompt's"),
+        ({"sampling": {"block": 3}}, "sampling: length 8 is not a multiple of block 3"),
+        ({"sampling": {"strategy": "guess"}}, "sampling: unknown sampling strategy 'guess'"),
+        ({"sampling": {"prompts": []}}, "sampling.prompts is empty"),
+        (
+            {"sampling": {"block": 4}, "parallel": {"tensor": 2, "sequence_parallel": True}},
+            "sampling.length 8 cannot become 9 with these sampling.steps and sampling.block",
+        ),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_at_the_start(trained: Path, keys: dict[str, Any], message: str) -> None:
-    (text,) = run_ranks(refused, 1, config_of(trained, "sampling-refused", sampling=keys))
-    assert text.startswith("sampling, prompt 'def main(': ") and message in text
-    assert not (trained / "sampling-refused" / "checkpoints").exists()
+def test_what_cannot_be_sampled_is_refused_before_anything_starts(
+    trained: Path, sections: dict[str, Any], message: str
+) -> None:
+    config = config_of(trained, "sampling-refused", **sections)
+    with pytest.raises(ConfigError) as caught:
+        check_config(config, config.parallel.tensor)
+    assert len(caught.value.lines) == 1 and message in caught.value.lines[0]
+
+
+def test_a_full_disk_loses_samples_only_if_told(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sampling, "append", full)
+    for on_error in ("continue", "stop"):
+        config = config_of(trained, "sampling-full", checkpoint={"on_error": on_error})
+        words: Any = Tokenizer(str(trained / "tokenizer.model"))
+        callback = sampling.Sampling(config, None, words, None)  # type: ignore[arg-type]
+        if on_error == "stop":
+            with pytest.raises(OSError, match="No space left"):
+                callback._write("line")
+        else:
+            callback._write("line")
+            assert "a sample is lost" in capsys.readouterr().err

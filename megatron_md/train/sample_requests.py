@@ -1,0 +1,71 @@
+"""What is to be sampled during training, checked before a model is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_md.config import Config
+from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.diffusion.sampler import SamplerConfig, check_fits
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A prompt with its tokens, and how to continue it."""
+
+    prompt: str
+    tokens: list[int]
+    config: SamplerConfig
+
+
+def sampler_config(config: Config) -> SamplerConfig:
+    """The sampler as the keys of `sampling` say.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    keys = config.sampling
+    return SamplerConfig(
+        length=keys.length,
+        steps=keys.steps,
+        block=keys.block,
+        strategy=keys.strategy,
+        temperature=keys.temperature,
+        seed=keys.seed,
+    )
+
+
+def sample_requests(config: Config, tokenizer: Tokenizer) -> list[SampleRequest]:
+    """The prompts of `sampling`, checked.
+
+    Under sequence parallelism a canvas must be a multiple of `parallel.tensor`: the length is rounded up to that.
+
+    Raises:
+        ValueError: a prompt does not fit into the context, or no canvas of a fit length can be sampled.
+    """
+    sampler = sampler_config(config)
+    requests = []
+    for prompt in config.sampling.prompts:
+        try:
+            tokens = tokenizer.encode(prompt).tolist()
+            if config.objective.right_shift and not tokens:
+                tokens = [tokenizer.eos_token_id]  # nothing predicts a row's first token
+            rounded = _rounded(sampler, len(tokens), config)
+            check_fits(len(tokens), rounded.length, config.model.max_length or config.data.seq_length)
+        except ValueError as error:
+            raise ValueError(f"sampling.prompts, {prompt!r}: {error}") from None
+        requests.append(SampleRequest(prompt, tokens, rounded))
+    return requests
+
+
+def _rounded(sampler: SamplerConfig, prompt_length: int, config: Config) -> SamplerConfig:
+    multiple = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    length = sampler.length + -(prompt_length + sampler.length) % multiple
+    try:
+        return replace(sampler, length=length)
+    except ValueError:
+        raise ValueError(
+            f"parallel.sequence_parallel needs prompt and text to be a multiple of parallel.tensor {multiple}, and "
+            f"sampling.length {sampler.length} cannot become {length} with these sampling.steps and sampling.block; "
+            "leave both out"
+        ) from None
