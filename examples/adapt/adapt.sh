@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a causal model to a denoiser, against a denoiser from scratch: all of README.md on Python's standard library, for
-# three seeds. Run it from anywhere; it needs megatron-md on PATH. About 45 minutes on two cores. Words that are given
+# three seeds. Run it from anywhere; it needs megatron-md on PATH. Some 45 minutes on two cores (an estimate). Words that are given
 # go to every training run: `bash examples/adapt/adapt.sh train.steps=20` is a trial.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
