@@ -248,7 +248,10 @@ class Run:
     def _close_late(self) -> None:
         """Say that the run is finished where it was cut off between its last save and its summary."""
         path = self.directory / "summary.json"
-        summary = json.loads(path.read_text()) if path.is_file() else {}
+        try:
+            summary = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):  # gone, or broken by hand
+            summary = {}
         if summary.get("status") != "finished":
             progress = self.trainer.progress
             write_json(path, {**summary, "status": "finished", "step": progress.step, "tokens": progress.tokens})

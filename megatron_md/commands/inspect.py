@@ -6,6 +6,7 @@ Nothing is unpickled, imported or run, and torch is not needed: a foreign direct
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,9 @@ _DEPENDS = {
     "train.precision": "refused if the optimizer keeps its state differently",
     "megatron": "refused if model or optimizer change by it",
 }
+
+# That of `megatron_md.train.run_lock`, which needs torch.
+_LOCK_NAME = ".lock"
 
 Changes = dict[str, list[Any]]
 
@@ -150,6 +154,8 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
     if not directory.is_dir() and not (path / "config.yaml").is_file():
         raise ValueError(f"{path}: neither a run (no config.yaml, no checkpoints/) nor a checkpoint (no progress.json)")
     found.status = _read_json(path / "summary.json", found.notes)
+    if found.status.get("status") == "running" and _is_free(path / _LOCK_NAME):
+        found.notes.append("no job on this machine holds the run: it was killed, unless it runs on another machine")
     found.environment = _read_json(path / "env.json", found.notes)
     found.last_event = _last_event(path / "events.jsonl")
     found.total_steps = _total_steps(path / "config.yaml", found.notes)
@@ -247,6 +253,16 @@ def layout_text(layout: dict[str, int]) -> str:
     """`TP2 PP2`: the sizes above 1."""
     sizes = [f"{_SIZES.get(name, name + ' ')}{size}" for name, size in layout.items() if size > 1]
     return " ".join(sizes) if sizes else "1" if layout else ""
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a run's lock is there and no job holds it."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _read_text(path: Path, notes: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from megatron_md import cli
 from megatron_md.checkpoint.integrity import seal
 from megatron_md.config import config_from_mapping, to_yaml
+from megatron_md.train.run_lock import LOCK_NAME
 
 BASE: dict[str, Any] = {"model": {"preset": "tiny", "vocab": 300}, "train": {"steps": 200}}
 
@@ -166,6 +168,18 @@ def test_broken_files_are_noted_and_terminal_codes_not_obeyed(run: Path, capsys:
     assert "[bold]red" in text
     assert "\x1b" not in text
     assert "progress.json has 2 bytes instead of" in " ".join(text.split())
+
+
+def test_a_killed_run_is_told_from_one_that_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "summary.json").write_text('{"status": "running"}')
+    said = "it was killed, unless it runs on another machine"
+    assert not any(said in note for note in as_json(capsys, run)[1]["notes"])  # nothing is known of a lock
+    with (run / LOCK_NAME).open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert not any(said in note for note in as_json(capsys, run)[1]["notes"])
+    assert any(said in note for note in as_json(capsys, run)[1]["notes"])
+    (run / "summary.json").write_text('{"status": "finished", "step": 100}')
+    assert not any(said in note for note in as_json(capsys, run)[1]["notes"])
 
 
 def test_neither_torch_nor_the_run_s_imports_are_loaded(run: Path) -> None:

@@ -209,13 +209,14 @@ def test_validation_fills_up_whole_rounds_of_an_interleaved_pipeline(tmp_path: P
 def test_a_summary_that_was_cut_off_is_mended_by_the_next_start(tmp_path: Path, corpora: dict[str, str]) -> None:
     config = config_for(tmp_path / "run", corpora, train={"steps": 2})
     run_ranks(pretrain, 1, config)
-    (tmp_path / "run" / "summary.json").write_text('{"status": "running"}')
-    assert run_ranks(pretrain, 1, config) == [0]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {
-        "status": "finished",
-        "step": 2,
-        "tokens": 2 * 8 * LENGTH,
-    }
+    for left in ('{"status": "running"}', '{"sta', "[1]"):
+        (tmp_path / "run" / "summary.json").write_text(left)
+        assert run_ranks(pretrain, 1, config) == [0]
+        assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {
+            "status": "finished",
+            "step": 2,
+            "tokens": 2 * 8 * LENGTH,
+        }
 
 
 def interrupt_self_during(config: Config, number: int) -> tuple[int, int]:
