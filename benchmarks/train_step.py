@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from plain_transformer import PlainTransformer
 
 from megatron_md import cpu, parallel
-from megatron_md.batch import BatchPosition, CleanBatch
+from megatron_md.batch import BatchPosition, CleanBatch, CorruptedBatch
 from megatron_md.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, TrainConfig
 
 MASK = 3
@@ -58,7 +58,6 @@ def build(shape: str, documents: int | None) -> tuple[dict[str, Callable[[], Non
     world = parallel.initialize(config)
     from megatron_md.diffusion.objective import build_objective
     from megatron_md.model.build import build_model, wrap_data_parallel
-    from megatron_md.model.head import Prediction, masked_cross_entropy
     from megatron_md.train.optimizer import build_optimizer, set_hyperparameters
     from megatron_md.train.step import Stepper
 
@@ -82,6 +81,14 @@ def build(shape: str, documents: int | None) -> tuple[dict[str, Callable[[], Non
         within = Stepper(apart, world, chunks, optimizer, objective)
         return dict(zip(DOCUMENT_LOOPS, (our_step, lambda: our_step(within)), strict=True)), rows * length
 
+    return dict(zip(LOOPS, (our_step, *plain_steps(config, batch)), strict=True)), rows * length
+
+
+def plain_steps(config: Config, batch: CorruptedBatch) -> list[Callable[[], None]]:
+    """A step of the plain loop with logits at every position, and one with our head at the masked ones."""
+    from megatron_md.model.head import Prediction, masked_cross_entropy
+
+    model, vocab, keys = config.model, config.model.vocab or 0, config.optimizer
     plain = PlainTransformer(model, vocab)
     adamw = torch.optim.AdamW(
         plain.parameters(), keys.lr, (keys.beta1, keys.beta2), keys.eps, keys.weight_decay, fused=True
@@ -109,8 +116,7 @@ def build(shape: str, documents: int | None) -> tuple[dict[str, Callable[[], Non
             torch.nn.utils.clip_grad_norm_(plain.parameters(), keys.clip_grad)
             adamw.step()
 
-    steps = (our_step, lambda: plain_step(full_logits), lambda: plain_step(our_head))
-    return dict(zip(LOOPS, steps, strict=True)), rows * length
+    return [lambda: plain_step(full_logits), lambda: plain_step(our_head)]
 
 
 def timed(step: Callable[[], None]) -> float:
