@@ -14,9 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.optional import optional_package
+
+if TYPE_CHECKING:
+    from megatron_md.evaluate.harness import HarnessSettings
 
 Answers = dict[Any, Any]
 
@@ -88,19 +91,10 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
     from lm_eval.evaluator import simple_evaluate
 
     from megatron_md import parallel
-    from megatron_md.evaluate.harness import HarnessModel, HarnessSettings
+    from megatron_md.evaluate.harness import HarnessModel
     from megatron_md.evaluate.load import open_asked
 
-    settings = HarnessSettings(
-        method=args.method,
-        draws=args.draws,
-        length=args.length,
-        steps=args.steps,
-        block=args.block,
-        strategy=args.strategy or "low_confidence",
-        temperature=args.temperature,
-        guidance=args.guidance,
-    )
+    settings = _settings(args)
     split = {key: getattr(args, key) for key in ("tensor", "pipeline", "device", "trust")}
     saved = open_asked(args.run_path, args)
     with parallel.session(saved.config) as world:
@@ -137,6 +131,22 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
         }
     _print(result)
     return result
+
+
+def _settings(args: argparse.Namespace) -> HarnessSettings:
+    """How the model answers, without the seed."""
+    from megatron_md.evaluate.harness import HarnessSettings
+
+    return HarnessSettings(
+        method=args.method,
+        draws=args.draws,
+        length=args.length,
+        steps=args.steps,
+        block=args.block,
+        strategy=args.strategy or "low_confidence",
+        temperature=args.temperature,
+        guidance=args.guidance,
+    )
 
 
 def _quieten() -> None:
