@@ -100,3 +100,25 @@ class CorruptedBatch:
     extra: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     cu_seqlens: list[Int32Array] | None = None
     is_hidden_LL: BoolArray | None = None
+
+
+@dataclass(frozen=True)
+class RightShift:
+    """At which position a token is predicted: at its own, or (with `enabled`) at the one to its left, as in AR models.
+
+    Nothing lies to the left of a row's first token, so that it cannot be scored then.
+    """
+
+    enabled: bool
+
+    def scorable(self, is_maskable_BL: BoolArray) -> BoolArray:
+        """The tokens that can be scored."""
+        if not self.enabled:
+            return is_maskable_BL
+        is_scorable_BL = is_maskable_BL.copy()
+        is_scorable_BL[:, 0] = False
+        return is_scorable_BL
+
+    def outputs(self, positions: Int64Array) -> Int64Array:
+        """The positions whose output predicts the tokens at these."""
+        return positions - int(self.enabled)

@@ -143,6 +143,24 @@ def initialize(config: Config) -> World:
     )
 
 
+def sum_over_ranks(figures: torch.Tensor, world: World) -> torch.Tensor:
+    """Sum over data-parallel ranks of what the last pipeline stages hold, given to every rank (on the CPU)."""
+    if world.size == 1:
+        return figures.cpu()
+    from megatron.core import parallel_state
+
+    figures = figures.to(world.device)
+    if world.is_last_stage:
+        dist.all_reduce(figures, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            figures,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return figures.cpu()
+
+
 def shutdown() -> None:
     """End megatron-core's process groups and torch.distributed."""
     if dist.is_initialized():

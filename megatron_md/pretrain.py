@@ -31,11 +31,12 @@ from megatron_md.data.shards import Manifest, load_manifest, unigram_entropy
 from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
+from megatron_md.diffusion.scoring import ScoredRows
 from megatron_md.exit_codes import EXIT_DONE, EXIT_STOPPED, RunFailedError
 from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback
-from megatron_md.train.denoiser import StepperDenoiser
+from megatron_md.train.inference import Inference
 from megatron_md.train.logs import logger, open_rank_log
 from megatron_md.train.metrics import MetricsWriter, append_event, environment, write_json
 from megatron_md.train.optimizer import build_optimizer
@@ -47,7 +48,7 @@ from megatron_md.train.run_lock import only_job
 from megatron_md.train.sampling import Sampling
 from megatron_md.train.step import Stepper
 from megatron_md.train.trainer import Trainer
-from megatron_md.train.validation import NelboEvaluator, Validation, ValidationRows, nelbo_record
+from megatron_md.train.validation import Validation
 from megatron_md.train.watchdog import Watchdog
 
 ENTROPY_TOKENS = 1_000_000_000  # a larger corpus is not read through just for its unigram entropy
@@ -127,14 +128,15 @@ class Run:
             texts={LEDGER_NAME: lambda: quarantine.ledger.text()},
         )
         metrics = _metrics_writer(config, world, directory)
-        validation = _validation(config, world, stepper, manifest)
+        inference = Inference(config, world, chunks, causal=objective.causal, mask_token_id=manifest.mask_id)
+        validation = _validation(config, inference, manifest)
         checkpointing = Checkpointing(manager, config.checkpoint, metrics=metrics)
         # The record is written before the checkpoint, so that a resumed run finds every line up to its step.
         callbacks: list[Callback] = [Profiler(config.train.profile, directory), quarantine, metrics, checkpointing]
         if validation is not None:
             callbacks.insert(0, validation)
         if config.sampling.every_steps:
-            callbacks.insert(-1, _sampling(config, stepper, metrics))
+            callbacks.insert(-1, _sampling(config, inference, metrics))
         stop_request = StopRequest(directory if world.is_main else None)
         trainer = Trainer(config, world, stream, stepper, optimizer, callbacks, stop_request)
         run = cls(config, world, directory, manifests, trainer, manager, checkpointing, metrics, quarantine, validation)
@@ -283,8 +285,8 @@ class Run:
         }
         if self.trainer.stopped_by:
             summary["stopped_by"] = self.trainer.stopped_by
-        if self.validation is not None and self.validation.newest is not None:
-            summary.update(nelbo_record(self.validation.newest))
+        if self.validation is not None:
+            summary.update(self.validation.newest)
         if status == "finished" and len(self.manifests) == 1 and self.manifests[0].tokens <= ENTROPY_TOKENS:
             try:
                 summary["unigram_entropy"] = unigram_entropy(self.manifests[0])
@@ -319,26 +321,15 @@ def _metrics_writer(config: Config, world: World, directory: Path) -> MetricsWri
     )
 
 
-def _sampling(config: Config, stepper: Stepper, metrics: MetricsWriter) -> Sampling:
+def _sampling(config: Config, denoiser: Inference, metrics: MetricsWriter) -> Sampling:
     assert config.data.tokenizer is not None, "checked before"
-    tokenizer, context = Tokenizer(config.data.tokenizer), config.model.max_length or config.data.seq_length
-    denoiser = StepperDenoiser(stepper, mask_token_id=tokenizer.mask_token_id, max_length=context)
-    return Sampling(config, denoiser, tokenizer, metrics)
+    return Sampling(config, denoiser, Tokenizer(config.data.tokenizer), metrics)
 
 
-def _validation(config: Config, world: World, stepper: Stepper, manifest: Manifest) -> Validation | None:
+def _validation(config: Config, scorer: Inference, manifest: Manifest) -> Validation | None:
     if not config.validation.sequences or config.data.valid is None:
         return None
     valid = load_manifest(config.data.valid, cache=Cache.of(config.data))
     rows = validation_rows(valid, config.data.seq_length, config.validation.sequences)
-    if config.objective.right_shift:
-        rows.is_maskable_BL[:, 0] = False  # see Stepper.scorable
-    evaluator = NelboEvaluator(
-        ValidationRows(rows.tokens_BL, rows.is_maskable_BL, rows.cu_seqlens),
-        stepper,
-        world,
-        seed=config.validation.seed,
-        mask_token_id=manifest.mask_id,
-        rate_bins=config.validation.rate_bins,
-    )
-    return Validation(config, evaluator)
+    scored = ScoredRows(rows.tokens_BL, scorer.shift.scorable(rows.is_maskable_BL), cu_seqlens=rows.cu_seqlens)
+    return Validation(config, scorer, scored, mask_token_id=manifest.mask_id)

@@ -61,6 +61,7 @@ class SmallRun:
     def __init__(self, config: Config, world: Any) -> None:
         from megatron_md.diffusion.objective import build_objective
         from megatron_md.model.build import build_model, wrap_data_parallel
+        from megatron_md.train.inference import Inference
         from megatron_md.train.optimizer import build_optimizer, set_hyperparameters
         from megatron_md.train.step import Stepper
 
@@ -76,6 +77,7 @@ class SmallRun:
         self.optimizer = build_optimizer(config, self.chunks)
         set_hyperparameters(self.optimizer, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
         self.stepper = Stepper(config, world, self.chunks, self.optimizer, objective)
+        self.inference = Inference(config, world, self.chunks, causal=objective.causal, mask_token_id=MASK)
 
     def batches(self, step: int) -> list[CleanBatch]:
         """This rank's micro-batches of a step."""

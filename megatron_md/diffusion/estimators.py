@@ -31,14 +31,32 @@ from megatron_md.diffusion.corruption import (
     FloatArray,
     assemble,
     is_below_rate,
+    mask_exact_count,
     maskable_count,
     shift_right,
     stratified_uniforms,
     uniforms,
 )
-from megatron_md.diffusion.nelbo import exact_counts, exact_masks, purpose_of
 
 EstimatorName = Literal["exact", "complementary", "neyman", "stratified_t", "plain", "autoregressive"]
+
+_PURPOSE = "validation"
+
+
+def exact_counts(u_B: FloatArray, maskable_B: Int64Array) -> Int64Array:
+    """Counts l = 1 + floor(n u) of rows with n maskable positions: uniform on 1..n for uniform u."""
+    return np.minimum(1 + np.floor(u_B * maskable_B).astype(np.int64), maskable_B)
+
+
+def _pass(randomisation: int) -> str:
+    """Name of a pass' random numbers."""
+    return f"{_PURPOSE}/{randomisation}"
+
+
+def _exact_masks(batch: CleanBatch, count_B: Int64Array, *, seed: int, randomisation: int) -> BoolArray:
+    """is_masked_BL with `count_B` maskable positions of each row, as its number and the pass decide."""
+    streams: list[tuple[int, ...]] = [(int(i), randomisation) for i in batch.sample_index_B]
+    return mask_exact_count(seed, streams, count_B, batch.is_maskable_BL, f"{_PURPOSE}/is_masked")
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,13 @@ class Estimator:
         return Plan(counts_DB / n_B, weight_DB / np.maximum((counts_DB > 0).sum(axis=0), 1), stratum_B)
 
     def corrupt(self, batch: CleanBatch, mask_token_id: int, randomisation: int = 0) -> list[CorruptedBatch]:
-        """The masked rows of a pass, one batch for each draw; `batch` as for `nelbo.exact_count_corruption`."""
+        """The masked rows of a pass, one batch for each draw.
+
+        Args:
+            batch: some of the rows; `sample_index_B` are their numbers i in 0..R-1, `position.global_batch_size` is R.
+            mask_token_id: what masked positions become (the BOS of a causal model).
+            randomisation: number of the pass; passes are independent.
+        """
         n_B = maskable_count(batch)
         plan = self.plan(batch.sample_index_B, n_B, batch.position.global_batch_size, randomisation)
         if self.causal:
@@ -140,7 +164,7 @@ class Estimator:
             is_masked_BL = is_below_rate(self._uniforms_BL(batch, randomisation), plan.rate_DB[0], batch.is_maskable_BL)
         else:
             count_B = np.rint(plan.rate_DB[0] * n_B).astype(np.int64)
-            is_masked_BL = exact_masks(batch, count_B, seed=self.seed, randomisation=randomisation)
+            is_masked_BL = _exact_masks(batch, count_B, seed=self.seed, randomisation=randomisation)
         masks: list[BoolArray] = [is_masked_BL]
         if self.name == "complementary":
             masks.append(batch.is_maskable_BL & ~is_masked_BL)
@@ -151,13 +175,13 @@ class Estimator:
 
     def _strata(self, index_B: Int64Array, rows: int, randomisation: int) -> FloatArray:
         if self.stratified:
-            return np.asarray(stratified_uniforms(self.seed, 0, rows, purpose_of(randomisation))[index_B])
-        purpose = f"{purpose_of(randomisation)}/plain"
+            return np.asarray(stratified_uniforms(self.seed, 0, rows, _pass(randomisation))[index_B])
+        purpose = f"{_pass(randomisation)}/plain"
         return np.asarray(uniforms(self.seed, purpose, 0, rows)[index_B])
 
     def _uniforms_BL(self, batch: CleanBatch, randomisation: int) -> FloatArray:
         length = batch.tokens_BL.shape[1]
-        purpose = f"{purpose_of(randomisation)}/bernoulli"
+        purpose = f"{_pass(randomisation)}/bernoulli"
         return np.stack([uniforms(self.seed, purpose, int(i), length) for i in batch.sample_index_B])
 
     def _neyman_counts(self, u_B: FloatArray, n_B: Int64Array) -> tuple[Int64Array, FloatArray]:

@@ -12,7 +12,7 @@ import torch
 from megatron_md.batch import CorruptedBatch
 from megatron_md.diffusion.conditional import ConditionalEstimator, MaskedAnswers, masked_answers
 from megatron_md.diffusion.corruption import FloatArray
-from megatron_md.evaluate.scorer import Scorer
+from megatron_md.diffusion.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,11 @@ def _summed_cross_entropies(scorer: Scorer, copies: MaskedAnswers) -> FloatArray
     """Of each copy; None on ranks that do not hold the last pipeline stage."""
     size = min(scorer.micro_batch_size, len(copies.tokens_DL))
     batches: list[CorruptedBatch] = list(copies.micro_batches(size))
-    real = len(batches)
-    # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
-    batches += [batches[0]] * (-real % scorer.round_micro_batches)
     losses = scorer.negative_log_likelihoods(batches)
     if losses is None:
         return None
     sums = [
         np.bincount(batch.positions_M // batch.tokens_BL.shape[1], nll_M, minlength=size)
-        for batch, nll_M in zip(batches[:real], losses[:real], strict=True)
+        for batch, nll_M in zip(batches, losses, strict=True)
     ]
     return np.concatenate(sums)[: len(copies.tokens_DL)].astype(np.float64)

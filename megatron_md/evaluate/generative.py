@@ -25,13 +25,13 @@ from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
 from megatron_md.diffusion.sampler import SamplerConfig
+from megatron_md.diffusion.scoring import Scorer
 from megatron_md.evaluate.conditional import document_log_likelihoods
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_asked
+from megatron_md.evaluate.load import SavedRun, is_causal, load_model, open_asked
 from megatron_md.evaluate.rows import evaluation_rows
-from megatron_md.evaluate.scorer import Scorer
 from megatron_md.parallel import World
-from megatron_md.train.denoiser import fill
+from megatron_md.train.inference import Inference, fill
 
 Tokens = list[int]
 
@@ -162,8 +162,8 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
     settings = _settings(args, saved, causal=is_causal(saved, mask_token_id=tokenizer.mask_token_id))
     reference = _reference(args, saved.config, tokenizer, settings[0].length)
     with parallel.session(saved.config) as world:
-        denoiser = LoadedDenoiser(saved, world, tokenizer, may_be_causal=True)
-        judging = Judge(judge, judge_words, load_scorer(judge, world, judge_words))
+        denoiser = load_model(saved, world, tokenizer)
+        judging = Judge(judge, judge_words, load_model(judge, world, judge_words))
         text = None if reference is None else _text_quality(reference, judging, tokenizer)
         compared = [] if reference is None else reference[1::2]
         if world.is_main:
@@ -249,7 +249,7 @@ def _distances(samples: list[Tokens], text: list[Tokens]) -> tuple[float, float]
 def _quality(
     setting: SamplerConfig,
     count: int,
-    denoiser: LoadedDenoiser,
+    denoiser: Inference,
     judging: Judge,
     world: World,
     tokenizer: Tokenizer,

@@ -39,10 +39,9 @@ from megatron_md.evaluate.conditional import (
     document_log_likelihoods,
 )
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_run
-from megatron_md.evaluate.scorer import StepperScorer
+from megatron_md.evaluate.load import SavedRun, is_causal, load_model, open_run
 from megatron_md.parallel import World
-from megatron_md.train.denoiser import fill
+from megatron_md.train.inference import Inference, fill
 
 DEFAULT_LENGTH = 256  # the harness' own default for models that are not told
 
@@ -179,14 +178,9 @@ class HarnessModel(TemplateLM):
         self.forward_passes = self.shortened = 0
 
     @cached_property
-    def scorer(self) -> StepperScorer:
-        """The model for likelihoods."""
-        return load_scorer(self.run, self.world, self.words)
-
-    @cached_property
-    def denoiser(self) -> LoadedDenoiser:
-        """The model for generation."""
-        return LoadedDenoiser(self.run, self.world, self.words, may_be_causal=True)
+    def model(self) -> Inference:
+        """The run's weights."""
+        return load_model(self.run, self.world, self.words)
 
     @property
     def eot_token_id(self) -> int:
@@ -221,7 +215,7 @@ class HarnessModel(TemplateLM):
         ]
         with self._progress("likelihoods", len(questions)) as advance:
             found = conditional_log_likelihoods(
-                self.scorer,
+                self.model,
                 questions,
                 self.settings.estimator(causal=self.causal),
                 mask_token_id=self.words.mask_token_id,
@@ -242,7 +236,7 @@ class HarnessModel(TemplateLM):
         documents = [self.tok_encode(request.args[0]) for request in requests]
         with self._progress("texts", len(documents)) as advance:
             found = document_log_likelihoods(
-                self.scorer,
+                self.model,
                 documents,
                 self.settings.estimator(causal=self.causal),
                 mask_token_id=self.words.mask_token_id,
@@ -280,7 +274,7 @@ class HarnessModel(TemplateLM):
                 # No two batches sample with the same noise.
                 config = replace(config, seed=_hash(f"{config.seed}/{_key(requests[places[0]])}"))
                 result = fill(
-                    self.denoiser,
+                    self.model,
                     [prompts[at] for at in places],
                     config,
                     mask_token_id=self.words.mask_token_id,
@@ -328,7 +322,7 @@ class HarnessModel(TemplateLM):
         prompt, answer = pair
         config = SamplerConfig(length=len(answer))
         result = fill(
-            self.denoiser,
+            self.model,
             [prompt],
             config,
             mask_token_id=self.words.mask_token_id,
@@ -338,7 +332,7 @@ class HarnessModel(TemplateLM):
 
     def _shared(self, jobs: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
         """What generating jobs give; a rank without a share reads the weights as well, which all ranks do together."""
-        return shared(self.world, jobs, work) if jobs and self.denoiser else []
+        return shared(self.world, jobs, work) if jobs and self.model else []
 
     def _count(self, found: Sequence[AnswerLikelihood]) -> None:
         self.forward_passes += sum(answer.forward_passes for answer in found)

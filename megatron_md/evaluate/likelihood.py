@@ -16,8 +16,9 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.files import replace_file
 
 if TYPE_CHECKING:
+    from megatron_md.diffusion.nelbo import NelboReport, NelboTable
+    from megatron_md.diffusion.scoring import ScoredRows
     from megatron_md.evaluate.load import SavedRun
-    from megatron_md.evaluate.nelbo import EvaluationRows, NelboReport, NelboTable
     from megatron_md.parallel import World
 
 ROWS = 256  # scored unless told otherwise
@@ -31,8 +32,8 @@ def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     _check(args)
     from megatron_md import parallel
+    from megatron_md.diffusion.nelbo import check_passes, difference
     from megatron_md.evaluate.load import open_asked
-    from megatron_md.evaluate.nelbo import check_passes, difference
     from megatron_md.evaluate.rows import TextFiles, evaluation_rows
 
     check_passes(args.passes, args.stderr, args.max_passes)
@@ -81,18 +82,18 @@ def _table(
     saved: SavedRun,
     tokenizer: Tokenizer,
     world: World,
-    rows: EvaluationRows,
+    rows: ScoredRows,
     args: argparse.Namespace,
     state: Path | None,
 ) -> NelboTable:
     from megatron_md.diffusion.estimators import Estimator, EstimatorName
-    from megatron_md.evaluate.load import load_scorer
-    from megatron_md.evaluate.nelbo import evaluate_nelbo
+    from megatron_md.diffusion.nelbo import evaluate_nelbo
+    from megatron_md.evaluate.load import load_model
 
     config = replace(saved.config, train=replace(saved.config.train, micro_batch_size=args.micro_batch_size))
-    scorer = load_scorer(replace(saved, config=config), world, tokenizer)
+    scorer = load_model(replace(saved, config=config), world, tokenizer)
     name: EstimatorName = "autoregressive" if scorer.causal else args.estimator
-    estimator = Estimator(name, seed=args.seed, right_shift=scorer.causal and config.objective.right_shift)
+    estimator = Estimator(name, seed=args.seed, right_shift=scorer.causal and scorer.right_shift)
     with _progress(world.is_main, f"{saved.checkpoint}") as moved:
 
         def on_progress(table: NelboTable) -> None:

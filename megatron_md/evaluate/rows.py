@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_md.batch import BoolArray, Int32Array, Int64Array
+from megatron_md.batch import BoolArray, Int32Array, Int64Array, RightShift
 from megatron_md.config import Config
 from megatron_md.data.shards import MANIFEST_NAME, load_manifest
 from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.diffusion.scoring import ScoredRows
 from megatron_md.evaluate.detokenize import detokenize
-from megatron_md.evaluate.nelbo import EvaluationRows
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def evaluation_rows(
     *,
     count: int,
     files: TextFiles | None = None,
-) -> EvaluationRows:
+) -> ScoredRows:
     """Rows of L tokens, L being the smallest `data.seq_length` of the runs.
 
     Args:
@@ -75,11 +75,10 @@ def evaluation_rows(
         if files.words and sum(map(len, documents)) > count * length:
             raise ValueError(f"--words needs all of the text, which is longer than {count} rows: leave out --rows")
         tokens_RL, is_maskable_RL, cu_seqlens = _pack(documents, length, tokenizer, count)
-    if any(config.objective.right_shift for config in configs):
-        is_maskable_RL[:, 0] = False  # nothing lies to its left that could predict it
+    is_maskable_RL = RightShift(any(config.objective.right_shift for config in configs)).scorable(is_maskable_RL)
     scored = [row[is_scored] for row, is_scored in zip(tokens_RL, is_maskable_RL, strict=True)]
     size = sum(len(tokenizer.decode(row).encode()) for row in scored)
-    return EvaluationRows(tokens_RL, is_maskable_RL, size, cu_seqlens, words)
+    return ScoredRows(tokens_RL, is_maskable_RL, size, cu_seqlens, words)
 
 
 def _is_corpus(path: Path) -> bool:

@@ -18,12 +18,12 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import OnStep, Sample, SamplerConfig, SamplerStep, check_fits, infill
 from megatron_md.evaluate.canvas import LiveCanvas, can_stream, visible
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, open_asked
+from megatron_md.evaluate.load import SavedRun, is_causal, load_model, open_asked
 from megatron_md.evaluate.prompts import Prompt, batches, canvas_of, typed_prompts
 from megatron_md.evaluate.trace import Recorder, trace_page
 from megatron_md.files import replace_file
 from megatron_md.parallel import World
-from megatron_md.train.denoiser import fill
+from megatron_md.train.inference import fill
 
 TYPING_SECONDS = 7 * 86400.0  # how long other ranks wait for a line
 
@@ -185,7 +185,7 @@ class Writer:
 
     def __init__(self, args: argparse.Namespace, saved: SavedRun, world: World, tokenizer: Tokenizer) -> None:
         self._args, self._saved, self._world, self._tokenizer = args, saved, world, tokenizer
-        self._denoiser = LoadedDenoiser(saved, world, tokenizer, may_be_causal=True)
+        self._denoiser = load_model(saved, world, tokenizer)
         self._streams = world.is_main and world.data_size == 1 and not args.no_stream and can_stream()
         self._texts: list[Text] = []
 

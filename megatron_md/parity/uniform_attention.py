@@ -56,7 +56,8 @@ class LocalStopRequest(StopRequest):
 class UniformAttentionStepper:
     """What the loop and the callbacks ask of a `Stepper`, for this model in one process."""
 
-    round_micro_batches = 1
+    causal = right_shift = within_document = False
+    data_rank, data_size = 0, 1
 
     def __init__(self, config: ParityConfig, objective: Objective) -> None:
         """Build model and optimizer."""

@@ -12,7 +12,7 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import SamplerStep
 from megatron_md.files import append
 from megatron_md.train.callback import Callback, Record
-from megatron_md.train.denoiser import StepperDenoiser, fill
+from megatron_md.train.inference import Inference, fill
 from megatron_md.train.metrics import MetricsWriter, truncate_metrics
 from megatron_md.train.sample_requests import sample_requests
 from megatron_md.train.trainer import Trainer
@@ -21,7 +21,7 @@ from megatron_md.train.trainer import Trainer
 class Sampling(Callback):
     """Continues the prompts every `sampling.every_steps` steps and after the last one; training does not notice."""
 
-    def __init__(self, config: Config, denoiser: StepperDenoiser, tokenizer: Tokenizer, metrics: MetricsWriter) -> None:
+    def __init__(self, config: Config, denoiser: Inference, tokenizer: Tokenizer, metrics: MetricsWriter) -> None:
         """Raises what `sample_requests` does."""
         self.every, self.last_step = config.sampling.every_steps, config.train.steps
         self.path = Path(config.run_dir) / "samples.jsonl"

@@ -24,9 +24,9 @@ def scored(folder: Path) -> None:
     from megatron_md.diffusion.conditional import ConditionalEstimator
     from megatron_md.diffusion.sampler import SamplerConfig
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods, document_log_likelihoods
-    from megatron_md.evaluate.load import LoadedDenoiser, load_scorer, open_run
+    from megatron_md.evaluate.load import load_model, open_run
     from megatron_md.evaluate.verify_conversion import reference_logits
-    from megatron_md.train.denoiser import fill
+    from megatron_md.train.inference import fill
 
     def expected(tokens: list[int], first: int) -> float:
         with HuggingFaceFolder(folder / "hf") as hf:
@@ -38,7 +38,7 @@ def scored(folder: Path) -> None:
     saved = open_run(folder / "run", device="cpu")
     words: Any = SimpleNamespace(mask_token_id=5)
     with parallel.session(saved.config) as world:
-        scorer = load_scorer(saved, world, words)
+        scorer = load_model(saved, world, words)
         estimator = ConditionalEstimator("autoregressive")
         ((answer,),) = conditional_log_likelihoods(
             scorer, [Question(TOKENS[:3], [TOKENS[3:]])], estimator, mask_token_id=5
@@ -52,8 +52,7 @@ def scored(folder: Path) -> None:
         assert document.log_likelihood == pytest.approx(sum(expected(part, 1) for part in parts), rel=1e-5)
         with pytest.raises(ValueError, match="nothing predicts the first one without a prompt"):
             conditional_log_likelihoods(scorer, [Question([], [[7]])], estimator, mask_token_id=5)
-        denoiser = LoadedDenoiser(saved, world, words, may_be_causal=True)
-        written = fill(denoiser, [TOKENS[:3]], SamplerConfig(length=4, steps=2), mask_token_id=5, eos_token_id=2)
+        written = fill(scorer, [TOKENS[:3]], SamplerConfig(length=4, steps=2), mask_token_id=5, eos_token_id=2)
         with HuggingFaceFolder(folder / "hf") as hf:
             row = torch.tensor([TOKENS[:3]])
             for _ in range(4):

@@ -9,10 +9,10 @@ import torch
 from megatron_md.diffusion import conditional
 from megatron_md.diffusion.conditional import ConditionalEstimator
 from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods
-from megatron_md.evaluate.scorer import DenoiserScorer
+from tests.diffusion.denoiser_scorer import DenoiserScorer
 from tests.diffusion.peer_vectors import vector
 from tests.diffusion.toy_denoiser import ALARM_Z, ToyLaw
-from tests.evaluate.toy_rows import LENGTH, law_of
+from tests.diffusion.toy_rows import LENGTH, law_of
 
 PROMPT, ANSWERS = (0, 1), ((2, 1, 2), (0, 0, 1))
 
@@ -101,7 +101,6 @@ def test_coupled_choices_differ_more_surely_than_their_parts() -> None:
 
 class RankScorer(DenoiserScorer):
     data_size = 2
-    round_micro_batches = 4
 
 
 def test_ranks_share_the_questions() -> None:

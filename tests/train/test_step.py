@@ -220,7 +220,7 @@ def test_recomputation_and_micro_batches_do_not_matter_within_documents(keys: di
 def losses_by_position(run: Any, batch: CleanBatch) -> np.ndarray[Any, Any]:
     """Negative log-likelihood at each position [B, L], 0 where none is scored."""
     (corrupted,) = run.stepper.corrupt([batch])
-    (nll_M,) = run.stepper.negative_log_likelihoods([corrupted])
+    (nll_M,) = run.inference.negative_log_likelihoods([corrupted])
     table = np.zeros(batch.tokens_BL.size, dtype=np.float32)
     table[corrupted.positions_M] = nll_M
     return table.reshape(batch.tokens_BL.shape)
@@ -325,12 +325,12 @@ def test_bf16_follows_fp32_under_annealed_attention(layout: dict[str, Any]) -> N
 def annealed_losses(config: Config) -> dict[str, np.ndarray[Any, Any]]:
     """Losses of a batch as annealing begins, in its middle, and at its end; and those of a causal and a plain model."""
     from megatron_md.model.build import build_model
-    from megatron_md.train.step import Stepper
+    from megatron_md.train.inference import Inference
 
     with small_run(config) as run:
 
-        def losses(stepper: Any, batches: Any) -> np.ndarray[Any, Any]:
-            return np.concatenate(stepper.negative_log_likelihoods(batches))
+        def losses(model: Any, batches: Any) -> np.ndarray[Any, Any]:
+            return np.concatenate(model.negative_log_likelihoods(batches))
 
         progress = {"first": 0.0, "middle": 0.25, "last": 0.5}
         at = {
@@ -340,11 +340,10 @@ def annealed_losses(config: Config) -> dict[str, np.ndarray[Any, Any]]:
         plain = [replace(batch, is_hidden_LL=None) for batch in at["first"]]
         causal = build_model(config, run.world.device, causal=True, mask_token_id=3)
         return {
-            **{name: losses(run.stepper, batches) for name, batches in at.items()},
-            "bidirectional": losses(run.stepper, plain),
-            "causal": losses(Stepper(variant(config, objective={"attention_annealing": 0.0}), run.world, causal, None,
-                                     run.stepper.objective), plain),
-        }  # fmt: skip
+            **{name: losses(run.inference, batches) for name, batches in at.items()},
+            "bidirectional": losses(run.inference, plain),
+            "causal": losses(Inference(config, run.world, causal, causal=True, mask_token_id=3), plain),
+        }
 
 
 @pytest.mark.distributed
@@ -363,7 +362,7 @@ def shifted_losses(config: Config) -> list[Any]:
 
     with small_run(config) as run:
         batches = run.stepper.corrupt(run.batches(0))
-        losses = run.stepper.negative_log_likelihoods(batches)
+        losses = run.inference.negative_log_likelihoods(batches)
         expected = []
         for batch in batches:
             assert (batch.positions_M % LENGTH > 0).all()

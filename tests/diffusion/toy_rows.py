@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from megatron_md.diffusion.corruption import FloatArray
-from megatron_md.evaluate.nelbo import EvaluationRows
-from megatron_md.evaluate.scorer import DenoiserScorer
+from megatron_md.diffusion.scoring import ScoredRows
+from tests.diffusion.denoiser_scorer import DenoiserScorer
 from tests.diffusion.toy_denoiser import ToyLaw
 
 VOCAB, LENGTH = 3, 5
@@ -37,7 +37,7 @@ class ToyRows:
         self.law = law_of(name)
         number_R = np.random.default_rng(seed).choice(len(self.law.law_X), rows, p=self.law.law_X)
         tokens_RL = self.law.tokens_XN[number_R]
-        self.rows = EvaluationRows(tokens_RL, np.ones_like(tokens_RL, dtype=bool))
+        self.rows = ScoredRows(tokens_RL, np.ones_like(tokens_RL, dtype=bool))
         self.scorer = DenoiserScorer(self.law, micro_batch_size=500, excluded=(self.law.mask,))
         self.nll = float(-np.log(self.law.law_X[number_R]).mean()) / LENGTH
         self.ce_L = self._ce_by_count()[:, number_R].mean(axis=1)

@@ -1,9 +1,9 @@
-"""What likelihood needs of a model: the cross-entropy at given positions of given rows, on any layout or none."""
+"""Any callable as a `Scorer` in one process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,59 +11,12 @@ import torch
 
 from megatron_md.batch import CorruptedBatch
 
-if TYPE_CHECKING:
-    from megatron_md.train.step import Stepper
-
-
-class Scorer(Protocol):
-    """A model behind one call; every rank makes the same calls with its own rows.
-
-    Attributes:
-        causal: it attends to the left only, so that it scores shifted rows.
-        micro_batch_size: rows of every batch.
-        data_rank: which share of the rows is this rank's.
-        data_size: number of shares.
-        round_micro_batches: batches of a call come in multiples of it.
-        within_document: its attention keeps the documents of a row apart.
-        right_shift: its outputs predict the next token, so that nothing predicts a row's first one.
-    """
-
-    causal: bool
-    right_shift: bool
-    within_document: bool
-    micro_batch_size: int
-    data_rank: int
-    data_size: int
-    round_micro_batches: int
-
-    def negative_log_likelihoods(self, batches: Sequence[CorruptedBatch]) -> list[npt.NDArray[Any]] | None:
-        """Each batch's nll_M in nats; None on ranks that do not hold the last pipeline stage."""
-
-    def sum_over_ranks(self, figures: torch.Tensor) -> torch.Tensor:
-        """Sum over the data-parallel ranks, given to every rank (on the CPU)."""
-
-
-class StepperScorer:
-    """The trainer's forward pass on its layout; the mask token's logit is treated as in training."""
-
-    def __init__(self, stepper: Stepper) -> None:
-        self.causal: bool = stepper.objective.causal
-        self.within_document: bool = stepper.within_document
-        self.right_shift: bool = stepper.right_shift
-        self.micro_batch_size = stepper.micro_batch_size
-        self.data_rank: int = stepper.world.data_rank
-        self.data_size: int = stepper.world.data_size
-        self.round_micro_batches = stepper.round_micro_batches
-        self.negative_log_likelihoods = stepper.negative_log_likelihoods
-        self.sum_over_ranks = stepper.sum_over_ranks
-
 
 class DenoiserScorer:
     """Any callable in this process: token ids [B, L] -> logits [B, L, V]."""
 
     data_rank = 0
     data_size = 1
-    round_micro_batches = 1
     within_document = False
     right_shift = False
 

@@ -1,3 +1,5 @@
+"""Likelihoods of rows and of answers by the trainer's forward pass are the same on every layout."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -5,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_md.batch import BatchPosition
 from megatron_md.config import Config
-from megatron_md.evaluate.scorer import DenoiserScorer
 from tests.ranks import run_ranks
 from tests.small_run import LENGTH, MASK, clean_rows, small_run, variant
 
@@ -25,14 +25,14 @@ def figures(config: Config) -> tuple[list[float], list[float]]:
     """(row values over two passes, log-likelihoods of answers) by the trainer's forward pass, on every rank."""
     from megatron_md.diffusion.conditional import ConditionalEstimator
     from megatron_md.diffusion.estimators import Estimator
+    from megatron_md.diffusion.nelbo import evaluate_nelbo
+    from megatron_md.diffusion.scoring import ScoredRows
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods
-    from megatron_md.evaluate.nelbo import EvaluationRows, evaluate_nelbo
-    from megatron_md.evaluate.scorer import StepperScorer
 
     with small_run(config) as run:
-        scorer = StepperScorer(run.stepper)
+        scorer = run.inference
         rows = clean_rows(np.arange(7), BatchPosition(0, 7))
-        evaluated = EvaluationRows(rows.tokens_BL, rows.is_maskable_BL)
+        evaluated = ScoredRows(rows.tokens_BL, rows.is_maskable_BL)
         name: Any = "autoregressive" if scorer.causal else "complementary"
         table = evaluate_nelbo(scorer, evaluated, Estimator(name), mask_token_id=MASK, passes=2)
         text = rows.tokens_BL[0].tolist()
@@ -64,18 +64,3 @@ def test_likelihoods_are_the_same_on_every_layout(layout: str, objective: str) -
     for values, answers in run_ranks(figures, size, variant(objective={"name": objective}, parallel=keys)):
         np.testing.assert_allclose(values, reference(objective)[0], rtol=1e-5)
         np.testing.assert_allclose(answers, reference(objective)[1], rtol=1e-5)
-
-
-def test_a_denoiser_is_scored_at_the_masked_positions() -> None:
-    from megatron_md.diffusion.estimators import Estimator
-
-    logits_V = torch.randn(VOCAB := 11, generator=torch.Generator().manual_seed(0))
-    rows = clean_rows(np.arange(4), BatchPosition(0, 4))
-    rows.tokens_BL[:] %= VOCAB - 1
-    (batch,) = Estimator().corrupt(rows, VOCAB - 1)
-    for excluded in ((), (VOCAB - 1,)):
-        scorer = DenoiserScorer(lambda tokens: logits_V.bfloat16().expand(*tokens.shape, -1), excluded=excluded)
-        kept = logits_V.bfloat16().float()[: VOCAB - len(excluded)]
-        (found,) = scorer.negative_log_likelihoods([batch])
-        expected = -kept.log_softmax(dim=0)[torch.from_numpy(batch.targets_M)]
-        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
