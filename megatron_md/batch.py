@@ -5,7 +5,7 @@ Shape letters: B rows of the micro-batch, L positions of a row, M predicted posi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -82,8 +82,6 @@ class CorruptedBatch:
         weights_M: weight of each one's cross-entropy; fp32.
         denominator: this micro-batch's share of the global count that the loss is divided by; an integer.
         mask_rate_B: the mask rate t drawn for each row (realised l/n for exact-count corruption).
-        maskable: number of maskable tokens.
-        extra: further host arrays that an objective's own `reduce` wants.
         cu_seqlens: boundaries of the documents that attention keeps apart, as in `CleanBatch`; None: whole rows. The
             trainer fills it in, whatever the objective does.
         is_hidden_LL: pairs of a query and a key that attention does not see, the same in all rows of the global batch;
@@ -96,8 +94,6 @@ class CorruptedBatch:
     weights_M: Float32Array
     denominator: int
     mask_rate_B: Float32Array
-    maskable: int
-    extra: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     cu_seqlens: list[Int32Array] | None = None
     is_hidden_LL: BoolArray | None = None
 
