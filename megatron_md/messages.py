@@ -78,10 +78,11 @@ def _redacted_authority(match: re.Match[str]) -> str:
     user, at, host = authority.rpartition("@")
     if at:
         return f"{scheme}{HIDDEN}@{host}" if user else match[0]
-    port = authority.partition(":")[2].rstrip(_AROUND)
+    bare = authority.rstrip(_AROUND)
+    port = bare.partition(":")[2]
     # `user:wo...`: cut off before its @.
-    is_cut = bool(port) and not port.isdigit() and not authority.startswith("[")
-    return f"{scheme}{HIDDEN}" if is_cut else match[0]
+    is_cut = port and not port.isdigit() and not authority.startswith("[")
+    return f"{scheme}{HIDDEN}{authority[len(bare) :]}" if is_cut else match[0]
 
 
 def shown(text: object, *, multiline: bool = False) -> str:
