@@ -29,6 +29,7 @@ def train(config: Config, file: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_no_file_of_a_run_holds_a_secret_and_it_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpora = {
