@@ -146,7 +146,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, which `load_config` reads back to an equal one."""
+    """The resolved config as YAML, which `load_config` reads back to an equal one, but for the secrets of URLs."""
     return config_loader.to_yaml(config)
 
 

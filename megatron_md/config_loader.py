@@ -19,6 +19,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_md.messages import redacted
+
 T = TypeVar("T")
 Path_ = tuple[str, ...]
 
@@ -210,8 +212,8 @@ def section_of(hint: Any) -> type | None:
 
 
 def to_yaml(config: Any) -> str:
-    """A dataclass as YAML that loads to the same dataclass."""
-    return str(yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    """A dataclass as YAML that loads to the same dataclass, but for the secrets, which are left out."""
+    return str(yaml.dump(redacted(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def explain(schema: Any, prefix: Path_ = ()) -> str:
@@ -345,4 +347,5 @@ def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     text = json.dumps(value) if isinstance(value, (str, bool, int, float, list)) else repr(value)
+    text = redacted(text)  # before it is cut
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from megatron_md.checkpoint.manager import CheckpointManager, Saved
 from megatron_md.checkpoint.writer import SaveError
 from megatron_md.config import CheckpointConfig
+from megatron_md.messages import tell
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.logs import logger
 from megatron_md.train.metrics import MetricsWriter, append_event
@@ -130,6 +130,6 @@ class Checkpointing(Callback):
         if trainer.world.is_main:
             append_event(self.manager.run_dir, "save_failed", step=trainer.progress.step, error=str(error))
             if goes_on:
-                print(f"{error}; training goes on without it (checkpoint.on_error: continue)", file=sys.stderr)
+                tell(f"{error}; training goes on without it (checkpoint.on_error: continue)")
         if not goes_on:
             raise error

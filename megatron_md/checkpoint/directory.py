@@ -19,6 +19,7 @@ from megatron_md import config_loader
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
 from megatron_md.config import Config
 from megatron_md.files import replace_file, sync
+from megatron_md.messages import redacted
 from megatron_md.train.bad_numbers import GuardState
 from megatron_md.train.progress import Progress
 
@@ -134,7 +135,7 @@ def model_identity(config: Config) -> dict[str, Any]:
 
 def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any]]:
     """Keys in which a config differs from the checkpoint's: [value there, value now] by dotted name."""
-    then = _flat(config_loader.read_yaml(str(checkpoint / CONFIG_NAME)))
+    then = _flat(redacted(config_loader.read_yaml(str(checkpoint / CONFIG_NAME))))
     now = _flat(config_loader.parse_yaml(resolved_config, "config"))
     keys = sorted(then.keys() | now.keys())
     return {key: [then.get(key), now.get(key)] for key in keys if then.get(key) != now.get(key)}

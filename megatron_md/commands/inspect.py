@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from megatron_md.checkpoint.directory import config_changes, is_checkpoint_name,
 from megatron_md.checkpoint.integrity import MANIFEST_NAME, CheckpointError, verify, verify_listing
 from megatron_md.config import load_config, to_yaml
 from megatron_md.config_loader import ConfigError, read_yaml
+from megatron_md.messages import redacted, say
 
 EXAMPLES = """examples:
   megatron-md inspect runs/demo
@@ -124,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
     if args.against is not None:
         compare_config(found, args.against)
     if args.json:
-        json.dump(asdict(found), sys.stdout, indent=1)
-        print()
+        # DEL is the one control character that JSON leaves as it is.
+        say(json.dumps(redacted(asdict(found)), indent=1).replace("\x7f", "\\u007f"), multiline=True)
     else:
         from megatron_md.commands.inspect_text import show
 

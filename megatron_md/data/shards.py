@@ -32,6 +32,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache
 from megatron_md.data.remote import RemoteFile
+from megatron_md.messages import redacted
 
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
@@ -111,7 +112,7 @@ class Manifest:
     @property
     def location(self) -> str:
         """Folder or URL of the corpus, for messages."""
-        return str(self.directory) if self.remote is None else self.remote.url
+        return str(self.directory) if self.remote is None else str(redacted(self.remote.url))
 
     def remote_files(self, number: int) -> tuple[RemoteFile, RemoteFile]:
         """Shard `number` of a remote corpus, and its index."""

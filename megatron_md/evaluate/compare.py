@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md.evaluate.plot import read_metrics
+from megatron_md.messages import say
 
 EXAMPLES = """examples:
   megatron-md compare runs/demo runs/other
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         if found.first_step is not None and found.first_pair is not None:
             a, b = found.first_pair
             line += f"   first beyond at step {found.first_step}: {a:.8g} and {b:.8g}"
-        print(line)
+        say(line)
     same = all(found.first_step is None for found in differences.values())
-    print(f"{'the same' if same else 'NOT the same'} within rtol {args.rtol:g}")
+    say(f"{'the same' if same else 'NOT the same'} within rtol {args.rtol:g}")
     return 0 if same else 1

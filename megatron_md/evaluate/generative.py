@@ -30,6 +30,7 @@ from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_asked
 from megatron_md.evaluate.rows import evaluation_rows
 from megatron_md.evaluate.scorer import Scorer
+from megatron_md.messages import say
 from megatron_md.parallel import World
 from megatron_md.train.denoiser import fill
 
@@ -178,7 +179,7 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
     matched = _matched(qualities, text)
     for steps, value in matched.items():
         found = "no two temperatures lie around it" if value is None else f"perplexity {value:.2f}"
-        print(f"at the text's entropy, {steps} steps: {found}")
+        say(f"at the text's entropy, {steps} steps: {found}")
     return {
         "run": str(saved.checkpoint),
         "judge": str(judge.checkpoint),
@@ -298,17 +299,17 @@ def _matched(qualities: Sequence[Quality], text: TextQuality | None) -> dict[int
 
 
 def _print_head(run: str, args: argparse.Namespace, length: int, text: TextQuality | None) -> None:
-    print(f"{run}, {args.samples} samples of {length} tokens for each line, judged by {args.judge}")
-    print(
+    say(f"{run}, {args.samples} samples of {length} tokens for each line, judged by {args.judge}")
+    say(
         "temperature   steps  forward passes  perplexity (+- of its log)  entropy  distance: unigrams  bigrams  seconds"
     )
     if text is not None:
-        print(f"{'text':>11s}{' ' * 24} {_figures(text)}")
+        say(f"{'text':>11s}{' ' * 24} {_figures(text)}")
 
 
 def _print_quality(quality: Quality) -> None:
     head = f"{quality.temperature:>11g} {quality.steps:>7d} {quality.forward_passes:>15.1f}"
-    print(f"{head} {_figures(quality)} {quality.seconds:>8.1f}")
+    say(f"{head} {_figures(quality)} {quality.seconds:>8.1f}")
 
 
 def _figures(quality: Quality | TextQuality) -> str:

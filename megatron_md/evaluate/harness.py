@@ -41,6 +41,7 @@ from megatron_md.evaluate.conditional import (
 from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_run
 from megatron_md.evaluate.scorer import StepperScorer
+from megatron_md.messages import shown
 from megatron_md.parallel import World
 from megatron_md.train.denoiser import fill
 
@@ -347,11 +348,13 @@ class HarnessModel(TemplateLM):
     def _progress(self, what: str, count: int) -> Iterator[Callable[[], None]]:
         """A bar on the main rank's terminal; its share stands for all."""
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import Progress
 
         console = Console(stderr=True)
         with Progress(console=console, disable=not (self.world.is_main and console.is_terminal)) as bar:
-            task = bar.add_task(f"{self.run.checkpoint} {what}", total=math.ceil(count / self.world.data_size))
+            text = escape(shown(f"{self.run.checkpoint} {what}"))
+            task = bar.add_task(text, total=math.ceil(count / self.world.data_size))
             yield lambda: bar.advance(task)
 
 

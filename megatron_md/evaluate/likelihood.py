@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.files import replace_file
+from megatron_md.messages import redacted, say, shown
 
 if TYPE_CHECKING:
     from megatron_md.evaluate.load import SavedRun
@@ -128,10 +129,12 @@ def _progress(is_main: bool, text: str) -> Iterator[Callable[[NelboTable], None]
     """A bar over the rows of the current pass, on a terminal."""
     import numpy as np
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, disable=not (is_main and console.is_terminal)) as bar:
+        text = escape(shown(text))
         task = bar.add_task(text)
 
         def moved(table: NelboTable) -> None:
@@ -145,7 +148,12 @@ def _progress(is_main: bool, text: str) -> Iterator[Callable[[NelboTable], None]
 
 def _figures(saved: SavedRun, table: NelboTable, args: argparse.Namespace) -> dict[str, Any]:
     report = table.report()
-    head = {"run": str(saved.checkpoint), "step": saved.step, "data": args.nelbo, "estimator": asdict(table.estimator)}
+    head = {
+        "run": str(saved.checkpoint),
+        "step": saved.step,
+        "data": redacted(args.nelbo),
+        "estimator": asdict(table.estimator),
+    }
     return {**head, **asdict(report)}
 
 
@@ -156,21 +164,19 @@ def _print(result: dict[str, Any]) -> None:
         causal = figures["estimator"]["name"] == "autoregressive"
         bits = "" if figures["bits_per_byte"] is None else f", {figures['bits_per_byte']:.4f} bits per byte"
         name, bound = ("NLL", "") if causal else ("NELBO", "<= ")
-        print(
+        say(
             f"{figures['run']}: {name} {figures['nelbo']:.4f} +- {figures['stderr']:.4f} nats per token "
             f"(masks alone {figures['mask_stderr']:.4f}), perplexity {bound}{figures['ppl_bound']:.2f}{bits}"
         )
-        print(
+        say(
             f"  {figures['tokens']:,} tokens in {figures['rows']:,} rows, {figures['passes']} passes, "
             f"{figures['forward_passes']:,} masked rows through the model, estimator {figures['estimator']['name']}"
         )
         if figures["word_ppl"] is not None:
-            print(
-                f"  perplexity per word {bound}{figures['word_ppl']:.2f} ({figures['words']:,} words as in the files)"
-            )
+            say(f"  perplexity per word {bound}{figures['word_ppl']:.2f} ({figures['words']:,} words as in the files)")
     if "difference" in result:
         gap = result["difference"]
-        print(
+        say(
             f"difference {gap['difference']:+.4f} +- {gap['stderr']:.4f} nats per token "
             f"(negative: {result['run']} is better)"
         )
@@ -184,7 +190,7 @@ def plot_ce_by_rate(reports: dict[str, NelboReport], output: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from megatron_md.evaluate.plot import save_figure
+    from megatron_md.evaluate.plot import plain, save_figure
 
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
     axes = figure.add_subplot()
@@ -194,7 +200,7 @@ def plot_ce_by_rate(reports: dict[str, NelboReport], output: Path) -> None:
             [point.rate for point in points],
             [point.ce for point in points],
             yerr=[0.0 if math.isnan(point.stderr) else point.stderr for point in points],
-            label=f"{name}: {report.nelbo:.3f} ± {report.stderr:.3f}",
+            label=f"{plain(name)}: {report.nelbo:.3f} ± {report.stderr:.3f}",
             color=color,
             marker="o",
             markersize=4,

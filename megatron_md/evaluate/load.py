@@ -16,13 +16,14 @@ from megatron_md.checkpoint.families import FAMILIES
 from megatron_md.checkpoint.integrity import CheckpointError, read_manifest, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.state import load_model
-from megatron_md.checks import check_split, import_plugins
+from megatron_md.checks import check_split
 from megatron_md.config import Config, ParallelConfig, load_config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.evaluate.scorer import StepperScorer
 from megatron_md.model.build import build_model
 from megatron_md.parallel import World
+from megatron_md.plugins import import_plugins
 from megatron_md.train.denoiser import StepperDenoiser
 from megatron_md.train.step import Stepper
 

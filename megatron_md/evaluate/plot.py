@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md.files import replacing
+from megatron_md.messages import say, shown
 
 EXAMPLES = """examples:
   megatron-md plot runs/demo
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """
     output = args.output or args.run_dir / "loss.png"
     plot_run(args.run_dir, output)
-    print(output)
+    say(output)
     return 0
 
 
@@ -88,7 +89,7 @@ def plot_run(run_dir: Path, output: Path) -> None:
     entropy = _unigram_entropy(run_dir)
     if entropy is not None:
         axes.axhline(entropy, color="black", linestyle="--", linewidth=1.0, label=f"unigram entropy {entropy:.3f}")
-    axes.set(xlabel="training tokens", ylabel="nats per token", title=str(run_dir))
+    axes.set(xlabel="training tokens", ylabel="nats per token", title=plain(str(run_dir)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -117,6 +118,11 @@ def _unigram_entropy(run_dir: Path) -> float | None:
     except (OSError, ValueError):
         return None
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def plain(text: str) -> str:
+    """A foreign text for a picture, in which matplotlib finds no formula."""
+    return shown(text).replace("$", r"\$")
 
 
 def picture_format(output: Path) -> str:

@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from megatron_md import parallel
-from megatron_md.checks import import_plugins
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import OnStep, Sample, SamplerConfig, SamplerStep, check_fits, infill
-from megatron_md.evaluate.canvas import LiveCanvas, can_stream, visible
+from megatron_md.evaluate.canvas import LiveCanvas, can_stream
 from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, open_asked
 from megatron_md.evaluate.prompts import Prompt, batches, canvas_of, typed_prompts
 from megatron_md.evaluate.trace import Recorder, trace_page
 from megatron_md.files import replace_file
+from megatron_md.messages import printable, tell
 from megatron_md.parallel import World
+from megatron_md.plugins import import_plugins
 from megatron_md.train.denoiser import fill
 
 TYPING_SECONDS = 7 * 86400.0  # how long other ranks wait for a line
@@ -175,7 +176,7 @@ def write_texts(args: argparse.Namespace, prompts: list[Prompt] | None) -> None:
                 request = requests.of(prompt)
             except ValueError as error:
                 if world.is_main:
-                    print(error, file=sys.stderr)
+                    tell(error)
                 continue
             writer.write([request])
 
@@ -280,21 +281,21 @@ class Writer:
     def _print(self, text: Text, *, streamed: bool = False) -> None:
         whole = text.text if self._args.infill else text.prompt + text.text
         if not streamed:
-            print(visible(whole) if sys.stdout.isatty() else whole, flush=True)
-        print(
+            sys.stdout.write((printable(whole, multiline=True) if sys.stdout.isatty() else whole) + "\n")
+            sys.stdout.flush()
+        tell(
             f"[{len(text.tokens)} tokens, {text.forward_passes} forward passes, {text.seconds:.1f} s, "
-            f"step {self._saved.step} of {self._args.run_path}]",
-            file=sys.stderr,
+            f"step {self._saved.step} of {self._args.run_path}]"
         )
 
     def _save_trace(self, recorder: Recorder, text: Text, config: SamplerConfig) -> None:
         facts = {
             "run": f"{self._args.run_path}, step {self._saved.step}",
-            "prompt": visible(text.prompt),
+            "prompt": printable(text.prompt, multiline=True),
             "strategy": f"{config.strategy}, temperature {config.temperature:g}, seed {config.seed}",
             "steps": f"{text.steps}, {text.forward_passes} forward passes",
         }
-        title = f"{visible(text.prompt)[:60]} – {text.steps} denoising steps"
+        title = f"{printable(text.prompt)[:60]} – {text.steps} denoising steps"
         replace_file(self._args.save_trace, trace_page(recorder, self._decode, title=title, facts=facts))
 
 

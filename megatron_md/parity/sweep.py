@@ -23,11 +23,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_md import config_loader
 from megatron_md.config_loader import ConfigError
 from megatron_md.evaluate.plot import read_metrics
 from megatron_md.files import replace_file
+from megatron_md.messages import say, shown, tell
 from megatron_md.parity.config import ParityConfig, SweepConfig, check_parity
 
 CSV_NAME = "parity.csv"
@@ -127,7 +129,7 @@ def run_sweep(config: ParityConfig, *, workers: int) -> int:
     directory = Path(config.run_dir)
     rows = {run.directory: row for run in runs if (row := csv_row(directory, run)) is not None}
     todo = [run for run in runs if run.directory not in rows]
-    print(f"{len(runs)} runs, {len(rows)} of them done already", file=sys.stderr)
+    tell(f"{len(runs)} runs, {len(rows)} of them done already")
     failed = 0
     with _pool(workers) as pool:
         futures: dict[Future[None], SweepRun] = {pool.submit(_run_in_worker, run.config): run for run in todo}
@@ -137,16 +139,16 @@ def run_sweep(config: ParityConfig, *, workers: int) -> int:
             if error is not None:
                 failed += 1
                 log = run.directory / "log.txt"
-                print(f"{run.directory} failed: {type(error).__name__}: {error} (see {log})", file=sys.stderr)
+                tell(f"{run.directory} failed: {type(error).__name__}: {error} (see {log})")
                 continue
             row = csv_row(directory, run)
             assert row is not None, "it has just been run"
-            print(f"{run.directory}: {_verdict(row)}", file=sys.stderr)
+            tell(f"{run.directory}: {_verdict(row)}")
             rows[run.directory] = row
             write_csv(directory, [rows[run.directory] for run in runs if run.directory in rows])
     if rows:
         write_csv(directory, [rows[run.directory] for run in runs if run.directory in rows])
-        print(table(read_csv(directory)), end="")
+        say(table(read_csv(directory)).rstrip("\n"), multiline=True)
     return failed
 
 
@@ -290,7 +292,7 @@ def table(rows: Sequence[dict[str, str]]) -> str:
             text += f" ({reached[0]} to {reached[-1] if len(reached) == len(runs) else f'> {cap}'})"
         accuracies = sorted(float(row["valid_accuracy"]) for row in runs)
         result.add_row(
-            arm,
+            Text(shown(arm)),
             f"{float(runs[0]['signal_probability']):.4f}" if runs[0]["signal_probability"] else "",
             f"{len(reached)}/{len(runs)}",
             text,

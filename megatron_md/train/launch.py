@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_md.exit_codes import EXIT_ERROR, EXIT_PEER_FAILED, VERDICT_VARIABLE
+from megatron_md.messages import tell
 
 FAILURE_SECONDS = 10  # what the other workers get to end once one has failed
 
@@ -66,7 +67,7 @@ def launch(
                 _launch_config(nproc_per_node, nnodes, rdzv_endpoint, max_restarts, hang_timeout), sys.executable
             )(*words)
         except ChildFailedError as error:
-            print(f"megatron-md: {_first_failure(error.failures)}", file=sys.stderr)
+            tell(f"megatron-md: {_first_failure(error.failures)}")
             return EXIT_ERROR
         except (SignalException, KeyboardInterrupt):
             pass

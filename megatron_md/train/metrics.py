@@ -17,6 +17,7 @@ import torch
 
 from megatron_md.config import Config
 from megatron_md.files import append, replace_file
+from megatron_md.messages import redacted, tell
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.logs import logger
 from megatron_md.train.trainer import Trainer
@@ -39,11 +40,11 @@ def without_nan(value: Any) -> Any:
 def append_event(run_dir: Path, name: str, **details: Any) -> None:
     """Append a line to RUN/events.jsonl: starts, saves, signals, skips; if it fails, tell it on the terminal."""
     path = run_dir / "events.jsonl"
-    line = json.dumps(without_nan({"time": time.time(), "event": name, **details}))
+    line = json.dumps(redacted(without_nan({"time": time.time(), "event": name, **details})))
     try:
         append(path, line + "\n")
     except OSError as error:
-        print(f"megatron-md: {path} cannot be written ({error.strerror}): {line}", file=sys.stderr)
+        tell(f"megatron-md: {path} cannot be written ({error.strerror}): {line}")
 
 
 def environment(world_size: int) -> dict[str, Any]:
@@ -200,7 +201,7 @@ class MetricsWriter(Callback):
                 raise
             if not was_full:
                 problem = f"{path} cannot be written ({error.strerror})"
-                print(f"megatron-md: {problem}; its lines are kept for later", file=sys.stderr)
+                tell(f"megatron-md: {problem}; its lines are kept for later")
 
 
 class Console:
@@ -248,7 +249,7 @@ class Console:
             self.bar.console.print(text, highlight=False)
             self.advance(record["step"])
         else:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     def close(self) -> None:
         """Take the bar down."""

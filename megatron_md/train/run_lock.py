@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import IO
 
 import torch.distributed as dist
 
+from megatron_md.messages import tell
 from megatron_md.parallel import World
 from megatron_md.train.logs import logger
 
@@ -79,7 +79,7 @@ def _lock(run_dir: Path, wait_seconds: float) -> IO[str]:
                 raise
             if not is_told:
                 line = f"another job holds this run directory; it is given {wait_seconds:.0f} s to end"
-                print(f"megatron-md: {run_dir}: {line}", file=sys.stderr, flush=True)
+                tell(f"megatron-md: {run_dir}: {line}")
                 is_told = True
             time.sleep(0.2)
             continue

@@ -32,6 +32,7 @@ from megatron_md.exit_codes import (
     final,
     is_deliberate,
 )
+from megatron_md.messages import tell
 from megatron_md.parallel import World
 from megatron_md.train.logs import rank_log
 
@@ -169,12 +170,12 @@ class Watchdog:
         text = f"rank {self.world.rank} failed at step {self._step}"
         if lost:
             line = str(error).splitlines()[0]
-            print(f"megatron-md: rank {self.world.rank} lost contact with another one ({line})", file=sys.stderr)
+            tell(f"megatron-md: rank {self.world.rank} lost contact with another one ({line})")
             raise PeerFailedError from error
         error.is_first = True  # type: ignore[attr-defined]
         self.on_failure(f"{text}: {type(error).__name__}: {error}")
         if verdict["kind"] == "failure":
-            print(f"megatron-md: {text}:", file=sys.stderr, flush=True)
+            tell(f"megatron-md: {text}:")
 
     def _follow(self, verdict: Verdict) -> None:
         """Another rank has spoken."""
@@ -200,7 +201,7 @@ class Watchdog:
         text = describe_hang(places, self.world.size)
         logs = self.run_dir / "logs"
         text = f"no step for {self.seconds:g} s after step {self._step}: {text}; stacks of all ranks in {logs}"
-        print(f"megatron-md: {text}", file=sys.stderr, flush=True)
+        tell(f"megatron-md: {text}")
         self.on_failure(text)
         if self._store is not None:
             self._store.set("reported", "1")

@@ -160,13 +160,13 @@ def test_other_paths_get_one_line(path: str, expected: str, run: Path, capsys: p
 
 def test_broken_files_are_noted_and_terminal_codes_not_obeyed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "env.json").write_text("{")
-    (run / "summary.json").write_text(json.dumps({"status": "\x1b[2J[bold]red"}))
+    (run / "summary.json").write_text(json.dumps({"status": "\x1b[2J[bold]red\u202e\x9b"}))
     (run / "checkpoints" / "step_00000050" / "progress.json").write_text("[]")
     assert inspect(run) == 1
     text = capsys.readouterr().out
     assert "env.json is no JSON" in text
-    assert "[bold]red" in text
-    assert "\x1b" not in text
+    assert r"\x1b[2J[bold]red\u202e\x9b" in text
+    assert not {"\x1b", "\u202e", "\x9b"} & set(text)
     assert "progress.json has 2 bytes instead of" in " ".join(text.split())
 
 

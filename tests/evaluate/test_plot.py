@@ -42,6 +42,14 @@ def test_picture_of_a_run_that_has_not_validated(run_dir: Path) -> None:
     assert "training objective" in text and "NELBO" not in text and "entropy" not in text.replace("cross-entropy", "")
 
 
+def test_a_title_is_no_formula_and_holds_no_control_character(run_dir: Path) -> None:
+    foreign = run_dir / "$\\frac$ \x1b[2J"
+    foreign.mkdir()
+    (run_dir / "metrics.jsonl").rename(foreign / "metrics.jsonl")
+    plot_run(foreign, run_dir / "loss.svg")
+    assert r"$\frac$ \x1b[2J" in texts(run_dir / "loss.svg")
+
+
 def test_png_is_written_whole(run_dir: Path) -> None:
     plot_run(run_dir, run_dir / "loss.png")
     data = (run_dir / "loss.png").read_bytes()
