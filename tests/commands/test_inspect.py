@@ -15,6 +15,7 @@ from megatron_md import cli
 from megatron_md.checkpoint.integrity import seal
 from megatron_md.config import config_from_mapping, to_yaml
 from megatron_md.train.run_lock import LOCK_NAME
+from tests.checkpoint.saved import write_index
 
 BASE: dict[str, Any] = {"model": {"preset": "tiny", "vocab": 300}, "train": {"steps": 200}}
 
@@ -35,6 +36,7 @@ def make_checkpoint(run: Path, step: int, text: str) -> Path:
     (path / "progress.json").write_text(json.dumps(record))
     (path / "config.yaml").write_text(text)
     (path / "__0_0.distcp").write_bytes(b"x" * 5000)
+    write_index(path, "__0_0.distcp")
     seal(path)
     return path
 
@@ -111,6 +113,20 @@ def test_damage_is_named_and_changes_the_exit_code(run: Path, capsys: pytest.Cap
     assert "__0_0.distcp is damaged" in found["checkpoints"][1]["problem"]
     file.unlink()
     assert as_json(capsys, run)[0] == 1
+
+
+def test_a_checkpoint_without_its_data_is_not_verified(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "checkpoints" / "step_00000100"
+    for name in ("__0_0.distcp", "manifest.json"):
+        (path / name).unlink()
+    seal(path)
+    code, found = as_json(capsys, run, "--verify")
+    assert code == 1 and "takes data from '__0_0.distcp'" in found["checkpoints"][1]["problem"]
+    (path / ".metadata").unlink()
+    (path / "manifest.json").unlink()
+    seal(path)
+    assert inspect(run, "--verify") == 1
+    assert "verified, latest" not in capsys.readouterr().out
 
 
 def test_unsealed_and_unfinished_directories_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
