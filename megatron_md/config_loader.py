@@ -53,6 +53,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_BEYOND = 10**15  # an upper bound that no run comes near, and that the explanations of the keys leave out
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 for _tag, _pattern, _first in (
     ("bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
@@ -257,8 +258,9 @@ def _bounds(item: Any) -> Iterator[str]:
         for part in item.metadata:
             yield from _bounds(part)
     for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-        if getattr(item, name, None) is not None:
-            yield f"{sign} {getattr(item, name):g}"
+        bound = getattr(item, name, None)
+        if bound is not None and not (name == "le" and bound >= _BEYOND):
+            yield f"{sign} {bound:g}"
 
 
 def _description(hint: Any) -> str:
@@ -313,6 +315,8 @@ def _explain_error(path: Path_, item: Mapping[str, Any], known: Mapping[Path_, A
     if kind in ("missing", "missing_argument"):
         return f"{name} is missing"
     hint = known.get(path)
+    if kind == "less_than_equal" and item["ctx"]["le"] >= _BEYOND:
+        return f"{name} must be at most {item['ctx']['le']:g}, got {_describe(value)}"
     if hint is not None and kind != "value_error":
         text = f"{name} must be {describe_type(hint)}, got {_describe(value)}"
         return f"{text}; put it in quotes" if kind == "string_type" and isinstance(value, (int, float)) else text
