@@ -44,7 +44,6 @@ class _Loader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own attribute)
-    yaml_constructors: dict[str | None, Any] = {}  # noqa: RUF012 (likewise)
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -53,7 +52,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """As PyYAML's, within `_DEEPEST` and `_MOST_NODES`."""
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         before, self._depth, self._nodes = self._nodes, self._depth + 1, self._nodes + 1
         if self._depth > _DEEPEST:
             raise _refusal(event.start_mark, f"nested deeper than {_DEEPEST}")
@@ -69,7 +68,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         """As PyYAML's, but the text must be one of its type, and one that UTF-8 can write."""
         text = super().construct_scalar(node)
         assert isinstance(text, str)
@@ -105,11 +104,8 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
     _SCALARS[f"tag:yaml.org,2002:{_tag}"] = _pattern
 # Dates, sets, binary data and the like are none of a config's types.
-for _tag in ("null", "bool", "int", "float", "str", "seq", "map"):
-    _Loader.add_constructor(
-        f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{_tag}"]
-    )
-_Loader.add_constructor(None, yaml.SafeLoader.construct_undefined)
+_TAGS = [None, *(f"tag:yaml.org,2002:{tag}" for tag in ("null", "bool", "int", "float", "str", "seq", "map"))]
+_Loader.yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _TAGS}
 
 
 def _refusal(mark: Any, problem: str) -> yaml.MarkedYAMLError:

@@ -1,6 +1,6 @@
 """Reading JSON that somebody else may have written, edited or damaged.
 
-Only regular files are opened (a FIFO would be waited for without end), and what is in them is kept within limits that no
+Only regular files are opened (a FIFO would be waited for without end), and their content is kept within limits that no
 sound file comes near. Whatever else there is ends in one line that names the file and the way out.
 """
 
@@ -41,11 +41,16 @@ def read_regular(
     """
     problem, data = "", b""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                data = file.read(most_bytes + 1)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if stat.S_ISREG(mode):
+                with open(descriptor, "rb", closefd=False) as file:
+                    data = file.read(most_bytes + 1)
             else:
-                problem = "is not a regular file"
+                problem = "is a directory" if stat.S_ISDIR(mode) else "is not a regular file"
+        finally:
+            os.close(descriptor)
     except OSError as failure:
         problem = f"cannot be read ({failure.strerror or failure})"
     except ValueError:  # a NUL, or a lone surrogate, in the path
@@ -53,7 +58,7 @@ def read_regular(
     if len(data) > most_bytes:
         problem = f"holds more than {most_bytes} bytes"
     if problem:
-        raise error(f"{str(path)!r}: {problem}; {advice}" if "\0" in str(path) else f"{path}: {problem}; {advice}")
+        raise error(f"{path}: {problem}; {advice}")
     return data
 
 
@@ -114,7 +119,8 @@ def as_record(schema: type[T], value: Any, source: object, advice: str) -> T:
         ValueError: an entry is missing, unknown, of another type or out of range.
     """
     try:
-        return cast(T, _adapter(cast(Hashable, schema)).validate_python(value))
+        # Strictness as in JSON: dataclasses and tuples come from objects and lists, nothing else converts.
+        return cast(T, _adapter(cast(Hashable, schema)).validate_json(json.dumps(value), strict=True))
     except ValidationError as failure:
         problem = failure.errors()[0]
     key = "".join(f"{part}: " for part in problem["loc"])

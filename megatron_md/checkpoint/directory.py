@@ -24,7 +24,14 @@ from megatron_md.train.progress import Progress
 
 FORMAT_VERSION = 2
 RECORD_NAME, CONFIG_NAME = "progress.json", "config.yaml"
-_KINDS = {"format": int, "progress": dict, "identity": dict, "layout": dict, "optimizer": list, "val_nelbo": float | None}
+_KINDS = {
+    "format": int,
+    "progress": dict,
+    "identity": dict,
+    "layout": dict,
+    "optimizer": list,
+    "val_nelbo": float | None,
+}
 _DEFAULTS: dict[str, Any] = {"identity": {}, "layout": {}, "optimizer": [], "val_nelbo": None}
 _WAY_OUT = "restore it, or remove the directory to go on from the one before"
 _WRITING, _REMOVING = ".writing_", ".removing_"

@@ -6,6 +6,7 @@ anything else changes; a start that finds a checkpoint which does not know of it
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 

@@ -81,9 +81,7 @@ class SweepConfig:
 
     __pydantic_config__ = STRICT
 
-    seeds: Annotated[list[Seed], Doc("seeds of the runs of each arm; [seed] if empty")] = field(
-        default_factory=list
-    )
+    seeds: Annotated[list[Seed], Doc("seeds of the runs of each arm; [seed] if empty")] = field(default_factory=list)
     arms: Annotated[
         dict[str, list[str]], Doc("name of each arm: its section.key=value words; one arm, as configured, if empty")
     ] = field(default_factory=dict)

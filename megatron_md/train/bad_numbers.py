@@ -18,10 +18,10 @@ from megatron_md.exit_codes import RunFailedError
 WINDOW = 128  # accepted losses that the running median is taken over
 FEWEST = 32  # accepted losses before a spike can be told from the start of a run
 
-# What a record that comes from a file may hold: nothing that is not written down, and no text for a number.
+# What a record that comes from a file may hold.
 RECORD = ConfigDict(extra="forbid")
-Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Loss = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Loss = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class BadNumbersError(RunFailedError):

@@ -93,11 +93,7 @@ def rows_before(config: Config, step: int) -> int:
         return step * full
     ramped = min(step, ramp.steps)
     rises = -(-(full - ramp.start) // ramp.increment)
-    return (
-        ramped * ramp.start
-        + ramp.increment * _sum_of_floors(ramped, rises, ramp.steps)
-        + (step - ramped) * full
-    )
+    return ramped * ramp.start + ramp.increment * _sum_of_floors(ramped, rises, ramp.steps) + (step - ramped) * full
 
 
 def _sum_of_floors(count: int, numerator: int, denominator: int, offset: int = 0) -> int:
