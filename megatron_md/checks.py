@@ -22,6 +22,7 @@ from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.plugins import import_plugins
 from megatron_md.train.progress import row_length_unit
 
+MOST_RANDOM_STEPS = 10_000_000  # each of them is drawn before a run starts: seconds for a million
 BUILT_IN_OBJECTIVES = ("masked_diffusion", "masked_diffusion_sft", "autoregressive")
 
 
@@ -280,6 +281,11 @@ def _check_mixture(config: Config) -> Iterator[str]:
 
 def _check_random_length(config: Config) -> Iterator[str]:
     unit = row_length_unit(config)
+    if config.data.random_length_fraction and config.train.steps > MOST_RANDOM_STEPS:
+        yield (
+            f"train.steps {config.train.steps} is above {MOST_RANDOM_STEPS}, the most of which "
+            "data.random_length_fraction counts the tokens; set one of them back"
+        )
     if config.data.random_length_fraction and config.data.seq_length < unit:
         yield (
             f"data.random_length_fraction needs data.seq_length of at least {unit}, of which parallel.tensor and "

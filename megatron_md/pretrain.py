@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.exit_codes import EXIT_DONE, EXIT_STOPPED, RunFailedError
+from megatron_md.json_file import read_json
 from megatron_md.messages import redacted, tell
 from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
@@ -248,8 +248,8 @@ class Run:
         """Say that the run is finished where it was cut off between its last save and its summary."""
         path = self.directory / "summary.json"
         try:
-            summary = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):  # gone, or broken by hand
+            summary = read_json(path, "it is written anew")
+        except ValueError:  # gone, or broken by hand
             summary = {}
         if summary.get("status") != "finished":
             progress = self.trainer.progress

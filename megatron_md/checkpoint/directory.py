@@ -6,7 +6,6 @@ step_00000100/ is complete or absent: it is written under a temporary name, seal
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,12 +18,23 @@ from megatron_md import config_loader
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
 from megatron_md.config import Config
 from megatron_md.files import replace_file, sync
+from megatron_md.json_file import as_record, read_json
 from megatron_md.messages import redacted
 from megatron_md.train.bad_numbers import GuardState
 from megatron_md.train.progress import Progress
 
 FORMAT_VERSION = 2
 RECORD_NAME, CONFIG_NAME = "progress.json", "config.yaml"
+_KINDS = {
+    "format": int,
+    "progress": dict,
+    "identity": dict,
+    "layout": dict,
+    "optimizer": list,
+    "val_nelbo": float | None,
+}
+_DEFAULTS: dict[str, Any] = {"identity": {}, "layout": {}, "optimizer": [], "val_nelbo": None}
+_WAY_OUT = "restore it, or remove the directory to go on from the one before"
 _WRITING, _REMOVING = ".writing_", ".removing_"
 _NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 
@@ -98,13 +108,12 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         ValueError: the directory is not a complete checkpoint of this format.
     """
     path = checkpoint / RECORD_NAME
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        version = record["format"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: not a complete checkpoint ({error})") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {version} is not {FORMAT_VERSION}, which this version reads")
+    record = {**_DEFAULTS, **read_json(path, f"not a complete checkpoint: {_WAY_OUT}")}
+    for key, kind in _KINDS.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"{path}: {key} is missing or of a wrong type: not a complete checkpoint: {_WAY_OUT}")
+    if record["format"] != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {record['format']} is not {FORMAT_VERSION}, which this version reads")
     return record
 
 
@@ -114,10 +123,8 @@ def read_progress(checkpoint: Path) -> Progress:
     Raises:
         ValueError: the directory is not a complete checkpoint of this format.
     """
-    try:
-        return Progress.from_record(read_record(checkpoint)["progress"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{checkpoint}: not a complete checkpoint ({error})") from error
+    where = f"{checkpoint / RECORD_NAME}: progress"
+    return as_record(Progress, read_record(checkpoint)["progress"], where, f"not a complete checkpoint: {_WAY_OUT}")
 
 
 def model_identity(config: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ opened (see `integrity`), and may be written while training goes on (see `writer
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -144,7 +145,7 @@ class CheckpointManager:
                 "layout": states.layout(),
                 "optimizer": states.state_names(optimizer),
                 "identity": self.identity(progress.next_sample_index),
-                "val_nelbo": val_nelbo,
+                "val_nelbo": val_nelbo if val_nelbo is not None and math.isfinite(val_nelbo) else None,
             }
             texts = {name: text() for name, text in self.texts.items()}
             texts |= {names.CONFIG_NAME: self.resolved_config, names.RECORD_NAME: json.dumps(record, indent=1)}

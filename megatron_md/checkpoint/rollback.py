@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_md.checkpoint.directory import checkpoint_name, discard, is_complete, named_checkpoints, read_progress
 from megatron_md.files import replace_file
-from megatron_md.train.bad_numbers import BadNumbersError
+from megatron_md.json_file import as_record, read_json
+from megatron_md.train.bad_numbers import RECORD, BadNumbersError, Whole
 from megatron_md.train.progress import Progress
 
 FILE_NAME = "rollback.json"
+_WAY_OUT = (
+    "it is damaged: restore or remove it; without it the run goes on from its newest checkpoint, and returns again "
+    "where it meets the bad numbers again"
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,12 @@ class Rollback:
         skipped_total: updates left out in the run so far.
     """
 
-    step: int
-    number: int
-    jumps: tuple[tuple[int, int], ...]
-    skipped_total: int
+    __pydantic_config__ = RECORD
+
+    step: Whole
+    number: Whole
+    jumps: tuple[tuple[Whole, Whole], ...]
+    skipped_total: Whole
 
     @classmethod
     def due(cls, run_dir: Path, progress: Progress, *, max_rollbacks: int) -> Rollback:
@@ -70,17 +76,9 @@ class Rollback:
             ValueError: its file is damaged.
         """
         path = run_dir / FILE_NAME
-        if not path.is_file():
+        if not path.exists():
             return None
-        try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            jumps = tuple((int(first), int(stop)) for first, stop in record["jumps"])
-            return cls(int(record["step"]), int(record["number"]), jumps, int(record["skipped_total"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({type(error).__name__}: {error}): restore or remove it; without it the run goes "
-                "on from its newest checkpoint, and returns again where it meets the bad numbers again"
-            ) from error
+        return as_record(cls, read_json(path, _WAY_OUT), path, _WAY_OUT)
 
     def applied(self, progress: Progress) -> Progress:
         """A checkpoint's progress with this return in it; unchanged if it knows of it already."""

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md.checkpoint.directory import config_changes, is_checkpoint_name, model_identity
-from megatron_md.checkpoint.integrity import MANIFEST_NAME, CheckpointError, verify, verify_listing
+from megatron_md.checkpoint.integrity import MANIFEST_NAME, verify, verify_listing
 from megatron_md.config import load_config, to_yaml
 from megatron_md.config_loader import ConfigError, read_yaml
+from megatron_md.json_file import LARGE, as_record, parse_json, read_json, read_regular
 from megatron_md.messages import redacted, say
 
 EXAMPLES = """examples:
@@ -42,6 +43,22 @@ _DEPENDS = {
 _LOCK_NAME = ".lock"
 
 Changes = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class _Progress:
+    step: int
+    tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is shown of `progress.json`, of whatever format."""
+
+    format: int
+    progress: _Progress
+    layout: dict[str, int]
 
 
 @dataclass
@@ -227,7 +244,6 @@ def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
     summary = CheckpointSummary(str(directory))
     files = [path for path in directory.iterdir() if path.is_file() and not path.is_symlink()]
     summary.bytes = sum(path.stat().st_size for path in files)
-    record: dict[str, Any] = {}
     try:
         if not (directory / MANIFEST_NAME).exists():
             summary.state, summary.problem = "unsealed", f"no {MANIFEST_NAME}: it cannot be verified"
@@ -235,17 +251,13 @@ def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
             verify(directory)
         else:
             verify_listing(directory)
-        record = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
-        progress = record["progress"]
-        summary.step, summary.tokens = int(progress["step"]), int(progress["tokens"])
-        summary.total_tokens = int(progress["total_tokens"])
-        summary.saved = (directory / "progress.json").stat().st_mtime
-        summary.format = int(record["format"])
-        summary.layout = {str(key): int(value) for key, value in record["layout"].items()}
-    except CheckpointError as error:
+        path = directory / "progress.json"
+        record = as_record(_Record, read_json(path, "restore it"), path, "restore it")
+        summary.step, summary.tokens = record.progress.step, record.progress.tokens
+        summary.total_tokens = record.progress.total_tokens
+        summary.saved, summary.format, summary.layout = path.stat().st_mtime, record.format, record.layout
+    except (OSError, ValueError) as error:
         summary.state, summary.problem = "damaged", str(error).removeprefix(f"{directory}: ")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        summary.state, summary.problem = "damaged", f"progress.json cannot be read ({type(error).__name__}: {error})"
     return summary
 
 
@@ -258,6 +270,8 @@ def layout_text(layout: dict[str, int]) -> str:
 def _is_free(path: Path) -> bool:
     """Whether a run's lock is there and no job holds it."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
@@ -266,22 +280,24 @@ def _is_free(path: Path) -> bool:
 
 
 def _read_text(path: Path, notes: list[str]) -> str:
+    if not path.exists():
+        return ""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, "restore it", most_bytes=LARGE).decode()
+    except UnicodeDecodeError as error:
         notes.append(f"{path} cannot be read ({error})")
-        return ""
+    except ValueError as error:
+        notes.append(str(error))
+    return ""
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     text = _read_text(path, notes)
     try:
-        value = json.loads(text) if text else {}
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text, path, "restore it") if text else {}
+    except ValueError as error:
         value = {}
-        notes.append(f"{path} is no JSON ({error})")
+        notes.append(str(error))
     return value if isinstance(value, dict) else {}
 
 
@@ -289,7 +305,7 @@ def _last_event(path: Path) -> dict[str, Any]:
     """The last whole line; a killed run may have left half of one behind it."""
     for line in reversed(_read_text(path, []).splitlines()):
         try:
-            value = json.loads(line)
+            value = parse_json(line, path, "")
         except ValueError:
             continue
         if isinstance(value, dict):
@@ -310,6 +326,6 @@ def _total_steps(path: Path, notes: list[str]) -> int | None:
 def _changes(checkpoint: Path, config: Path) -> Changes:
     """Keys in which a run's config differs from a checkpoint's; none where one of them cannot be read."""
     try:
-        return config_changes(checkpoint, config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ConfigError):
+        return config_changes(checkpoint, read_regular(config, "").decode())
+    except ValueError:
         return {}

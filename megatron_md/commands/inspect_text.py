@@ -119,7 +119,10 @@ def _value(value: Any) -> str:
 def _time(seconds: Any) -> str:
     if not isinstance(seconds, (int, float)):
         return ""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):  # a number that is no time
+        return ""
 
 
 def _size(count: int) -> str:

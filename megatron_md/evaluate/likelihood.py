@@ -8,12 +8,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.files import replace_file
+from megatron_md.json_file import LARGE, as_record, read_json
 from megatron_md.messages import redacted, say, shown
 
 if TYPE_CHECKING:
@@ -114,14 +115,20 @@ def _table(
         )
 
 
+@dataclass(frozen=True)
+class _State:
+    """What `--state` holds: `NelboTable.state()` and more."""
+
+    rows: str
+    estimator: dict[str, Any]
+    passes: list[list[list[float | None]]]
+
+
 def _read_state(path: Path | None) -> dict[str, Any] | None:
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return None
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())
-        return {key: state[key] for key in ("rows", "estimator", "passes")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the state of an evaluation ({error}); remove it to start anew") from None
+    way_out = "not the state of an evaluation: remove it to start anew"
+    return vars(as_record(_State, read_json(path, way_out, most_bytes=LARGE), path, way_out))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
+from megatron_md.checkpoint.directory import latest_checkpoint, read_progress, read_record
 from megatron_md.checkpoint.families import FAMILIES
 from megatron_md.checkpoint.integrity import CheckpointError, read_manifest, verify
 from megatron_md.checkpoint.safe_pickle import guarded
@@ -129,9 +128,8 @@ def is_causal(run: SavedRun, *, mask_token_id: int) -> bool:
     Raises:
         CheckpointError: only third-party modules could tell, and the run is not trusted.
     """
-    record = json.loads((run.checkpoint / "progress.json").read_text())
-    identity = record.get("identity")
-    if isinstance(identity, dict) and isinstance(identity.get("objective is causal"), bool):
+    identity = read_record(run.checkpoint)["identity"]
+    if isinstance(identity.get("objective is causal"), bool):
         return bool(identity["objective is causal"])
     if run.config.imports and not run.trust:
         raise CheckpointError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md.files import replacing
+from megatron_md.json_file import read_json
 from megatron_md.messages import say, shown
 
 EXAMPLES = """examples:
@@ -114,8 +115,8 @@ def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
 
 def _unigram_entropy(run_dir: Path) -> float | None:
     try:
-        value = json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("unigram_entropy")
-    except (OSError, ValueError):
+        value = read_json(run_dir / "summary.json", "restore it").get("unigram_entropy")
+    except ValueError:  # the line is left out; `inspect` says what is wrong with the file
         return None
     return float(value) if isinstance(value, (int, float)) else None
 

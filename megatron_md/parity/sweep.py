@@ -29,10 +29,16 @@ from megatron_md import config_loader
 from megatron_md.config_loader import ConfigError
 from megatron_md.evaluate.plot import read_metrics
 from megatron_md.files import replace_file
+from megatron_md.json_file import read_json, read_regular
 from megatron_md.messages import say, shown, tell
 from megatron_md.parity.config import ParityConfig, SweepConfig, check_parity
 
 CSV_NAME = "parity.csv"
+_FIGURES = {
+    **dict.fromkeys(("reached_step", "memorised_step", "largest_gap_step"), int | None),
+    **dict.fromkeys(("train_accuracy", "valid_accuracy", "largest_gap", "signal_probability"), int | float | None),
+    "seconds": int | float,
+}
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,11 @@ class SweepRun:
     def summary(self) -> dict[str, Any] | None:
         """What came of it, if it has been run to its end exactly as configured."""
         try:
-            summary = json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
-            resolved = (self.directory / "config.yaml").read_text(encoding="utf-8")
-        except (OSError, ValueError):
+            summary = read_json(self.directory / "summary.json", "the run is done again")
+            resolved = read_regular(self.directory / "config.yaml", "the run is done again").decode()
+        except ValueError:
+            return None
+        if not all(isinstance(summary.get(key), kind) for key, kind in _FIGURES.items()):
             return None
         is_done = summary.get("status") == "finished" and resolved == config_loader.to_yaml(self.config)
         return summary if is_done else None

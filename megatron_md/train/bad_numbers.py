@@ -9,12 +9,19 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
 
 from megatron_md.exit_codes import RunFailedError
 
 WINDOW = 128  # accepted losses that the running median is taken over
 FEWEST = 32  # accepted losses before a spike can be told from the start of a run
+
+# What a record that comes from a file may hold.
+RECORD = ConfigDict(extra="forbid")
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Loss = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class BadNumbersError(RunFailedError):
@@ -42,17 +49,14 @@ class GuardState:
         rollbacks: returns to a checkpoint in the whole run.
     """
 
-    recent_losses: tuple[float, ...] = ()
-    skipped_total: int = 0
-    skipped_in_row: int = 0
-    first_skipped_step: int = 0
-    first_skipped_row: int = 0
-    rollbacks: int = 0
+    __pydantic_config__ = RECORD
 
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> GuardState:
-        """The state that `dataclasses.asdict` and JSON have been through."""
-        return cls(**{**record, "recent_losses": tuple(record.get("recent_losses", ()))})
+    recent_losses: tuple[Loss, ...] = ()
+    skipped_total: Whole = 0
+    skipped_in_row: Whole = 0
+    first_skipped_step: Whole = 0
+    first_skipped_row: Whole = 0
+    rollbacks: Whole = 0
 
     def fault(self, loss: float, grad_norm: float, spike_factor: float | None) -> str | None:
         """Why an update with this loss (nats) and gradient norm must be left out; None if it need not."""
