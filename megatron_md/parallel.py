@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from megatron_md.config import Config
 
-
 # How often the job's workers have been started before these, as `megatron-md train` tells them.
 ROUND_VARIABLE = "MEGATRON_MD_ROUND"
 

@@ -1,4 +1,4 @@
-"""A store whose calls end: those of torch wait for ever where the machine that holds the store is gone without a word."""
+"""A store whose calls end: those of torch wait for ever when the machine that holds the store is silent."""
 
 from __future__ import annotations
 

@@ -6,11 +6,12 @@ starts workers anew, and whether that counts as a restart of theirs, differs fro
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -118,10 +119,13 @@ class _Patience(RendezvousTimeout):
 def _create(params: RendezvousParameters) -> Rendezvous:
     # Torch would hold a second store on the node of rank 0.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    host, _ = parse_rendezvous_endpoint(params.endpoint, PORT)
+    try:
+        host, _ = parse_rendezvous_endpoint(params.endpoint, PORT)
+    except ValueError as error:
+        raise ValueError(f"--rdzv-endpoint: {error}") from None
     backend, store = _meet(params, host)
     assert isinstance(store, dist.TCPStore)
-    if params.max_nodes > 1:
+    if not params.get_as_bool("is_host"):
         _guard(host, store.port, float(params.get("hang_timeout")))
     patience = _Patience()
     handler = DynamicRendezvousHandler.from_backend(
@@ -178,13 +182,24 @@ def _guard(host: str, port: int, hang_timeout: float) -> None:
         sys.stderr.flush()
         for child in psutil.Process().children(recursive=True):
             child.kill()
+        mark = hang_mark()
+        if mark is not None:
+            shutil.rmtree(mark.parent, ignore_errors=True)
         os._exit(EXIT_ERROR)
 
-    threading.Thread(target=_ping, args=(store, limit, give_up), name="store guard", daemon=True).start()
+    ended = threading.Event()
+    thread = threading.Thread(target=_ping, args=(store, limit, give_up, ended), name="store guard", daemon=True)
+    thread.start()
+
+    @atexit.register
+    def stop() -> None:
+        # A thread that returns from C++ into an interpreter that is being taken down aborts the process.
+        ended.set()
+        thread.join(1.0)
 
 
-def _ping(store: dist.TCPStore, limit: float, give_up: Callable[[], None]) -> None:
-    while True:
+def _ping(store: dist.TCPStore, limit: float, give_up: Callable[[], None], ended: threading.Event) -> None:
+    while not ended.wait(PING_SECONDS):
         timer = threading.Timer(limit, give_up)
         timer.daemon = True
         timer.start()
@@ -194,7 +209,6 @@ def _ping(store: dist.TCPStore, limit: float, give_up: Callable[[], None]) -> No
             return  # an end that the launcher hears of by itself
         finally:
             timer.cancel()
-        time.sleep(PING_SECONDS)
 
 
 rendezvous_handler_registry.register(BACKEND, _create)

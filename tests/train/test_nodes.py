@@ -1,4 +1,4 @@
-"""Runs over several nodes: each of them a launcher of its own, two in this file, and what becomes of them when one is lost."""
+"""Runs over several nodes, each a launcher of its own, and what becomes of them when one is lost."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from megatron_md.config import as_dict, load_config
+from megatron_md.exit_codes import RunFailedError
+from megatron_md.train import nodes
 from tests.ranks import run_ranks
 from tests.train.test_launch import workers_of
 from tests.train.test_trainer import config_for, metrics, pretrain, without_times, write_bigram_corpus
@@ -37,7 +39,13 @@ class Job:
     """Two launchers, each in a folder of its own; the first one holds the store."""
 
     def __init__(self, folder: Path, endpoint: str, *words: str, wrapped: Sequence[Sequence[str]] = ((), ())) -> None:
-        self.run, self.folder, self.endpoint, self.words, self.wrapped = folder / "run", folder, endpoint, words, wrapped
+        self.run, self.folder, self.endpoint, self.words, self.wrapped = (
+            folder / "run",
+            folder,
+            endpoint,
+            words,
+            wrapped,
+        )
         corpora = {name: write_bigram_corpus(folder / name, 40, seed) for seed, name in enumerate(("train", "valid"))}
         config = config_for(
             self.run, corpora, train={"steps": STEPS, "device": "cpu"}, checkpoint={"every_steps": 4, "keep_last": 2}
@@ -146,3 +154,98 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(node: int, job: Job) ->
     assert "Traceback" not in job.said(0) + job.said(1)
     assert (job.said(0) + job.said(1)).count("megatron-md: restart 1, from step") == 1
     job.assert_equals_a_whole_run()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_a_node_that_dies_and_is_started_again_changes_nothing(job: Job) -> None:
+    job.start_both()
+    job.wait_for_steps(10)
+    job.kill_node(1)
+    time.sleep(5)
+    job.start(1)
+    assert job.wait(0, 1) == [0, 0], job.said(0) + job.said(1)
+    assert "Traceback" not in job.said(0) + job.said(1)
+    job.assert_equals_a_whole_run()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_without_the_node_of_the_store_the_others_say_what_to_do(job: Job) -> None:
+    job.start_both()
+    job.wait_for_steps(10)
+    job.kill_node(0)
+    assert job.wait(1, seconds=60) == [1]
+    said = job.said(1)
+    assert not any(word in said for word in ("Traceback", "DistStoreError", "Exception raised", "frame #"))
+    assert (
+        said.count(f"lost the node at {job.endpoint}, which holds the job's store: start the same command again") == 1
+    )
+    job.start_both()
+    assert job.wait(0, 1) == [0, 0], job.said(0) + job.said(1)
+    job.assert_equals_a_whole_run()
+
+
+def test_any_address_of_this_machine_is_here() -> None:
+    addresses = [entry.address for entries in psutil.net_if_addrs().values() for entry in entries]
+    mine = [address for address in addresses if address.count(".") == 3]
+    assert mine and all(nodes._is_here(address) for address in [*mine, "127.0.0.2", "localhost", socket.gethostname()])
+    assert not nodes._is_here("198.51.100.7")  # kept for examples
+
+
+def test_a_host_that_does_not_exist_is_refused_at_once() -> None:
+    with pytest.raises(RunFailedError, match=r"--rdzv-endpoint: nowhere\.invalid: "):
+        nodes._is_here("nowhere.invalid")
+
+
+def run_ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def two_namespaces() -> Iterator[tuple[str, str]]:
+    """The names of two network namespaces, 10.99.0.1 and 10.99.0.2 to one another through an interface `link0`."""
+    names = tuple(f"nodes{os.getpid()}{side}" for side in "ab")
+    try:
+        for name in names:
+            run_ip("netns", "add", name)
+        run_ip("link", "add", "link0", "netns", names[0], "type", "veth", "peer", "name", "link0", "netns", names[1])
+        for number, name in enumerate(names, 1):
+            run_ip("-n", name, "address", "add", f"10.99.0.{number}/24", "dev", "link0")
+            for device in ("lo", "link0"):
+                run_ip("-n", name, "link", "set", device, "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+        pytest.skip(f"network namespaces are not to be had here: {getattr(error, 'stderr', None) or error}")
+    yield names[0], names[1]
+    for name in names:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_a_cut_link_ends_both_sides_which_name_what_they_lost(two_namespaces: tuple[str, str], tmp_path: Path) -> None:
+    """The first node's address is not that of its hostname, either."""
+    hang_timeout, endpoint = 20, "10.99.0.1:29500"
+    wrapped = [("ip", "netns", "exec", name) for name in two_namespaces]
+    job = Job(tmp_path, endpoint, f"train.hang_timeout={hang_timeout}", wrapped=wrapped)
+    try:
+        job.start_both(GLOO_SOCKET_IFNAME="link0")
+        job.wait_for_steps(10)
+        run_ip("-n", two_namespaces[0], "link", "set", "link0", "down")
+        assert job.wait(0, 1, seconds=hang_timeout + 60) == [1, 1], job.said(0) + job.said(1)
+        assert "Traceback" not in job.said(0) + job.said(1)
+        assert "rank 1 gives no sign of life (stopped, or its machine is gone)" in job.said(0)
+        assert f"lost the node at {endpoint}, which holds the job's store" in job.said(1)
+        assert all(job.said(node).count("start the same command again on all nodes") == 1 for node in (0, 1))
+
+        run_ip("-n", two_namespaces[0], "link", "set", "link0", "up")
+        job.start_both(GLOO_SOCKET_IFNAME="link0")
+        assert job.wait(0, 1) == [0, 0], job.said(0) + job.said(1)
+        job.assert_equals_a_whole_run()
+    finally:
+        job.end()
