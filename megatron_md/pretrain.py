@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -264,7 +263,7 @@ class Run:
         if self.config.data.tokenizer is not None:
             # A run carries its tokenizer: it can be moved, evaluated and converted without the corpus.
             Tokenizer(self.config.data.tokenizer).save(self.directory / "tokenizer.model")
-        step, restart = self.trainer.progress.step, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        step, restart = self.trainer.progress.step, parallel.restarts()
         append_event(self.directory, "started", step=step, world_size=self.world.size, restart=restart)
         if restart:
             tell(f"megatron-md: restart {restart}, from step {step}")

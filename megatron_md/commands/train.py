@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the config cannot be run.
     """
+    # Torch tells each lost connection with a C++ stack as well; it reads this when it is imported, be it by a plug-in.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     config = load_config(args.config, args.overrides)
     is_worker = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     nproc = args.nproc_per_node or 1
