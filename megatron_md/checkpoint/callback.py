@@ -50,11 +50,11 @@ class Checkpointing(Callback):
         every = self.keys.every_steps
         # Every rank asks, whatever the step: the question is collective.
         is_time = self._is_time(trainer)
-        compare_every = trainer.config.train.check_replicas_every
+        compare_every = trainer.config.train.check_replicas_every or 0
         if is_time or (every and step % every == 0):
             self._save(trainer, in_background=self.keys.asynchronous)
         elif compare_every and step % compare_every == 0:
-            replicas.compare(trainer.stepper.chunks, trainer.optimizer, step)
+            self._compare(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         """Wait for what is being written, and save what the last interval left over.
@@ -75,6 +75,14 @@ class Checkpointing(Callback):
         """
         self._finish(trainer, wait=True)
 
+    def _compare(self, trainer: Trainer) -> None:
+        try:
+            replicas.compare(trainer.stepper.chunks, trainer.optimizer, trainer.progress.step)
+        except replicas.ReplicaError:
+            # What is being written was compared when its save began.
+            self._finish(trainer, wait=True)
+            raise
+
     def _is_time(self, trainer: Trainer) -> bool:
         """The clock of rank 0, known to all."""
         if not self.keys.every_minutes:
@@ -91,7 +99,7 @@ class Checkpointing(Callback):
         nelbo = self._nelbo[1] if self._nelbo is not None and self._nelbo[0] == step else None
         start = time.perf_counter()
         if trainer.config.train.check_replicas_every != 0:
-            replicas.compare(trainer.stepper.chunks, trainer.optimizer, step)
+            self._compare(trainer)
         try:
             self.manager.begin(
                 trainer.stepper.chunks,
