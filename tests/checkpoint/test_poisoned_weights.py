@@ -74,7 +74,7 @@ def pretrain_poisoned(config: Config, update: int, how: str, marker: Path, rank:
 
 LAYOUTS = [
     pytest.param({}, "fp32", "weight", None, id="one process"),
-    pytest.param({"tensor": 2}, "bf16", "fp32_param", 1, id="main parameter on one of TP 2"),
+    pytest.param({"tensor": 2}, "bf16", "fp32_param", 1, id="main parameter on one of TP 2", marks=pytest.mark.slow),
     pytest.param({**SHARDED, "overlap_param_gather": True, "overlap_grad_reduce": True}, "bf16", "fp32_param", 1,
                  id="DP 2, overlapped", marks=pytest.mark.slow),
     pytest.param({"pipeline": 2}, "fp32", "exp_avg_sq", 0, id="moment on one of PP 2", marks=pytest.mark.slow),
@@ -110,6 +110,7 @@ def test_what_is_not_finite_is_never_saved_and_the_run_is_the_undisturbed_one(
     assert not events(tmp_path / "run", "checkpoint_bad") and steps_in(tmp_path / "run" / "checkpoints") == [8, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_steps_that_poisoned_weights_spoil_are_not_blamed_on_their_rows(
     tmp_path: Path, corpora: dict[str, str]
@@ -168,6 +169,7 @@ def test_a_second_return_without_an_accepted_step_sets_the_checkpoint_aside(
     assert "no update was accepted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_bad_rows_that_one_return_does_not_cover_are_left_out_in_the_end(
     tmp_path: Path, corpora: dict[str, str]
@@ -205,16 +207,9 @@ def die_in_the_second_return(config: Config, marker: Path, moment: str) -> None:
     pretrain_poisoned(config, 4, "explode", marker)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "moment",
-    [
-        "before the rename",
-        pytest.param("before it", marks=pytest.mark.slow),
-        pytest.param("after the rename", marks=pytest.mark.slow),
-        pytest.param("before the load", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("moment", ["before it", "before the rename", "after the rename", "before the load"])
 def test_a_crash_while_a_checkpoint_is_set_aside_changes_nothing(
     moment: str, tmp_path: Path, corpora: dict[str, str]
 ) -> None:

@@ -81,7 +81,7 @@ def expected(name: str, few: str, most: str) -> str:
 STATE = "optimizer state of "
 TWO = [
     pytest.param(ONE, {}, [(1, SPLIT), (0, NORM), (1, STATE + SPLIT)], id="DP2"),
-    pytest.param(SHARDED, {}, [(1, SPLIT)], id="DP2 distributed optimizer"),
+    pytest.param(SHARDED, {}, [(1, SPLIT)], id="DP2 distributed", marks=pytest.mark.slow),
     pytest.param(SEQUENCE, {"position": "learned", "qk_norm": True}, [(1, NORM), (0, STATE + NORM)], id="TP2 SP"),
     pytest.param({"pipeline": 2}, {"tied": True}, [(1, TIED), (0, STATE + TIED)], id="PP2 tied"),
     pytest.param(
@@ -192,5 +192,5 @@ def test_a_run_whose_replicas_differ_ends_before_it_saves(every: int | None, sai
     assert sorted(path.name for path in (run / "checkpoints").glob("step_*")) == ["step_00000002"]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "failed" and SPLIT in summary["error"]
-    # The same command goes on from there.
-    assert run_ranks(pretrain_with_a_flip, 2, config, 1, SPLIT, 999) == [0, 0]
+    if every is not None:  # the same command goes on from there
+        assert run_ranks(pretrain_with_a_flip, 2, config, 1, SPLIT, 999) == [0, 0]
