@@ -264,6 +264,12 @@ class TrainConfig:
     max_rollbacks: Annotated[
         NonNegativeInt, Doc("such returns in the whole run; where one more would be due, the run fails")
     ] = 3
+    check_replicas_every: Annotated[
+        NonNegativeInt | None,
+        Doc(
+            "steps after which ranks compare what several of them hold, as before each save; null: then only; 0: never"
+        ),
+    ] = None
     profile: Annotated[ProfileConfig, Doc("profiler window")] = field(default_factory=ProfileConfig)
 
 

@@ -198,24 +198,31 @@ class Run:
         self.trainer.stream.quarantine(self.quarantine.ledger)
 
     def roll_back(self) -> None:
-        """Return to the newest checkpoint from before the bad numbers, and leave out their rows from here on.
+        """Return to the newest checkpoint from before the bad numbers; `rollback` says what is left out from here on.
 
         Raises:
             BadNumbersError: on all ranks, if there is none, or `train.max_rollbacks` is reached.
         """
         self.checkpointing.settle(self.trainer)
-        left = self.trainer.progress
-        returned = rollback.agreed(self.directory, left, max_rollbacks=self.config.train.max_rollbacks)
+        left, poisoned = self.trainer.progress, self.trainer.poisoned
+        most = self.config.train.max_rollbacks
+        returned = rollback.agreed(self.directory, left, max_rollbacks=most, poisoned=poisoned)
+        self.trainer.poisoned = None
         checkpoint = self.directory / "checkpoints" / checkpoint_name(returned.step)
         progress = self.manager.load(self.trainer.stepper.chunks, self.trainer.optimizer, checkpoint)
         self._continue_from(checkpoint, progress, returned)
         if self.world.is_main:
-            first, stop = returned.jumps[-1]
-            append_event(self.directory, "rolled back", step=returned.step, left_step=left.step, rows=[first, stop])
-            tell(
-                f"megatron-md: bad numbers in {left.guard.skipped_in_row} steps in a row, up to step {left.step}: "
-                f"back to step {returned.step}, from now on without the rows {first} to {stop - 1}"
+            rows = [list(jump) for jump in returned.jumps if jump not in left.jumps]
+            without = "".join(f", from now on without the rows {first} to {stop - 1}" for first, stop in rows)
+            append_event(
+                self.directory,
+                "rolled back",
+                step=returned.step,
+                left_step=left.step,
+                rows=rows[0] if rows else None,
+                reason=returned.reason,
             )
+            tell(f"megatron-md: {returned.reason}: back to step {returned.step}{without}")
 
     def fit(self) -> None:
         """Run the loop, and keep RUN's files true about how it went."""

@@ -6,6 +6,7 @@ step_00000100/ is complete or absent: it is written under a temporary name, seal
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ _KINDS = {
 }
 _DEFAULTS: dict[str, Any] = {"identity": {}, "layout": {}, "optimizer": [], "val_nelbo": None}
 _WAY_OUT = "restore it, or remove the directory to go on from the one before"
+BAD_SUFFIX = ".bad"
 _WRITING, _REMOVING = ".writing_", ".removing_"
 _NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 
@@ -53,6 +55,22 @@ def named_checkpoints(directory: Path) -> dict[int, Path]:
     """What bears a checkpoint's name in RUN/checkpoints, complete or not, by step, newest first."""
     found = (path for path in directory.glob("step_*") if is_checkpoint_name(path.name))
     return dict(sorted(((int(path.name.removeprefix("step_")), path) for path in found), reverse=True))
+
+
+def set_aside_as_bad(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that the run never takes, counts or removes it again; a path still names it."""
+    base = f"{checkpoint.name}{BAD_SUFFIX}"
+    free = (base if number == 1 else f"{base}{number}" for number in itertools.count(1))
+    aside = next(path for path in map(checkpoint.with_name, free) if not path.exists())
+    os.rename(checkpoint, aside)
+    sync(checkpoint.parent)
+    return aside
+
+
+def is_bad(checkpoint: Path) -> bool:
+    """True for what `set_aside_as_bad` has named."""
+    name, suffix, number = checkpoint.name.rpartition(BAD_SUFFIX)
+    return bool(suffix) and is_checkpoint_name(name) and (not number or number.isdecimal())
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -251,6 +269,6 @@ def _prune(directory: Path, retention: Retention) -> None:
     newest = _latest(directory)
     guard = next((guards[step] for step, (path, _) in found.items() if path.name == newest), GuardState())
     if guard.skipped_in_row:
-        # If the next updates are left out too, the run returns to here.
-        keep |= {max((step for step in found if step <= guard.first_skipped_step), default=-1)}
+        # If the next updates are left out too, the run returns to here; and if that does not help, one further back.
+        keep |= {*sorted(step for step in found if step <= guard.first_skipped_step)[-2:]}
     discard(directory, [path for step, (path, _) in found.items() if step not in keep and path.name != newest])

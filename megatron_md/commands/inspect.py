@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_md.checkpoint.directory import config_changes, is_checkpoint_name, model_identity
+from megatron_md.checkpoint.directory import config_changes, is_bad, is_checkpoint_name, model_identity
 from megatron_md.checkpoint.integrity import MANIFEST_NAME, verify, verify_listing
 from megatron_md.config import load_config, to_yaml
 from megatron_md.config_loader import ConfigError, read_yaml
@@ -67,7 +67,7 @@ class CheckpointSummary:
 
     Attributes:
         path: its directory.
-        state: complete, unsealed (no manifest), or damaged.
+        state: complete, unsealed (no manifest), damaged, or bad (set aside: no update was accepted after it).
         problem: what is wrong with it, if anything.
         step: optimizer steps done.
         tokens: tokens served.
@@ -180,7 +180,7 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
     for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
         if entry.is_dir() and entry.name.startswith("."):
             found.unfinished.append(entry.name)
-        elif entry.is_dir() and not is_checkpoint_name(entry.name):
+        elif entry.is_dir() and not is_checkpoint_name(entry.name) and not is_bad(entry):
             found.notes.append(f"{entry} is no checkpoint of the run by its name: it is neither resumed nor removed")
         elif entry.is_dir():
             summary = _summarise(entry, verified)
@@ -212,7 +212,7 @@ def compare_config(found: Inspection, config_path: Path) -> None:
 
 def newest_checkpoint(found: Inspection) -> CheckpointSummary | None:
     """The one that resuming would take: what `latest` names, else the last one that is not damaged."""
-    usable = [checkpoint for checkpoint in found.checkpoints if checkpoint.state != "damaged"]
+    usable = [checkpoint for checkpoint in found.checkpoints if checkpoint.state not in ("damaged", "bad")]
     return next((checkpoint for checkpoint in usable if checkpoint.is_latest), usable[-1] if usable else None)
 
 
@@ -256,6 +256,9 @@ def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
         summary.step, summary.tokens = record.progress.step, record.progress.tokens
         summary.total_tokens = record.progress.total_tokens
         summary.saved, summary.format, summary.layout = path.stat().st_mtime, record.format, record.layout
+        if is_bad(directory):
+            summary.state = "bad"
+            summary.problem = "the run returned to it, and no update was accepted after that: never taken, nor removed"
     except (OSError, ValueError) as error:
         summary.state, summary.problem = "damaged", str(error).removeprefix(f"{directory}: ")
     return summary

@@ -303,9 +303,11 @@ def settled_parameters(chunks: list[Any]) -> Iterator[None]:
     lazy = [chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel) and chunk.use_forward_hook]
     for chunk in lazy:
         chunk.disable_forward_pre_hook(param_sync=True)
-    yield
-    for chunk in lazy:
-        chunk.enable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in lazy:
+            chunk.enable_forward_pre_hook()
 
 
 def count_parameters(chunks: list[torch.nn.Module]) -> int:
