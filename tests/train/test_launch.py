@@ -92,6 +92,19 @@ def test_more_damage_than_tolerated_is_named_once_and_ends_the_run(config_file: 
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_shards_that_are_cut_during_training_end_the_run_by_their_names(config_file: Path, tmp_path: Path) -> None:
+    process = start(config_file, "data.max_quarantined=0")
+    wait_for_steps(tmp_path / "run", process, 3)
+    for shard in (tmp_path / "train").glob("*.tar"):
+        os.truncate(shard, 0)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "shard-00000" in error and "Traceback" not in error, error
+    told = error + (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "the file ends at byte 0" in told or "0 bytes instead of" in told
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_run_does_not_go_on_with_another_seed(config_file: Path) -> None:
     process = start(config_file, "train.steps=2")
     assert process.communicate(timeout=120)[1] is not None and process.returncode == 0
