@@ -9,8 +9,8 @@ A corpus is a folder:
     rejected.jsonl            documents that were left out, with reasons
 
 Documents are stored without `<eos>`. Stock `webdataset` reads the tars; our own reader goes by the index, so that any
-document is found at once and damage is noticed. It does not map them into memory: where a mapped file is cut, the system
-kills the process (SIGBUS) before it can say a word.
+document is found at once and damage is noticed. It does not map them into memory: where a mapped file is cut, the
+system kills the process (SIGBUS) before it can say a word.
 """
 
 from __future__ import annotations
