@@ -294,9 +294,9 @@ class ShardReader:
         if size != self._shard.bytes:
             raise ShardError(f"{self.path}: {size} bytes instead of {self._shard.bytes}; build the shards again")
         # Views, as they give plain numbers, several times as fast as the fields of the index.
-        self._offsets = memoryview(self.index["offset"].astype(np.int64))
-        self._lengths = memoryview(self.index["tokens"].astype(np.int64))
-        self._crc32 = memoryview(self.index["crc32"].astype(np.int64))
+        self._offsets = self.index["offset"].astype(np.int64).data
+        self._lengths = self.index["tokens"].astype(np.int64).data
+        self._crc32 = self.index["crc32"].astype(np.int64).data
 
     def _load_index(self, path: Path, data: bytes) -> npt.NDArray[np.void]:
         if hashlib.sha256(data).hexdigest() != self._shard.index_sha256:

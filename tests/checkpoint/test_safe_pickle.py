@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_md.checkpoint.integrity import CheckpointError
 from megatron_md.checkpoint.safe_pickle import check, guarded
-from megatron_md.evaluate.load import SavedRun, _load
+from megatron_md.evaluate.load import _load
+from megatron_md.evaluate.saved_run import SavedRun
 from tests.checkpoint.saved import SMALL, Call, hostile_pickles, save_checkpoint
 from tests.ranks import run_ranks
 from tests.small_run import small_run
