@@ -21,9 +21,10 @@ from pathlib import Path
 from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.estimators import Estimator, EstimatorName
-from megatron_md.evaluate.load import load_scorer, open_run
+from megatron_md.evaluate.load import load_scorer
 from megatron_md.evaluate.nelbo import EvaluationRows, NelboReport, evaluate_nelbo
 from megatron_md.evaluate.rows import evaluation_rows
+from megatron_md.evaluate.saved_run import open_run
 from megatron_md.evaluate.scorer import Scorer
 
 NAMES: tuple[EstimatorName, ...] = ("plain", "stratified_t", "exact", "complementary", "neyman")

@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     source, target = Path(args.source), Path(args.target)
     if not args.dry_run and target.exists():
         raise ValueError(f"{target}: exists already; choose another folder, or remove it")
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
     (_to_megatron if args.to == "megatron" else _to_hf)(args, family, source, target)
     if args.verify and not args.dry_run:
         from megatron_md.evaluate.verify_conversion import compare_logits

@@ -8,8 +8,9 @@ A corpus is a folder:
     shard-000000.index.npy    per document: byte offset in the tar, tokens, crc32 of its bytes
     rejected.jsonl            documents that were left out, with reasons
 
-Documents are stored without `<eos>`. Stock `webdataset` reads the tars; our own reader maps them into memory and
-goes by the index, so that any document is found at once and damage is noticed.
+Documents are stored without `<eos>`. Stock `webdataset` reads the tars; our own reader goes by the index, so that any
+document is found at once and damage is noticed. It does not map them into memory: where a mapped file is cut, the
+system kills the process (SIGBUS) before it can say a word.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ INDEX_DTYPE = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("crc32", "<u4")])
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_INDEX_HEADER = 1024
 LARGEST_VOCABULARY = 1 << 24
+BLOCK_BYTES = 1 << 20
 PLACES = {"directory", "remote"}  # fields of a manifest that are not for the file to set
 STRICT = ConfigDict(extra="forbid", strict=True)
 Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -301,7 +303,7 @@ class ShardReader:
     """
 
     def __init__(self, manifest: Manifest, number: int) -> None:
-        """Map shard `number` into memory.
+        """Open shard `number`.
 
         Raises:
             ShardError: the shard or its index is missing, has another size, or they do not fit together.
@@ -313,16 +315,16 @@ class ShardReader:
         with file, index_file:
             self.path = Path(file.name)
             self.index = self._load_index(Path(index_file.name), index_file.read())
-            # The mapping keeps the file open, and with it the lock that a cached file is held by.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(mapped) != self._shard.bytes:
-            raise ShardError(f"{self.path}: {len(mapped)} bytes instead of {self._shard.bytes}; build the shards again")
-        # Tars are padded to 512 bytes, so the whole file is one array of tokens; the headers are never read.
-        self._tokens = np.frombuffer(mapped, dtype=self._dtype)
-        # Copies, as one entry of a plain array is read several times as fast as one of a field.
-        self._starts = (self.index["offset"] // self._dtype.itemsize).astype(np.int64)
-        self._ends = self._starts + self.index["tokens"]
-        self._crc32 = self.index["crc32"].copy()
+            # It keeps the file open, and with it the lock that a cached file is held by.
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        size = os.fstat(self._descriptor).st_size
+        if size != self._shard.bytes:
+            raise ShardError(f"{self.path}: {size} bytes instead of {self._shard.bytes}; build the shards again")
+        # Views, as they give plain numbers, several times as fast as the fields of the index.
+        self._offsets = self.index["offset"].astype(np.int64).data
+        self._lengths = self.index["tokens"].astype(np.int64).data
+        self._crc32 = self.index["crc32"].astype(np.int64).data
 
     def _load_index(self, path: Path, data: bytes) -> npt.NDArray[np.void]:
         index = parse_index(data, self._shard, self._dtype.itemsize)
@@ -333,26 +335,59 @@ class ShardReader:
             )
         return index
 
-    def document(self, number: int, *, verify: bool = True) -> npt.NDArray[np.unsignedinteger]:
-        """Tokens [n] of a document, a view of the file.
+    def document(
+        self, number: int, start: int = 0, stop: int | None = None, *, verify: bool = True
+    ) -> npt.NDArray[np.unsignedinteger]:
+        """Tokens `start` to `stop` (not included; all by default) of a document; cannot be written to.
 
         Raises:
-            DamagedDocumentError: under `verify`, its bytes do not match their crc32.
+            DamagedDocumentError: the file has been cut before its end; under `verify` also: the bytes of the whole
+                document do not match their crc32.
+            OSError: the file cannot be read.
         """
-        start = self._starts[number]
-        tokens = self._tokens[start : self._ends[number]]
-        if verify and zlib.crc32(tokens.data) != self._crc32[number]:
+        offset, length, size = self._offsets[number], self._lengths[number], self._dtype.itemsize
+        stop = length if stop is None or stop > length else stop
+        first, last = (0, length) if verify else (start, stop)
+        data = self._read(offset + first * size, (last - first) * size)
+        problem = ""
+        if len(data) != (last - first) * size:
+            problem = f"the file ends at byte {os.fstat(self._descriptor).st_size}"
+        elif verify and zlib.crc32(data) != self._crc32[number]:
+            problem = "its crc32 differs"
+        if problem:
             raise DamagedDocumentError(
-                f"{self.path}: document {number} (bytes {start * self._dtype.itemsize} to "
-                f"{start * self._dtype.itemsize + tokens.nbytes}) is damaged: its crc32 differs; restore the shard"
+                f"{self.path}: document {number} (bytes {offset} to {offset + length * size}) is damaged: {problem}; "
+                "restore the shard"
             )
-        return tokens
+        tokens = np.frombuffer(data, self._dtype)
+        return tokens[start:stop] if verify else tokens
 
     def blocks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
-        """Tokens of runs of documents that lie side by side, in file order."""
-        cuts = np.flatnonzero(self._starts[1:] != self._ends[:-1]) + 1
-        for first, stop in zip([0, *cuts], [*cuts, len(self._ends)], strict=True):
-            yield self._tokens[self._starts[first] : self._ends[stop - 1]]
+        """Tokens of documents that lie side by side, in file order.
+
+        Raises:
+            ShardError: the file has been cut.
+        """
+        starts, size = self.index["offset"].astype(np.int64), self._dtype.itemsize
+        ends = starts + self.index["tokens"].astype(np.int64) * size
+        cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+        for start, stop in zip(starts[[0, *cuts]].tolist(), ends[[*(cuts - 1), -1]].tolist(), strict=True):
+            for offset in range(start, stop, BLOCK_BYTES):
+                count = min(BLOCK_BYTES, stop - offset)
+                data = self._read(offset, count)
+                if len(data) != count:
+                    raise ShardError(f"{self.path}: cut at byte {offset + len(data)}; restore the shard")
+                yield np.frombuffer(data, self._dtype)
+
+    def _read(self, offset: int, count: int) -> bytes:
+        """Bytes of the file; fewer than asked for where it ends before."""
+        try:
+            data = os.pread(self._descriptor, count, offset)
+            while 0 < len(data) < count and (more := os.pread(self._descriptor, count - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        return data
 
 
 def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:

@@ -24,11 +24,12 @@ from megatron_md import parallel
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
-from megatron_md.diffusion.sampler import SamplerConfig
+from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.evaluate.conditional import document_log_likelihoods
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_asked
+from megatron_md.evaluate.load import LoadedDenoiser, is_causal, load_scorer
 from megatron_md.evaluate.rows import evaluation_rows
+from megatron_md.evaluate.saved_run import SavedRun, open_asked
 from megatron_md.evaluate.scorer import Scorer
 from megatron_md.messages import say
 from megatron_md.parallel import World
@@ -152,8 +153,6 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ValueError: bad input, with the way out.
     """
-    if args.judge is None:
-        raise ValueError("--generative needs --judge RUN_AR: a causal run, such as an autoregressive baseline")
     saved, judge = (open_asked(path, args) for path in (args.run_path, args.judge))
     tokenizer, judge_words = Tokenizer(saved.tokenizer), Tokenizer(judge.tokenizer)
     if not is_causal(judge, mask_token_id=judge_words.mask_token_id):

@@ -30,7 +30,7 @@ from lm_eval.api.registry import register_model
 from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
-from megatron_md.diffusion.sampler import SamplerConfig
+from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.diffusion.unmasking import strategies
 from megatron_md.evaluate.conditional import (
     AnswerLikelihood,
@@ -39,7 +39,8 @@ from megatron_md.evaluate.conditional import (
     document_log_likelihoods,
 )
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, load_scorer, open_run
+from megatron_md.evaluate.load import LoadedDenoiser, is_causal, load_scorer
+from megatron_md.evaluate.saved_run import SavedRun, open_run
 from megatron_md.evaluate.scorer import StepperScorer
 from megatron_md.messages import shown
 from megatron_md.parallel import World

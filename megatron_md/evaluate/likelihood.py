@@ -18,8 +18,8 @@ from megatron_md.json_file import LARGE, as_record, read_json
 from megatron_md.messages import redacted, say, shown
 
 if TYPE_CHECKING:
-    from megatron_md.evaluate.load import SavedRun
     from megatron_md.evaluate.nelbo import EvaluationRows, NelboReport, NelboTable
+    from megatron_md.evaluate.saved_run import SavedRun
     from megatron_md.parallel import World
 
 ROWS = 256  # scored unless told otherwise
@@ -33,9 +33,9 @@ def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     _check(args)
     from megatron_md import parallel
-    from megatron_md.evaluate.load import open_asked
     from megatron_md.evaluate.nelbo import check_passes, difference
     from megatron_md.evaluate.rows import TextFiles, evaluation_rows
+    from megatron_md.evaluate.saved_run import open_asked
 
     check_passes(args.passes, args.stderr, args.max_passes)
     runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]

@@ -14,11 +14,14 @@ import torch
 
 from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.sampler import OnStep, Sample, SamplerConfig, SamplerStep, check_fits, infill
+from megatron_md.diffusion.sampler import OnStep, Sample, SamplerStep, check_fits, infill
+from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.evaluate.canvas import LiveCanvas, can_stream
+from megatron_md.evaluate.generate import sampler_config
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, SavedRun, is_causal, open_asked
+from megatron_md.evaluate.load import LoadedDenoiser, is_causal
 from megatron_md.evaluate.prompts import Prompt, batches, canvas_of, typed_prompts
+from megatron_md.evaluate.saved_run import SavedRun, open_asked
 from megatron_md.evaluate.trace import Recorder, trace_page
 from megatron_md.files import replace_file
 from megatron_md.messages import printable, tell
@@ -93,24 +96,8 @@ class Requests:
                 raise ValueError(
                     f"{saved.checkpoint}: a causal model writes one token after the other; leave --{given} out"
                 )
-        self._config = self._config_of(
-            self._context if args.infill else args.length, None if args.infill else args.steps
-        )
-
-    def _config_of(self, length: int, steps: int | None) -> SamplerConfig:
-        args = self._args
-        return SamplerConfig(
-            length=length,
-            steps=steps,
-            block=args.block,
-            strategy=args.strategy or "low_confidence",
-            temperature=args.temperature,
-            seed=args.seed,
-            top_p=args.top_p,
-            guidance=args.guidance,
-            threshold=SamplerConfig.threshold if args.threshold is None else args.threshold,
-            factor=SamplerConfig.factor if args.factor is None else args.factor,
-            eos=args.eos,
+        self._config = sampler_config(
+            args, self._context if args.infill else args.length, None if args.infill else args.steps
         )
 
     def of(self, prompt: Prompt) -> Request:
@@ -147,7 +134,7 @@ class Requests:
         steps = self._args.steps
         if steps is None and self._config.strategy != "first_hitting":
             steps = canvas.count(mask)
-        return Request(prompt, tuple(canvas), self._config_of(len(canvas), steps))
+        return Request(prompt, tuple(canvas), sampler_config(self._args, len(canvas), steps))
 
 
 def write_texts(args: argparse.Namespace, prompts: list[Prompt] | None) -> None:

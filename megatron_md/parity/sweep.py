@@ -32,6 +32,7 @@ from megatron_md.files import replace_file
 from megatron_md.json_file import read_json, read_regular
 from megatron_md.messages import say, shown, tell
 from megatron_md.parity.config import ParityConfig, SweepConfig, check_parity
+from megatron_md.processes import die_with_parent
 
 CSV_NAME = "parity.csv"
 _FIGURES = {
@@ -166,7 +167,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),))
     try:
         yield pool
     except BaseException:
@@ -175,18 +176,6 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """End this worker when the sweep is gone (kill -9): it would go on writing where the next sweep does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "workers are children of the sweep"
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_in_worker(config: ParityConfig) -> None:

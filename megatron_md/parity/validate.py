@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -17,6 +16,7 @@ from megatron_md.files import replace_file
 from megatron_md.json_file import as_record, read_json
 from megatron_md.parity.config import ParityConfig, SweepConfig, check_parity
 from megatron_md.parity.sweep import with_words
+from megatron_md.processes import scratch_folder
 
 CURVE_STEPS = 50
 RTOL = 1e-5  # of the loss in fp32; 2e-7 were measured between layouts on one machine
@@ -122,8 +122,8 @@ def train_recorded(config: ParityConfig) -> tuple[dict[str, Any], list[float], l
             self.records.append((record["loss"], record["grad_norm"]))
 
     curve = Curve()
-    with tempfile.TemporaryDirectory(prefix="megatron-md-parity-") as folder:
-        summary = run_experiment(replace(config, run_dir=folder), (curve,))
+    with scratch_folder() as folder:
+        summary = run_experiment(replace(config, run_dir=str(folder)), (curve,))
     loss, grad_norm = (list(column) for column in zip(*curve.records[:CURVE_STEPS], strict=True))
     return summary, loss, grad_norm
 

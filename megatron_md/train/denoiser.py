@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron_md.diffusion.sampler import OnStep, Sample, SamplerConfig, sample
+from megatron_md.diffusion.sampler import OnStep, Sample, sample
+from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.train.step import Stepper
 
 

@@ -10,10 +10,8 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_md.exit_codes import EXIT_ERROR, EXIT_PEER_FAILED, VERDICT_VARIABLE, RunFailedError
 from megatron_md.messages import tell
+from megatron_md.processes import PARENT_VARIABLE, scratch_folder
 from megatron_md.train import nodes
 
 FAILURE_SECONDS = 10  # what the other workers get to end once one has failed
@@ -65,9 +64,10 @@ def launch(
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     SubprocessContext.close = _close  # type: ignore[method-assign, assignment]
     words = ("-m", "megatron_md", *command, config_path, *overrides)
-    with tempfile.TemporaryDirectory(prefix="megatron_md_") as folder:
-        verdict = Path(folder, "exit_code")
+    with scratch_folder() as folder:
+        verdict = folder / "exit_code"
         os.environ[VERDICT_VARIABLE] = str(verdict)
+        os.environ[PARENT_VARIABLE] = str(os.getpid())
         try:
             elastic_launch(
                 _launch_config(nproc_per_node, nnodes, rdzv_endpoint, max_restarts, hang_timeout), sys.executable
@@ -80,6 +80,7 @@ def launch(
         except (SignalException, KeyboardInterrupt):
             pass
         finally:
+            del os.environ[PARENT_VARIABLE]
             # Those that a second signal, or an error of the launcher itself, has left behind.
             for child in psutil.Process().children(recursive=True):
                 child.kill()
