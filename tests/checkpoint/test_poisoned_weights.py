@@ -28,6 +28,8 @@ from tests.train.test_bad_numbers import (
 )
 from tests.train.test_trainer import metrics, without_times, write_bigram_corpus
 
+MATRIX = "decoder.layers.1.mlp.linear_fc1.weight"
+
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -45,13 +47,17 @@ def poison(stepper: Any, how: str) -> None:
 
     from megatron_md.checkpoint.state import named_parameters, optimizer_slices
 
+    weights = dict(named_parameters(stepper.chunks))
     if how == "explode":
-        for _, parameter in named_parameters(stepper.chunks):
+        for parameter in weights.values():
             parameter.detach().mul_(1e30)
     elif how == "weight":
-        dict(named_parameters(stepper.chunks))["decoder.layers.1.mlp.linear_fc1.weight"].detach()[3, 5] = math.nan
+        weights[MATRIX].detach()[3, 5] = math.nan
     else:
-        next(optimizer_slices(stepper.optimizer)).tensors[how][1] = math.inf
+        # Of a matrix that no other rank holds, where this one has a part of it.
+        first, *others = optimizer_slices(stepper.optimizer)
+        chosen = next((piece for piece in others if piece.parameter is weights[MATRIX]), first)
+        chosen.tensors[how][1] = math.inf
 
 
 def pretrain_poisoned(config: Config, update: int, how: str, marker: Path, rank: int | None = None) -> dict[str, Any]:
