@@ -18,6 +18,7 @@ from megatron_md.config import load_config, to_yaml
 from megatron_md.config_loader import ConfigError, read_yaml
 from megatron_md.json_file import LARGE, as_record, parse_json, read_json, read_regular
 from megatron_md.messages import redacted, say
+from megatron_md.train.records import damage, read_lines
 
 EXAMPLES = """examples:
   megatron-md inspect runs/demo
@@ -101,13 +102,13 @@ class Inspection:
     Attributes:
         path: the run or checkpoint directory.
         status: RUN/summary.json.
-        last_event: last line of RUN/events.jsonl.
+        last_event: last whole line of RUN/events.jsonl.
         environment: RUN/env.json.
         total_steps: steps that its config asks for.
         checkpoints: oldest first.
         unfinished: directories of saves or removals that were cut short.
         refused, depends, harmless: keys of `--against` that differ from the newest checkpoint's: [there, now].
-        notes: files of the run that could not be read.
+        notes: files of the run, or lines of them, that could not be read.
     """
 
     path: str
@@ -174,7 +175,6 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
     if found.status.get("status") == "running" and _is_free(path / _LOCK_NAME):
         found.notes.append("no job on this machine holds the run: it was killed, unless it runs on another machine")
     found.environment = _read_json(path / "env.json", found.notes)
-    found.last_event = _last_event(path / "events.jsonl")
     found.total_steps = _total_steps(path / "config.yaml", found.notes)
     latest = _read_text(directory / "latest", found.notes).strip()
     for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
@@ -189,6 +189,9 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
             found.checkpoints.append(summary)
     if latest and not any(checkpoint.is_latest for checkpoint in found.checkpoints):
         found.notes.append(f"{directory / 'latest'} names {latest!r}, which is not there")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        _read_records(path / name, "step", found.notes)
+    found.last_event = next(reversed(_read_records(path / "events.jsonl", "event", found.notes)), {})
     return found
 
 
@@ -304,16 +307,16 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _last_event(path: Path) -> dict[str, Any]:
-    """The last whole line; a killed run may have left half of one behind it."""
-    for line in reversed(_read_text(path, []).splitlines()):
-        try:
-            value = parse_json(line, path, "")
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            return value
-    return {}
+def _read_records(path: Path, key: str, notes: list[str]) -> list[dict[str, Any]]:
+    """The whole lines; a killed run may have left half of one behind them."""
+    try:
+        lines = read_lines(path, key)
+    except OSError as error:
+        notes.append(f"{path} cannot be read ({error})")
+        return []
+    if problem := damage(path, lines):
+        notes.append(problem)
+    return [line.record for line in lines if line.record is not None]
 
 
 def _total_steps(path: Path, notes: list[str]) -> int | None:

@@ -77,9 +77,9 @@ def _compare(key: str, steps: list[tuple[int, dict[str, Any], dict[str, Any]]], 
     )
 
 
-def _number(value: float | None) -> float:
+def _number(value: Any) -> float:
     """metrics.jsonl has null for what is not finite."""
-    return math.nan if value is None else float(value)
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

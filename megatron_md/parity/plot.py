@@ -59,8 +59,8 @@ def arm_curves(directory: Path) -> list[ArmCurves]:
 
 
 def _measured(records: Sequence[dict[str, Any]]) -> dict[str, FloatArray]:
-    measured = [record for record in records if "valid_accuracy" in record]
     keys = ("step", "train_accuracy", "valid_accuracy")
+    measured = [record for record in records if record.keys() >= set(keys)]
     return {key: np.array([record[key] for record in measured], dtype=np.float64) for key in keys}
 
 

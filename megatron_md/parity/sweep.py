@@ -219,7 +219,7 @@ def csv_row(directory: Path, run: SweepRun) -> dict[str, Any] | None:
     if summary is None:
         return None
     config = run.config
-    shares = [record["signal_share"] for record in read_metrics(run.directory)]
+    shares = [record["signal_share"] for record in read_metrics(run.directory) if "signal_share" in record]
     schedule = config.objective.mask_schedule
     return {
         "arm": run.arm,

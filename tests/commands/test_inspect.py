@@ -129,6 +129,14 @@ def test_a_checkpoint_without_its_data_is_not_verified(run: Path, capsys: pytest
     assert "verified, latest" not in capsys.readouterr().out
 
 
+def test_the_last_whole_event_is_shown_whatever_follows_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(b"\n\xff\n5\nnull\n" + b"[" * 100_000 + b"\n" + b"7" * 5000)
+    code, found = as_json(capsys, run)
+    assert code == 0 and found["last_event"]["event"] == "saved"
+    assert found["notes"] == [f"{run / 'events.jsonl'}: lines 2, 3, 4 and 3 more are damaged"]
+
+
 def test_unsealed_and_unfinished_directories_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "checkpoints" / "step_00000050" / "manifest.json").unlink()
     (run / "checkpoints" / ".writing_step_00000150").mkdir()
