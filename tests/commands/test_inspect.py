@@ -188,7 +188,7 @@ def test_broken_files_are_noted_and_terminal_codes_not_obeyed(run: Path, capsys:
     (run / "checkpoints" / "step_00000050" / "progress.json").write_text("[]")
     assert inspect(run) == 1
     text = capsys.readouterr().out
-    assert "env.json is no JSON" in text
+    assert "env.json: malformed JSON" in text
     assert r"\x1b[2J[bold]red\u202e\x9b" in text
     assert not {"\x1b", "\u202e", "\x9b"} & set(text)
     assert "progress.json has 2 bytes instead of" in " ".join(text.split())
