@@ -1,10 +1,12 @@
-"""What a checkpoint costs: how long a save holds up training, how long a resume takes, bytes per parameter.
+"""What a checkpoint costs: how long a save and its checks hold up training, how long a resume takes, its size.
 
     python benchmarks/checkpoint.py 50m --threads 2 --repeats 3
 
 One process, CPU, fp32. Synchronous and background saves take turns; between them come ordinary steps, so that the share
 of a step is measured under the same load. Steps beside a background write are reported too: the writer shares the
-processor with them.
+processor with them. The checks before a save are part of its stall, and timed alone as well: a look at every number of
+weights and optimizer, and checksums of the weights (what ranks compare with the distributed optimizer) or of both
+(without it); the comparison itself, of 16 bytes per parameter tensor, is not in them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from megatron_md.batch import BatchPosition, CleanBatch
 from megatron_md.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 
 MASK = 3
+CHECKS = ("look for NaN", "sum weights", "sum all")
 SHAPES = {
     "tiny": (ModelConfig(vocab=8192), 256, 8),
     "50m": (ModelConfig(vocab=32000, layers=8, hidden=512, heads=8, kv_heads=8, ffn=1376), 512, 4),
@@ -74,19 +77,37 @@ def void(value: Any) -> None:
 def measure(shape: str, repeats: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of each kind of event, and the size of a checkpoint."""
     chunks, optimizer, step = build(shape)
+    from megatron_md.checkpoint import state
     from megatron_md.checkpoint.integrity import verify
     from megatron_md.checkpoint.manager import CheckpointManager
+    from megatron_md.checkpoint.replicas import checksum
     from megatron_md.model.build import count_parameters
     from megatron_md.train.progress import Progress
 
     manager = CheckpointManager(folder, keep_last=1, resolved_config="")
     found: dict[str, list[float]] = {
         name: []
-        for name in ("step", "synchronous stall", "background stall", "background total", "step beside a write")
+        for name in (
+            *CHECKS,
+            "step",
+            "synchronous stall",
+            "background stall",
+            "background total",
+            "step beside a write",
+        )
     }
+    weights = [parameter for _, parameter in state.named_parameters(chunks)]
+    states = [values for piece in state.optimizer_slices(optimizer) for values in piece.tensors.values()]
+    checks = (
+        lambda: void(state.names_of_not_finite(chunks, optimizer)),
+        lambda: void([checksum(values) for values in weights]),
+        lambda: void([checksum(values) for values in weights + states]),
+    )
     step()
     for number in range(repeats + 1):
         found["step"] += [seconds(step) for _ in range(2)]
+        for name, check in zip(CHECKS, checks, strict=True):
+            found[name].append(seconds(check))
         progress = Progress(number, 0, 0, 1)
         found["synchronous stall"].append(manager.save(chunks, optimizer, progress).stall_seconds)
         manager.begin(chunks, optimizer, progress)
@@ -120,7 +141,8 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"{args.shape}: {args.threads} threads, {platform.processor() or platform.machine()}, commit {commit}")
     step = statistics.median(found["step"])
-    for name in ("step", "synchronous stall", "background stall", "background total", "step beside a write", "resume"):
+    stalls = ("synchronous stall", "background stall", "background total", "step beside a write", "resume")
+    for name in ("step", *CHECKS, *stalls):
         median = statistics.median(found[name])
         print(f"  {name:20s} {median:7.3f} s   {median / step:6.1%} of a step")
     print(f"  {found['bytes per parameter'][0]:.2f} bytes per parameter, {found['bytes'][0] / 2**20:.0f} MiB")

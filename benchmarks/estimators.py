@@ -23,8 +23,9 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.estimators import Estimator, EstimatorName
 from megatron_md.diffusion.nelbo import NelboReport, evaluate_nelbo
 from megatron_md.diffusion.scoring import ScoredRows, Scorer
-from megatron_md.evaluate.load import load_model, open_run
+from megatron_md.evaluate.load import load_model
 from megatron_md.evaluate.rows import evaluation_rows
+from megatron_md.evaluate.saved_run import open_run
 
 NAMES: tuple[EstimatorName, ...] = ("plain", "stratified_t", "exact", "complementary", "neyman")
 EPS = 1e-3

@@ -20,7 +20,7 @@ Generated; do not edit. After a change to `megatron_md/config.py`:
 A run is one YAML file with these sections, and `section.key=value` words on the command line. A key is taken from the
 command line, else from the file, else (under `model`) from the preset, else it is the default. Unknown keys, wrong
 types and values out of bounds are refused before anything starts, each in one line that names the nearest known key.
-`RUN/config.yaml` holds what came out of it. `megatron-md train --help` prints the same list.
+`RUN/config.yaml` holds what came out of it, without the secrets of URLs. `megatron-md train --help` prints the same.
 """
 KEY = re.compile(r"  (?P<key>[\w.]+): (?P<type>.*?)(?: = (?P<default>.*)| \(required\))")
 SECTION = re.compile(r"(?P<name>[\w.]+): (?P<meaning>.*)")

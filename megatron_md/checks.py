@@ -5,10 +5,8 @@ A check yields one line for each thing that is wrong; `check_config` raises all 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,10 @@ from megatron_md.data.mixture import MixtureSchedule
 from megatron_md.data.shards import load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.schedule import parse_schedule
+from megatron_md.plugins import import_plugins
 from megatron_md.train.progress import row_length_unit
 
+MOST_RANDOM_STEPS = 10_000_000  # each of them is drawn before a run starts: seconds for a million
 BUILT_IN_OBJECTIVES = ("masked_diffusion", "masked_diffusion_sft", "autoregressive")
 
 
@@ -49,8 +49,14 @@ def smallest_world(config: Config) -> int:
     return config.parallel.tensor * config.parallel.pipeline * config.parallel.context
 
 
-def check_config(config: Config, world_size: int, *, corpora: bool = True) -> Layout:
+def check_config(config: Config, world_size: int, *, corpora: bool = True, trust: bool = True) -> Layout:
     """Check a config against itself, the number of processes and (if asked) the files that it names.
+
+    Args:
+        config: the run.
+        world_size: processes.
+        corpora: check the files too.
+        trust: see `import_plugins`.
 
     Raises:
         ConfigError: one clear line for each contradiction.
@@ -63,7 +69,7 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True) -> La
         *_check_batch(config, world_size),
         *_check_learning_rate(config),
         *_check_spike_factor(config),
-        *_check_objective(config),
+        *_check_objective(config, trust),
         *_check_mixture(config),
         *_check_random_length(config),
         *_check_attention(config),
@@ -113,24 +119,6 @@ def vocabulary(config: Config) -> int:
             [f"model.vocab is null, so the tokenizer or the shards must tell it: {error}; or set model.vocab"]
         ) from None
     raise ConfigError(["model.vocab is null, and neither data.tokenizer nor data.train tells it: set one of them"])
-
-
-def import_plugins(config: Config) -> None:
-    """Import the modules under `imports`, which register third-party schedules and objectives.
-
-    Raises:
-        ConfigError: one of them cannot be imported.
-    """
-    # They may lie beside the config, as under `python -m`. Without them, no other import looks there.
-    if config.imports and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    for name in config.imports:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # whatever the module itself does wrong
-            raise ConfigError(
-                [f"imports: module {name!r} cannot be imported ({error}); is it on PYTHONPATH?"]
-            ) from None
 
 
 def _check_heads(config: Config) -> Iterator[str]:
@@ -250,10 +238,10 @@ def _check_spike_factor(config: Config) -> Iterator[str]:
         yield f"train.spike_factor {factor:g} would leave out ordinary updates: it must be above 1, or 0 for none"
 
 
-def _check_objective(config: Config) -> Iterator[str]:
+def _check_objective(config: Config, trust: bool) -> Iterator[str]:
     objective = config.objective
     try:
-        import_plugins(config)
+        import_plugins(config, trust=trust)
         schedule = parse_schedule(objective.mask_schedule)
     except ConfigError as error:
         yield from error.lines
@@ -293,6 +281,11 @@ def _check_mixture(config: Config) -> Iterator[str]:
 
 def _check_random_length(config: Config) -> Iterator[str]:
     unit = row_length_unit(config)
+    if config.data.random_length_fraction and config.train.steps > MOST_RANDOM_STEPS:
+        yield (
+            f"train.steps {config.train.steps} is above {MOST_RANDOM_STEPS}, the most of which "
+            "data.random_length_fraction counts the tokens; set one of them back"
+        )
     if config.data.random_length_fraction and config.data.seq_length < unit:
         yield (
             f"data.random_length_fraction needs data.seq_length of at least {unit}, of which parallel.tensor and "

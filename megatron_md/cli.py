@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from megatron_md import __version__
 from megatron_md.exit_codes import EXIT_BAD_INPUT, EXIT_ERROR, RunFailedError, final, is_deliberate
+from megatron_md.messages import guard_tracebacks, shown, tell
 
 # Name: (module with `add_arguments(parser)` and `run(args) -> int`, what it does). The module's EXAMPLES, if any, are
 # shown by --help.
@@ -48,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_BAD_INPUT, shown(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 bad input, 75 stopped on request with a saved checkpoint, 1 anything else.
     """
+    if argv is None:
+        guard_tracebacks()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in arguments if not word.startswith("-")), None)
     parser = build_parser(command)
@@ -100,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A path on the command line that is not what it should be; in training such an error is a fault.
         if args.command == "train" or error.filename is None:
             raise
-        print(f"megatron-md: {error.filename}: {error.strerror}", file=sys.stderr)
+        tell(f"megatron-md: {error.filename}: {error.strerror}")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("megatron-md: interrupted", file=sys.stderr)
+        tell("megatron-md: interrupted")
         return EXIT_ERROR
     except BrokenPipeError:
         # The reader of our output has left (`| head`); nothing more can be said to it, also not at exit.
@@ -125,6 +128,6 @@ def report_bad_input(error: Exception) -> None:
         prefix = f"megatron-md on {socket.gethostname()}: "
     else:
         return
-    # One write, so that lines of other processes cannot come in between.
-    sys.stderr.write("".join(f"{prefix}{line}\n" for line in str(error).splitlines()))
-    sys.stderr.flush()
+    # A config may have several faults; any other line break is not ours.
+    lines = [shown(prefix + line) for line in getattr(error, "lines", None) or [str(error)]]
+    tell("\n".join(lines), multiline=True)

@@ -12,8 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
-
 from megatron_md import config_loader
 from megatron_md.config_loader import ConfigError
 from megatron_md.config_sections import (
@@ -32,6 +30,7 @@ from megatron_md.config_sections import (
     ParallelConfig,
     ProfileConfig,
     SamplingConfig,
+    Seed,
     TrainConfig,
     ValidationConfig,
 )
@@ -70,9 +69,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     run_dir: Annotated[str, Doc("directory of the run: config, metrics, checkpoints")] = "runs/default"
-    seed: Annotated[
-        int, Field(ge=0, lt=2**63, description="seed of the data order, the corruption and the initial weights")
-    ] = 1234
+    seed: Annotated[Seed, Doc("seed of the data order, the corruption and the initial weights")] = 1234
     model: Annotated[ModelConfig, Doc("the denoiser")] = field(default_factory=ModelConfig)
     parallel: Annotated[ParallelConfig, Doc("parallel layout")] = field(default_factory=ParallelConfig)
     data: Annotated[DataConfig, Doc("corpus and tokenizer")] = field(default_factory=DataConfig)
@@ -146,7 +143,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, which `load_config` reads back to an equal one."""
+    """The resolved config as YAML, which `load_config` reads back to an equal one, but for the secrets of URLs."""
     return config_loader.to_yaml(config)
 
 

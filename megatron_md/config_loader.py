@@ -19,6 +19,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_md.json_file import read_regular
+from megatron_md.messages import redacted
+
 T = TypeVar("T")
 Path_ = tuple[str, ...]
 
@@ -36,24 +39,62 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the scalars of its core schema (`3e-3` is a number, `1:30` and `no` are text) and no duplicate keys."""
+    """YAML with the scalars of its core schema (`3e-3` is a number, `1:30` and `no` are text) and no duplicate keys.
+
+    Depth and nodes are counted while the text is read, an alias as all that it stands for, before anything is built.
+    """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own attribute)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._nodes = 0
+        self._nodes_of: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As PyYAML's, within `_DEEPEST` and `_MOST_NODES`."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        before, self._depth, self._nodes = self._nodes, self._depth + 1, self._nodes + 1
+        if self._depth > _DEEPEST:
+            raise _refusal(event.start_mark, f"nested deeper than {_DEEPEST}")
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent) and node is not None:
+            if node not in self._nodes_of:
+                raise _refusal(event.start_mark, f"*{event.anchor} holds itself")
+            self._nodes += self._nodes_of[node]
+        elif node is not None:
+            self._nodes_of[node] = self._nodes - before
+        if self._nodes > _MOST_NODES:
+            raise _refusal(event.start_mark, f"more than {_MOST_NODES} values, with what the aliases stand for")
+        self._depth -= 1
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        """As PyYAML's, but the text must be one of its type, and one that UTF-8 can write."""
+        text = super().construct_scalar(node)
+        assert isinstance(text, str)
+        pattern = _SCALARS.get(node.tag)
+        if pattern is not None and (pattern.match(text) is None or len(text) > _LONGEST_NUMBER):
+            raise _refusal(node.start_mark, f"{_describe(text)} is no {node.tag.rpartition(':')[2]} that is read here")
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise _refusal(node.start_mark, f"{_describe(text)} holds half a surrogate pair")
+        return text
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As PyYAML's, but a key that appears twice is an error."""
         seen: set[str] = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if isinstance(key_node, yaml.ScalarNode):
                 if key_node.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key_node.value!r} appears twice", key_node.start_mark
-                    )
+                    raise _refusal(key_node.start_mark, f"key {key_node.value[:80]!r} appears twice")
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
+_DEEPEST, _MOST_NODES, _LONGEST, _LONGEST_NUMBER = 64, 20_000, 1 << 20, 40
+_BEYOND = 10**15  # an upper bound that no run comes near, and that the explanations of the keys leave out
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+_SCALARS: dict[str, re.Pattern[str]] = {}
 for _tag, _pattern, _first in (
     ("bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
     ("null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -62,6 +103,14 @@ for _tag, _pattern, _first in (
     ("merge", re.compile(r"^<<$"), "<"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+    _SCALARS[f"tag:yaml.org,2002:{_tag}"] = _pattern
+# Dates, sets, binary data and the like are none of a config's types.
+_TAGS = [None, *(f"tag:yaml.org,2002:{tag}" for tag in ("null", "bool", "int", "float", "str", "seq", "map"))]
+_Loader.yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in _TAGS}
+
+
+def _refusal(mark: Any, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -79,15 +128,17 @@ def parse_yaml(text: str, source: str) -> Any:
         source: what error messages call it.
 
     Raises:
-        ConfigError: it is no YAML, or a key appears twice.
+        ConfigError: it is no YAML, a key appears twice, or it is larger or deeper than any config.
     """
+    if len(text) > _LONGEST:
+        raise ConfigError([f"{source}: longer than {_LONGEST} characters, which no config is"])
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError([f"{source}{where}: {problem}"]) from None
+        raise ConfigError([f"{source}{where}: {problem[:200]}"]) from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -96,14 +147,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, no YAML, or something else than a mapping with textual keys.
     """
+    if not Path(path).exists():
+        raise ConfigError([f"{path}: no such file"])
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file"]) from None
-    except IsADirectoryError:
-        raise ConfigError([f"{path}: is a directory; give the YAML file itself"]) from None
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(Path(path), "give the YAML file itself").decode()
+    except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: cannot be read ({error})"]) from None
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     value = parse_yaml(text, str(path))
     if value is None:
         return {}
@@ -210,8 +261,8 @@ def section_of(hint: Any) -> type | None:
 
 
 def to_yaml(config: Any) -> str:
-    """A dataclass as YAML that loads to the same dataclass."""
-    return str(yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    """A dataclass as YAML that loads to the same dataclass, but for the secrets, which are left out."""
+    return str(yaml.dump(redacted(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def explain(schema: Any, prefix: Path_ = ()) -> str:
@@ -257,8 +308,9 @@ def _bounds(item: Any) -> Iterator[str]:
         for part in item.metadata:
             yield from _bounds(part)
     for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-        if getattr(item, name, None) is not None:
-            yield f"{sign} {getattr(item, name):g}"
+        bound = getattr(item, name, None)
+        if bound is not None and not (name == "le" and bound >= _BEYOND):
+            yield f"{sign} {bound:g}"
 
 
 def _description(hint: Any) -> str:
@@ -313,6 +365,8 @@ def _explain_error(path: Path_, item: Mapping[str, Any], known: Mapping[Path_, A
     if kind in ("missing", "missing_argument"):
         return f"{name} is missing"
     hint = known.get(path)
+    if kind == "less_than_equal" and item["ctx"]["le"] >= _BEYOND:
+        return f"{name} must be at most {item['ctx']['le']:g}, got {_describe(value)}"
     if hint is not None and kind != "value_error":
         text = f"{name} must be {describe_type(hint)}, got {_describe(value)}"
         return f"{text}; put it in quotes" if kind == "string_type" and isinstance(value, (int, float)) else text
@@ -345,4 +399,5 @@ def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return "a mapping"
     text = json.dumps(value) if isinstance(value, (str, bool, int, float, list)) else repr(value)
+    text = redacted(text)  # before it is cut
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -18,6 +18,13 @@ def Doc(text: str) -> Any:
     return Field(description=text)
 
 
+# Beyond any run, and within what products of a few of them can be computed with.
+MOST = 10**15
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# What a list is made for every one of.
+Listed = Annotated[int, Field(gt=0, le=10_000)]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -29,7 +36,7 @@ class ModelConfig:
     __pydantic_config__ = STRICT
 
     preset: Annotated[str | None, Doc("named shape that the keys below override: tiny, 50m, 1b, 1b-aligned, 8b")] = None
-    layers: Annotated[PositiveInt, Doc("transformer layers")] = 4
+    layers: Annotated[Listed, Doc("transformer layers")] = 4
     hidden: Annotated[PositiveInt, Doc("width of the residual stream")] = 128
     heads: Annotated[PositiveInt, Doc("attention heads")] = 2
     kv_heads: Annotated[PositiveInt | None, Doc("key/value heads of grouped-query attention; heads if null")] = None
@@ -53,19 +60,19 @@ class ParallelConfig:
 
     __pydantic_config__ = STRICT
 
-    tensor: Annotated[PositiveInt, Doc("tensor-parallel size")] = 1
+    tensor: Annotated[Listed, Doc("tensor-parallel size")] = 1
     sequence_parallel: Annotated[bool, Doc("split activations along the sequence between tensor-parallel ranks")] = (
         False
     )
-    pipeline: Annotated[PositiveInt, Doc("pipeline-parallel size")] = 1
-    virtual_pipeline: Annotated[PositiveInt, Doc("model chunks per pipeline rank (interleaved schedule)")] = 1
+    pipeline: Annotated[Listed, Doc("pipeline-parallel size")] = 1
+    virtual_pipeline: Annotated[Listed, Doc("model chunks per pipeline rank (interleaved schedule)")] = 1
     first_stage_layers: Annotated[PositiveInt | None, Doc("layers of the first pipeline stage; even split if null")] = (
         None
     )
     last_stage_layers: Annotated[PositiveInt | None, Doc("layers of the last pipeline stage; even split if null")] = (
         None
     )
-    context: Annotated[PositiveInt, Doc("context-parallel size")] = 1
+    context: Annotated[Listed, Doc("context-parallel size")] = 1
     distributed_optimizer: Annotated[bool, Doc("shard optimizer state over data-parallel ranks")] = True
     overlap_grad_reduce: Annotated[bool, Doc("overlap the gradient reduction with the backward pass")] = False
     overlap_param_gather: Annotated[bool, Doc("overlap the parameter gather with the forward pass")] = False
@@ -257,6 +264,12 @@ class TrainConfig:
     max_rollbacks: Annotated[
         NonNegativeInt, Doc("such returns in the whole run; where one more would be due, the run fails")
     ] = 3
+    check_replicas_every: Annotated[
+        NonNegativeInt | None,
+        Doc(
+            "steps after which ranks compare what several of them hold, as before each save; null: then only; 0: never"
+        ),
+    ] = None
     profile: Annotated[ProfileConfig, Doc("profiler window")] = field(default_factory=ProfileConfig)
 
 
@@ -294,8 +307,8 @@ class ValidationConfig:
 
     every_steps: Annotated[NonNegativeInt, Doc("validation interval; 0 validates at the end only")] = 100
     sequences: Annotated[NonNegativeInt, Doc("validation rows; 0 turns validation off")] = 256
-    seed: Annotated[int, Doc("seed of the validation masks")] = 4321
-    rate_bins: Annotated[PositiveInt, Doc("bins of the mask rate in val_ce_by_rate")] = 10
+    seed: Annotated[Seed, Doc("seed of the validation masks")] = 4321
+    rate_bins: Annotated[Listed, Doc("bins of the mask rate in val_ce_by_rate")] = 10
 
 
 @dataclass(frozen=True)
@@ -313,7 +326,7 @@ class SamplingConfig:
     block: Annotated[PositiveInt | None, Doc("tokens per block, filled left to right; length if null")] = None
     strategy: Annotated[str, Doc("what a denoising step commits (docs/sampling.md)")] = "low_confidence"
     temperature: Annotated[NonNegativeFloat, Doc("0: the likeliest token")] = 0.0
-    seed: Annotated[NonNegativeInt, Doc("seed of the draws")] = 0
+    seed: Annotated[Seed, Doc("seed of the draws")] = 0
 
 
 @dataclass(frozen=True)

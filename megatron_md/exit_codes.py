@@ -41,6 +41,12 @@ def final(code: int) -> int:
     return code
 
 
+def hang_mark() -> Path | None:
+    """The file by which the workers tell their launcher that they have hung; None where nobody asks."""
+    path = os.environ.get(VERDICT_VARIABLE)
+    return None if path is None else Path(path).with_name("hung")
+
+
 def is_deliberate(error: Exception) -> bool:
     """Whether a `raise ValueError` in this package made the error: bad input. Others are faults, with a traceback."""
     frames = list(traceback.walk_tb(error.__traceback__))

@@ -13,6 +13,17 @@ import torch.distributed as dist
 
 from megatron_md.config import Config
 
+# How often the job's workers have been started before these, as `megatron-md train` tells them.
+ROUND_VARIABLE = "MEGATRON_MD_ROUND"
+
+
+def restarts() -> int:
+    """How often all workers of the job have been started anew; the same number on every rank.
+
+    Under torchrun it is the count of this node's launcher, which does not count when another node began it.
+    """
+    return int(os.environ.get(ROUND_VARIABLE, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+
 
 @dataclass(frozen=True)
 class World:
@@ -72,12 +83,11 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The launcher's store outlives a restart (torch 2.13): the addresses of dead processes must not be found there.
+        # The launcher's store outlives a restart: the addresses of dead processes must not be found there.
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(
-            f"attempt_{attempt}", dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+            f"attempt_{restarts()}", dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
         )
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     elif "RANK" in os.environ:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +19,6 @@ from megatron_md.checkpoint.directory import (
     named_checkpoints,
 )
 from megatron_md.checkpoint.manager import CheckpointManager
-from megatron_md.checks import import_plugins
 from megatron_md.config import Config
 from megatron_md.data.cache import Cache
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
@@ -33,8 +29,11 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.diffusion.scoring import ScoredRows
 from megatron_md.exit_codes import EXIT_DONE, EXIT_STOPPED, RunFailedError
+from megatron_md.json_file import read_json
+from megatron_md.messages import redacted, tell
 from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
+from megatron_md.plugins import import_plugins
 from megatron_md.train.callback import Callback
 from megatron_md.train.inference import Inference
 from megatron_md.train.logs import logger, open_rank_log
@@ -162,7 +161,7 @@ class Run:
         finished = self.trainer.progress.step >= self.config.train.steps
         if self.world.is_main:
             state = "finished, nothing to do" if finished else "continues"
-            print(f"{self.directory}: {state} at step {self.trainer.progress.step}", file=sys.stderr)
+            tell(f"{self.directory}: {state} at step {self.trainer.progress.step}")
             if finished:
                 self._close_late()
             else:
@@ -191,7 +190,7 @@ class Run:
             return checkpoint, self.manager.load(stepper.chunks, optimizer, checkpoint)
         self.manager.load_model_only(stepper.chunks, optimizer, checkpoint)
         if self.world.is_main:
-            print(f"{self.directory}: starts with the weights of {checkpoint}", file=sys.stderr)
+            tell(f"{self.directory}: starts with the weights of {checkpoint}")
             append_event(self.directory, "weights_loaded", path=str(checkpoint))
         return None
 
@@ -201,25 +200,31 @@ class Run:
         self.trainer.stream.quarantine(self.quarantine.ledger)
 
     def roll_back(self) -> None:
-        """Return to the newest checkpoint from before the bad numbers, and leave out their rows from here on.
+        """Return to the newest checkpoint from before the bad numbers; `rollback` says what is left out from here on.
 
         Raises:
             BadNumbersError: on all ranks, if there is none, or `train.max_rollbacks` is reached.
         """
         self.checkpointing.settle(self.trainer)
-        left = self.trainer.progress
-        returned = rollback.agreed(self.directory, left, max_rollbacks=self.config.train.max_rollbacks)
+        left, poisoned = self.trainer.progress, self.trainer.poisoned
+        most = self.config.train.max_rollbacks
+        returned = rollback.agreed(self.directory, left, max_rollbacks=most, poisoned=poisoned)
+        self.trainer.poisoned = None
         checkpoint = self.directory / "checkpoints" / checkpoint_name(returned.step)
         progress = self.manager.load(self.trainer.stepper.chunks, self.trainer.optimizer, checkpoint)
         self._continue_from(checkpoint, progress, returned)
         if self.world.is_main:
-            first, stop = returned.jumps[-1]
-            append_event(self.directory, "rolled back", step=returned.step, left_step=left.step, rows=[first, stop])
-            print(
-                f"megatron-md: bad numbers in {left.guard.skipped_in_row} steps in a row, up to step {left.step}: "
-                f"back to step {returned.step}, from now on without the rows {first} to {stop - 1}",
-                file=sys.stderr,
+            rows = [list(jump) for jump in returned.jumps if jump not in left.jumps]
+            without = "".join(f", from now on without the rows {first} to {stop - 1}" for first, stop in rows)
+            append_event(
+                self.directory,
+                "rolled back",
+                step=returned.step,
+                left_step=left.step,
+                rows=rows[0] if rows else None,
+                reason=returned.reason,
             )
+            tell(f"megatron-md: {returned.reason}: back to step {returned.step}{without}")
 
     def fit(self) -> None:
         """Run the loop, and keep RUN's files true about how it went."""
@@ -245,14 +250,14 @@ class Run:
         try:
             self._close("failed", start, error=text)
         except OSError as error:
-            print(f"megatron-md: {self.directory}: the failure is not recorded there ({error})", file=sys.stderr)
+            tell(f"megatron-md: {self.directory}: the failure is not recorded there ({error})")
 
     def _close_late(self) -> None:
         """Say that the run is finished where it was cut off between its last save and its summary."""
         path = self.directory / "summary.json"
         try:
-            summary = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):  # gone, or broken by hand
+            summary = read_json(path, "it is written anew")
+        except ValueError:  # gone, or broken by hand
             summary = {}
         if summary.get("status") != "finished":
             progress = self.trainer.progress
@@ -261,16 +266,16 @@ class Run:
 
     def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.yaml").write_text(configuration.to_yaml(self.config))
+        (self.directory / "config.yaml").write_text(configuration.to_yaml(self.config), encoding="utf-8")
         write_json(self.directory / "env.json", environment(self.world.size))
         write_json(self.directory / "summary.json", {"status": "running"})
         if self.config.data.tokenizer is not None:
             # A run carries its tokenizer: it can be moved, evaluated and converted without the corpus.
             Tokenizer(self.config.data.tokenizer).save(self.directory / "tokenizer.model")
-        step, restart = self.trainer.progress.step, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        step, restart = self.trainer.progress.step, parallel.restarts()
         append_event(self.directory, "started", step=step, world_size=self.world.size, restart=restart)
         if restart:
-            print(f"megatron-md: restart {restart}, from step {step}", file=sys.stderr)
+            tell(f"megatron-md: restart {restart}, from step {step}")
 
     def _close(self, status: str, start: float, **details: Any) -> None:
         progress = self.trainer.progress
@@ -293,15 +298,12 @@ class Run:
             except ValueError as error:
                 # Damage that the run has tolerated must not fail it in the end.
                 logger.warning("no unigram entropy: %s", error)
-        write_json(self.directory / "summary.json", summary)
+        write_json(self.directory / "summary.json", redacted(summary))
         if self.trainer.stopped_by:
             details["signal"] = self.trainer.stopped_by
         append_event(self.directory, status, step=progress.step, **details)
         if self.trainer.stopped_by:
-            print(
-                f"stopped by {self.trainer.stopped_by} at step {progress.step}, saved: the same command resumes",
-                file=sys.stderr,
-            )
+            tell(f"stopped by {self.trainer.stopped_by} at step {progress.step}, saved: the same command resumes")
 
 
 def _parameters(config: Config) -> int:

@@ -228,6 +228,41 @@ def test_refusal_takes_no_torch(config_file: Path) -> None:
     assert done.stderr == "megatron-md: command line: unknown key train.step; did you mean train.steps?\n"
 
 
+def test_no_command_imports_torch_to_refuse_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    none, hf = str(tmp_path / "none"), str(tmp_path / "hf")
+    expected = {
+        f"generate {none} --prompt x": "none: neither a run directory",
+        f"generate {hf} --prompt x": "hf: a folder of Hugging Face; convert it first",
+        f"generate {none} --length 64 --block 24": "length 64 is not a multiple of block 24",
+        f"generate {none} --length 64 --strategy first_hitting --steps 3": "steps must be the length 64, got 3",
+        f"generate {none} --top-p 0.5": "top_p 0.5 changes nothing at temperature 0",
+        f"evaluate {none} --nelbo {none}": "none: neither a run directory",
+        f"evaluate {none} --tasks boolq": "none: neither a run directory",
+        f"evaluate {none} --generative": "--generative needs --judge",
+        f"evaluate {none} --generative --judge {none}": "none: neither a run directory",
+        f"convert {none} {none}2 --family llada --to hf": "none: no such file or folder",
+        f"convert {none} {none}2 --family llada --to megatron": "none: no such file or folder",
+        f"inspect {none}": "none: no such directory",
+        f"plot {none}": "none",
+        f"compare {none} {none}": "none",
+        f"parity plot {none}": "none",
+        f"window {none}": "none",
+        f"data verify {none}": "none",
+    }
+    code = (
+        "import sys\nfrom megatron_md.cli import main\nsys.modules['torch'] = None\n"
+        "for line in sys.argv[1:]: print(line, file=sys.stderr); assert main(line.split()) == 2, line"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *expected], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[::2] == list(expected)
+    for line, command in zip(lines[1::2], expected, strict=True):
+        assert line.startswith("megatron-md: ") and expected[command] in line
+
+
 def test_module_entry_point_returns_the_exit_code(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "megatron_md", "train", "none.yaml"], check=False, capture_output=True)
     assert (done.returncode, done.stderr) == (2, b"megatron-md: none.yaml: no such file\n")

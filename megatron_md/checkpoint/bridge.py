@@ -230,4 +230,4 @@ def table(family: Family, model: ModelConfig) -> list[tuple[str, str, str, str]]
 def special_tokens(config: Mapping[str, object]) -> dict[str, int]:
     """The special token ids that a `config.json` gives."""
     keys = ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id")
-    return {key: value for key in keys if isinstance(value := config.get(key), int)}
+    return {key: value for key in keys if type(value := config.get(key)) is int and value >= 0}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import torch
 import torch.distributed as dist
 
-from megatron_md.checkpoint.manager import CheckpointManager, Saved
+from megatron_md.checkpoint import replicas
+from megatron_md.checkpoint.manager import CheckpointManager, PoisonedError, Saved
 from megatron_md.checkpoint.writer import SaveError
 from megatron_md.config import CheckpointConfig
+from megatron_md.messages import tell
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.logs import logger
 from megatron_md.train.metrics import MetricsWriter, append_event
@@ -18,7 +19,7 @@ from megatron_md.train.trainer import Trainer
 
 
 class Checkpointing(Callback):
-    """Saves every so many steps and minutes, at the end, and when the run is asked to stop."""
+    """Saves every so many steps and minutes, at the end, and when the run is asked to stop; only what is sound."""
 
     def __init__(self, manager: CheckpointManager, keys: CheckpointConfig, *, metrics: MetricsWriter) -> None:
         self.manager = manager
@@ -35,9 +36,11 @@ class Checkpointing(Callback):
         self._newest_save = time.monotonic()
 
     def after_step(self, trainer: Trainer, record: Record) -> None:
-        """Complete what has been written in the background; save where it is due.
+        """Complete what has been written in the background; compare replicas and save where it is due.
 
         Raises:
+            ReplicaError: on all ranks, if they hold different values of the same tensor.
+            PoisonedError: on all ranks, if weights are not finite and the run must not return to a checkpoint.
             SaveError: on all ranks, if a save has failed and `checkpoint.on_error` is stop.
         """
         step = trainer.progress.step
@@ -47,13 +50,17 @@ class Checkpointing(Callback):
         every = self.keys.every_steps
         # Every rank asks, whatever the step: the question is collective.
         is_time = self._is_time(trainer)
+        compare_every = trainer.config.train.check_replicas_every or 0
         if is_time or (every and step % every == 0):
             self._save(trainer, in_background=self.keys.asynchronous)
+        elif compare_every and step % compare_every == 0:
+            self._compare(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         """Wait for what is being written, and save what the last interval left over.
 
         Raises:
+            ReplicaError, PoisonedError: as `after_step`.
             SaveError: on all ranks, whatever `checkpoint.on_error` says: there is no later save to make up for it.
         """
         self._finish(trainer, wait=True)
@@ -67,6 +74,14 @@ class Checkpointing(Callback):
             SaveError: as `after_step`.
         """
         self._finish(trainer, wait=True)
+
+    def _compare(self, trainer: Trainer) -> None:
+        try:
+            replicas.compare(trainer.stepper.chunks, trainer.optimizer, trainer.progress.step)
+        except replicas.ReplicaError:
+            # What is being written was compared when its save began.
+            self._finish(trainer, wait=True)
+            raise
 
     def _is_time(self, trainer: Trainer) -> bool:
         """The clock of rank 0, known to all."""
@@ -83,6 +98,8 @@ class Checkpointing(Callback):
         self._newest_save = time.monotonic()
         nelbo = self._nelbo[1] if self._nelbo is not None and self._nelbo[0] == step else None
         start = time.perf_counter()
+        if trainer.config.train.check_replicas_every != 0:
+            self._compare(trainer)
         try:
             self.manager.begin(
                 trainer.stepper.chunks,
@@ -91,6 +108,9 @@ class Checkpointing(Callback):
                 val_nelbo=nelbo,
                 in_background=in_background,
             )
+        except PoisonedError as error:
+            self._refused(trainer, error)
+            return
         except SaveError as error:
             self._failed(trainer, error, is_last)
             return
@@ -124,12 +144,21 @@ class Checkpointing(Callback):
                 stall_seconds=saved.stall_seconds,
             )
 
+    def _refused(self, trainer: Trainer, error: PoisonedError) -> None:
+        """The run returns to a checkpoint, or ends where it must not: it never trains on without saves."""
+        logger.error("%s", error)
+        if trainer.world.is_main:
+            append_event(self.manager.run_dir, "save_refused", step=trainer.progress.step, error=str(error))
+        if not trainer.can_roll_back:
+            raise PoisonedError(f"{error}: no checkpoint of them is written, and train.max_skipped is 0") from error
+        trainer.poisoned = str(error)
+
     def _failed(self, trainer: Trainer, error: SaveError, is_last: bool) -> None:
         logger.error("%s", error)
         goes_on = self.keys.on_error == "continue" and not is_last
         if trainer.world.is_main:
             append_event(self.manager.run_dir, "save_failed", step=trainer.progress.step, error=str(error))
             if goes_on:
-                print(f"{error}; training goes on without it (checkpoint.on_error: continue)", file=sys.stderr)
+                tell(f"{error}; training goes on without it (checkpoint.on_error: continue)")
         if not goes_on:
             raise error

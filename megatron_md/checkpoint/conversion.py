@@ -27,13 +27,14 @@ from megatron_md.checkpoint.directory import (
     model_identity,
 )
 from megatron_md.checkpoint.families import Family, check_exportable
-from megatron_md.checkpoint.family_configs import UnsupportedConfigError
+from megatron_md.checkpoint.family_configs import MOST, UnsupportedConfigError
 from megatron_md.checkpoint.hf_folder import FolderError, HuggingFaceFolder, write_folder
 from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors
 from megatron_md.config import Config, DataConfig, ModelConfig, ObjectiveConfig, load_config, to_yaml
 from megatron_md.files import sync, write_synced
+from megatron_md.json_file import LARGE, read_json, read_regular
 from megatron_md.train.progress import Progress
 
 LONGEST_ROW = 4096
@@ -75,7 +76,7 @@ def plan_import(
         ) from None
     check_folder(folder, family, model)
     assert model.vocab is not None
-    config = (folder.path / "config.json").read_bytes()
+    config = read_regular(folder.path / "config.json", "download it again")
     files = [folder.path / name for name in (original.JSON_TOKENIZER, original.SENTENCEPIECE)]
     tokenizer = next((file.read_bytes() for file in files if file.is_file()), None)
     rows = 0
@@ -92,15 +93,17 @@ def plan_import(
 
 def _with_mask_token(path: Path) -> tuple[bytes, int]:
     """A tokenizer.json with a mask token behind its last one, and the id of that."""
+    content = read_json(path, "download it again", most_bytes=LARGE)
     try:
-        content = json.loads(path.read_bytes())
         added = content["added_tokens"]
         ids = [*content["model"]["vocab"].values(), *(token["id"] for token in added)]
         if any(token["content"] == MASK_TOKEN for token in added):
             raise ValueError(f"{path}: has the token {MASK_TOKEN} already; leave out --add-mask-token")
+        if not all(type(id) is int and 0 <= id < MOST for id in ids):
+            raise ValueError(f"{path}: an id of its tokens is no whole number from 0 to {MOST - 1}; download it again")
         token = {"id": max(ids) + 1, "content": MASK_TOKEN, "special": True}
         added.append({**token, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)})
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a tokenizer.json of a kind that a token can be added to") from error
     return json.dumps(content, ensure_ascii=False, indent=2).encode(), int(str(token["id"]))
 

@@ -6,7 +6,7 @@ step_00000100/ is complete or absent: it is written under a temporary name, seal
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import re
 import shutil
@@ -19,11 +19,24 @@ from megatron_md import config_loader
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
 from megatron_md.config import Config
 from megatron_md.files import replace_file, sync
+from megatron_md.json_file import as_record, read_json
+from megatron_md.messages import redacted
 from megatron_md.train.bad_numbers import GuardState
 from megatron_md.train.progress import Progress
 
 FORMAT_VERSION = 2
 RECORD_NAME, CONFIG_NAME = "progress.json", "config.yaml"
+_KINDS = {
+    "format": int,
+    "progress": dict,
+    "identity": dict,
+    "layout": dict,
+    "optimizer": list,
+    "val_nelbo": float | None,
+}
+_DEFAULTS: dict[str, Any] = {"identity": {}, "layout": {}, "optimizer": [], "val_nelbo": None}
+_WAY_OUT = "restore it, or remove the directory to go on from the one before"
+BAD_SUFFIX = ".bad"
 _WRITING, _REMOVING = ".writing_", ".removing_"
 _NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
 
@@ -42,6 +55,22 @@ def named_checkpoints(directory: Path) -> dict[int, Path]:
     """What bears a checkpoint's name in RUN/checkpoints, complete or not, by step, newest first."""
     found = (path for path in directory.glob("step_*") if is_checkpoint_name(path.name))
     return dict(sorted(((int(path.name.removeprefix("step_")), path) for path in found), reverse=True))
+
+
+def set_aside_as_bad(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that the run never takes, counts or removes it again; a path still names it."""
+    base = f"{checkpoint.name}{BAD_SUFFIX}"
+    free = (base if number == 1 else f"{base}{number}" for number in itertools.count(1))
+    aside = next(path for path in map(checkpoint.with_name, free) if not path.exists())
+    os.rename(checkpoint, aside)
+    sync(checkpoint.parent)
+    return aside
+
+
+def is_bad(checkpoint: Path) -> bool:
+    """True for what `set_aside_as_bad` has named."""
+    name, suffix, number = checkpoint.name.rpartition(BAD_SUFFIX)
+    return bool(suffix) and is_checkpoint_name(name) and (not number or number.isdecimal())
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -97,13 +126,12 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         ValueError: the directory is not a complete checkpoint of this format.
     """
     path = checkpoint / RECORD_NAME
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-        version = record["format"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: not a complete checkpoint ({error})") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {version} is not {FORMAT_VERSION}, which this version reads")
+    record = {**_DEFAULTS, **read_json(path, f"not a complete checkpoint: {_WAY_OUT}")}
+    for key, kind in _KINDS.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"{path}: {key} is missing or of a wrong type: not a complete checkpoint: {_WAY_OUT}")
+    if record["format"] != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {record['format']} is not {FORMAT_VERSION}, which this version reads")
     return record
 
 
@@ -113,10 +141,8 @@ def read_progress(checkpoint: Path) -> Progress:
     Raises:
         ValueError: the directory is not a complete checkpoint of this format.
     """
-    try:
-        return Progress.from_record(read_record(checkpoint)["progress"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{checkpoint}: not a complete checkpoint ({error})") from error
+    where = f"{checkpoint / RECORD_NAME}: progress"
+    return as_record(Progress, read_record(checkpoint)["progress"], where, f"not a complete checkpoint: {_WAY_OUT}")
 
 
 def model_identity(config: Config) -> dict[str, Any]:
@@ -134,7 +160,7 @@ def model_identity(config: Config) -> dict[str, Any]:
 
 def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any]]:
     """Keys in which a config differs from the checkpoint's: [value there, value now] by dotted name."""
-    then = _flat(config_loader.read_yaml(str(checkpoint / CONFIG_NAME)))
+    then = _flat(redacted(config_loader.read_yaml(str(checkpoint / CONFIG_NAME))))
     now = _flat(config_loader.parse_yaml(resolved_config, "config"))
     keys = sorted(then.keys() | now.keys())
     return {key: [then.get(key), now.get(key)] for key in keys if then.get(key) != now.get(key)}
@@ -243,6 +269,6 @@ def _prune(directory: Path, retention: Retention) -> None:
     newest = _latest(directory)
     guard = next((guards[step] for step, (path, _) in found.items() if path.name == newest), GuardState())
     if guard.skipped_in_row:
-        # If the next updates are left out too, the run returns to here.
-        keep |= {max((step for step in found if step <= guard.first_skipped_step), default=-1)}
+        # If the next updates are left out too, the run returns to here; and if that does not help, one further back.
+        keep |= {*sorted(step for step in found if step <= guard.first_skipped_step)[-2:]}
     discard(directory, [path for step, (path, _) in found.items() if step not in keep and path.name != newest])

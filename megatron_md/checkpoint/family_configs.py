@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from megatron_md.config import ModelConfig
 
 # The published modelling code, which `auto_map` points at; it is neither shipped nor run here.
 LLADA_CODE = "GSAI-ML/LLaDA-8B-Base"
+MOST, MOST_LAYERS = 10**9, 10_000  # of any size of a model
 DREAM_CODE = "Dream-org/Dream-v0-Base-7B"
 
 
@@ -29,13 +31,48 @@ def _need(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
+def _whole(config: Mapping[str, Any], key: str, most: int = MOST) -> int:
+    value = _need(config, key)
+    if type(value) is not int or not 0 < value <= most:
+        raise UnsupportedConfigError(f"{key} is {str(value)[:40]!r}; only whole numbers from 1 to {most} are supported")
+    return value
+
+
+def _whole_or(config: Mapping[str, Any], key: str, default: int) -> int:
+    return default if config.get(key) is None else _whole(config, key)
+
+
+def _positive(config: Mapping[str, Any], key: str) -> float:
+    value = _need(config, key)
+    if type(value) not in (int, float) or not 0.0 < value < math.inf:
+        raise UnsupportedConfigError(f"{key} is {str(value)[:40]!r}; only numbers above 0 are supported")
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config.get(key)
+    if value not in (None, False, True):
+        raise UnsupportedConfigError(f"{key} is {str(value)[:40]!r}; only true and false are supported")
+    return bool(value)
+
+
+def _width_of_a_head(hidden: int, heads: int, kv_heads: int) -> int:
+    if hidden % heads or heads % kv_heads:
+        raise UnsupportedConfigError(
+            f"a width of {hidden}, {heads} heads and {kv_heads} key/value heads do not divide one another"
+        )
+    return hidden // heads
+
+
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """The base of the rotary frequencies; transformers 5 keeps it under `rope_parameters`."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise UnsupportedConfigError("rope_parameters is not an object")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise UnsupportedConfigError(f"rotary positions are scaled ({kind!r}); only the default ones are supported")
-    return float(parameters.get("rope_theta") or _need(config, "rope_theta"))
+    return _positive(parameters if parameters.get("rope_theta") is not None else config, "rope_theta")
 
 
 def read_llama_like(config: Mapping[str, Any], *, model_type: str, qkv_bias: bool, qk_norm: bool) -> ModelConfig:
@@ -54,20 +91,26 @@ def read_llama_like(config: Mapping[str, Any], *, model_type: str, qkv_bias: boo
             "use_sliding_window": (False, None),
         },
     )
-    hidden, heads = int(_need(config, "hidden_size")), int(_need(config, "num_attention_heads"))
+    hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
+    kv_heads = _whole_or(config, "num_key_value_heads", heads)
+    if config.get("head_dim") is None:
+        head_dim = _width_of_a_head(hidden, heads, kv_heads)
+    else:
+        head_dim = _whole(config, "head_dim")
+        _width_of_a_head(heads, heads, kv_heads)
     length = config.get("max_position_embeddings")
     return ModelConfig(
-        layers=int(_need(config, "num_hidden_layers")),
+        layers=_whole(config, "num_hidden_layers", MOST_LAYERS),
         hidden=hidden,
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        ffn=int(_need(config, "intermediate_size")),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        vocab=int(_need(config, "vocab_size")),
-        max_length=int(length) if length else None,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=_whole(config, "intermediate_size"),
+        tied=_flag(config, "tie_word_embeddings"),
+        vocab=_whole(config, "vocab_size"),
+        max_length=None if length is None else _whole(config, "max_position_embeddings"),
         rope_theta=_rope_theta(config),
-        norm_eps=float(_need(config, "rms_norm_eps")),
+        norm_eps=_positive(config, "rms_norm_eps"),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
     )
@@ -120,19 +163,20 @@ def read_llada(config: Mapping[str, Any]) -> ModelConfig:
             "multi_query_attention": (False, None),
         },
     )
-    heads, hidden = int(_need(config, "n_heads")), int(_need(config, "d_model"))
+    heads, hidden = _whole(config, "n_heads"), _whole(config, "d_model")
+    kv_heads = _whole_or(config, "n_kv_heads", heads)
     return ModelConfig(
-        layers=int(_need(config, "n_layers")),
+        layers=_whole(config, "n_layers", MOST_LAYERS),
         hidden=hidden,
         heads=heads,
-        kv_heads=int(config.get("n_kv_heads") or heads),
-        head_dim=hidden // heads,
-        ffn=int(_need(config, "mlp_hidden_size")),
-        tied=bool(config.get("weight_tying", False)),
-        vocab=int(config.get("embedding_size") or _need(config, "vocab_size")),
-        max_length=int(_need(config, "max_sequence_length")),
-        rope_theta=float(config.get("rope_theta", 10000.0)),
-        norm_eps=float(config.get("rms_norm_eps", 1e-5)),
+        kv_heads=kv_heads,
+        head_dim=_width_of_a_head(hidden, heads, kv_heads),
+        ffn=_whole(config, "mlp_hidden_size"),
+        tied=_flag(config, "weight_tying"),
+        vocab=_whole(config, "vocab_size" if config.get("embedding_size") is None else "embedding_size"),
+        max_length=_whole(config, "max_sequence_length"),
+        rope_theta=_positive({"rope_theta": 10000.0, **config}, "rope_theta"),
+        norm_eps=_positive({"rms_norm_eps": 1e-5, **config}, "rms_norm_eps"),
     )
 
 

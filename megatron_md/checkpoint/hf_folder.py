@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.optional import optional_package
 from megatron_md.files import sync, write_synced
+from megatron_md.json_file import LARGE, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -31,20 +33,6 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 class FolderError(ValueError):
     """A folder is not what it should be; the message names the file."""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FolderError(
-            f"{path}: cannot be read ({error.strerror}); give a folder of a Hugging Face model"
-        ) from error
-    except ValueError as error:
-        raise FolderError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise FolderError(f"{path}: not a JSON object")
-    return content
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class HuggingFaceFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise FolderError(f"{path}: no such folder")
-        self.config = _json(self.path / "config.json")
+        self.config = read_json(self.path / "config.json", "give a folder of a Hugging Face model", error=FolderError)
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
@@ -96,7 +84,7 @@ class HuggingFaceFolder:
         self._check_index()
 
     def _weight_files(self) -> list[str]:
-        if (self.path / INDEX_NAME).is_file():
+        if (self.path / INDEX_NAME).exists():
             names = sorted(set(self._index().values()))
         else:
             names = [SINGLE_NAME] if (self.path / SINGLE_NAME).is_file() else []
@@ -111,18 +99,19 @@ class HuggingFaceFolder:
         for name in names:
             if Path(name).name != name:
                 raise FolderError(f"{self.path / INDEX_NAME}: {name!r} is not a file of the folder")
-            if not (self.path / name).is_file():
+            if not os.path.isfile(self.path / name):  # which takes any name
                 raise FolderError(f"{self.path / name}: missing, though {INDEX_NAME} lists it; download it again")
         return names
 
     def _index(self) -> dict[str, str]:
-        places = _json(self.path / INDEX_NAME).get("weight_map")
+        path = self.path / INDEX_NAME
+        places = read_json(path, "download it again", most_bytes=LARGE, error=FolderError).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise FolderError(f"{self.path / INDEX_NAME}: has no weight_map of file names")
         return places
 
     def _check_index(self) -> None:
-        if not (self.path / INDEX_NAME).is_file():
+        if not (self.path / INDEX_NAME).exists():
             return
         for tensor, name in self._index().items():
             if tensor not in self.tensors or self.tensors[tensor].file != name:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import re
 import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megatron_md.checkpoint.safe_pickle import CheckpointError, check, is_plain_name
 from megatron_md.files import sync, write_synced
 
 MANIFEST_NAME = "manifest.json"
@@ -25,10 +25,6 @@ MANIFEST_FORMAT = 1
 _THREADS = 4  # hashing leaves Python's lock; a rank's files are few and large
 
 T = TypeVar("T")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that must not be loaded: damaged, incomplete, unverifiable or malicious."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +38,6 @@ class FileRecord:
 
     bytes: int
     sha256: str
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether a name stays in its directory wherever it is used: no path, no `..`, nothing empty."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
 
 
 def digest_files(directory: Path, names: Iterable[str]) -> dict[str, FileRecord]:
@@ -100,7 +91,7 @@ def seal(directory: Path, own: Mapping[str, FileRecord] | None = None) -> None:
 
 
 def verify(directory: Path, *, trust: bool = False) -> None:
-    """Compare a checkpoint with its manifest, before anything in it is opened.
+    """Compare a checkpoint with its manifest, and what its tensors are read from with its files, before it is opened.
 
     Collective where torch.distributed is initialised: every rank calls it and hashes its share.
 
@@ -109,7 +100,8 @@ def verify(directory: Path, *, trust: bool = False) -> None:
         trust: take a directory without a manifest as it is. Damage that a manifest shows is refused all the same.
 
     Raises:
-        CheckpointError: no manifest, or files that are missing, damaged or not listed; the same on every rank.
+        CheckpointError: no manifest, files that are missing, damaged or not listed, or a `.metadata` that takes data
+            from other files than these; the same on every rank.
     """
 
     def expect() -> dict[str, FileRecord] | None:
@@ -127,6 +119,7 @@ def verify(directory: Path, *, trust: bool = False) -> None:
     _refuse(
         directory, [f"{name} is damaged (its sha256 has changed)" for name in records if found[name] != records[name]]
     )
+    _from_first(lambda: _refuse(directory, _foreign_data(directory, records)))
 
 
 def verify_listing(directory: Path) -> dict[str, FileRecord]:
@@ -141,6 +134,14 @@ def verify_listing(directory: Path) -> dict[str, FileRecord]:
     records = read_manifest(directory)
     _refuse(directory, _differences(records, _sizes(directory)))
     return records
+
+
+def _foreign_data(directory: Path, records: Mapping[str, FileRecord]) -> list[str]:
+    """Where the data files are not the ones that `.metadata` takes its tensors from."""
+    used = check(directory / ".metadata")
+    lines = [f".metadata takes data from {name!r}, which is not in {MANIFEST_NAME}" for name in used - records.keys()]
+    lines += [f"{name} is not used by .metadata" for name in records if name.endswith(".distcp") and name not in used]
+    return sorted(lines) if used else [*sorted(lines), "it has no data: .metadata names no file"]
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord]:

@@ -7,6 +7,7 @@ opened (see `integrity`), and may be written while training goes on (see `writer
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,9 +23,14 @@ from megatron_md.checkpoint import state as states
 from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.writer import CheckpointWrite, SaveError, raise_together
 from megatron_md.model.build import settled_parameters
+from megatron_md.train.bad_numbers import BadNumbersError
 from megatron_md.train.logs import logger
 from megatron_md.train.metrics import append_event
 from megatron_md.train.progress import Progress
+
+
+class PoisonedError(BadNumbersError):
+    """A number in weights or optimizer is not finite: such a state is never saved; raised on all ranks at once."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class CheckpointManager:
             val_nelbo: measured at this step, if it was.
 
         Raises:
+            PoisonedError: a number in it is NaN or infinite; the checkpoints before it are as they were.
             SaveError: it could not be written; the same on all ranks. The checkpoints before it are as they were.
         """
         self.begin(chunks, optimizer, progress, val_nelbo=val_nelbo, in_background=False)
@@ -123,19 +130,15 @@ class CheckpointManager:
         """Start to write a checkpoint: `finish`, or `finish_if_written` at a later step, completes it.
 
         Raises:
+            PoisonedError: as `save`.
             SaveError: as `save`; also if an earlier save is still being written.
         """
         if self._pending is not None:
             raise SaveError("a save has begun before the one before it was finished")
         start = time.perf_counter()
-        error: Exception | None = None
-        if dist.get_rank() == 0:
-            try:
-                names.prepare(self.directory, progress.step)
-            except OSError as failure:
-                error = failure
-        raise_together(error)
         with settled_parameters(chunks):
+            _refuse_poison(chunks, optimizer, progress.step)
+            self._prepare(progress.step)
             state = states.model_state(chunks)
             state["optimizer"] = states.optimizer_state(optimizer, state)
             record = {
@@ -144,7 +147,7 @@ class CheckpointManager:
                 "layout": states.layout(),
                 "optimizer": states.state_names(optimizer),
                 "identity": self.identity(progress.next_sample_index),
-                "val_nelbo": val_nelbo,
+                "val_nelbo": val_nelbo if val_nelbo is not None and math.isfinite(val_nelbo) else None,
             }
             texts = {name: text() for name, text in self.texts.items()}
             texts |= {names.CONFIG_NAME: self.resolved_config, names.RECORD_NAME: json.dumps(record, indent=1)}
@@ -154,6 +157,15 @@ class CheckpointManager:
         write.start(in_background=in_background)
         self._pending = _Pending(progress.step, write, start, time.perf_counter() - start)
 
+    def _prepare(self, step: int) -> None:
+        error: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                names.prepare(self.directory, step)
+            except OSError as failure:
+                error = failure
+        raise_together(error)
+
     def finish_if_written(self) -> Saved | None:
         """Complete the save that has begun if all ranks have written their files; never waits for them.
 
@@ -162,10 +174,7 @@ class CheckpointManager:
         """
         if self._pending is None:
             return None
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        waiting = torch.tensor([float(not self._pending.write.is_written)], device=device)
-        dist.all_reduce(waiting, op=dist.ReduceOp.MAX)
-        return None if waiting.item() else self.finish()
+        return None if _on_any_rank(not self._pending.write.is_written) else self.finish()
 
     def finish(self) -> Saved | None:
         """Wait for the save that has begun and complete it; None if there is none.
@@ -285,6 +294,26 @@ class CheckpointManager:
             states.load_model(chunks, checkpoint)
             # The optimizer's own fp32 parameters, which would undo the load at its first step.
             optimizer.reload_model_params()
+
+
+def _on_any_rank(flag: bool) -> bool:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    found = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def _refuse_poison(chunks: list[Any], optimizer: MegatronOptimizer, step: int) -> None:
+    found = states.names_of_not_finite(chunks, optimizer)
+    if not _on_any_rank(bool(found)):
+        return
+    by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(by_rank, found)
+    lines = [f"{tensors[0]} on rank {rank}" for rank, tensors in enumerate(by_rank) if tensors]
+    count = sum(map(len, by_rank))
+    raise PoisonedError(
+        f"weights or optimizer state are not finite after step {step} ({', '.join(lines[:3])}; {count} tensors in all)"
+    )
 
 
 def _refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

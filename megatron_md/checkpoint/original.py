@@ -19,6 +19,7 @@ from megatron_md.checkpoint.hf_folder import HuggingFaceFolder, plan_shards
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.tokenizer_json import CONFIG_NAME as NAMES_OF_TOKENS
+from megatron_md.json_file import LARGE, as_record, read_json
 
 ORIGINAL = "huggingface"
 RUN_TOKENIZER = "tokenizer.model"  # of whatever kind
@@ -39,6 +40,14 @@ class Surroundings:
     config: bytes
     shards: Mapping[str, list[str]]
     companions: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The content of `source.json`."""
+
+    family: str
+    shards: dict[str, list[str]]
 
 
 def keep(run: Path, folder: HuggingFaceFolder, family: Family, *, config: bytes, tokenizer: bytes | None) -> None:
@@ -81,8 +90,8 @@ def surroundings(run: Path, config: Config, family: Family, sizes: Mapping[str, 
     """
     original = run / ORIGINAL
     if original.is_dir() and _has_same_tokenizer(run, original):
-        files = {path.name: path.read_bytes() for path in sorted(original.iterdir()) if path.name != _RECORD}
         name, shards, kept = _read(original)
+        files = {path.name: path.read_bytes() for path in sorted(original.iterdir()) if path.name != _RECORD}
         source = files.pop("config.json")
         has_same_tensors = {tensor for names in shards.values() for tensor in names} == set(sizes)
         if name == family.name and has_same_tensors and _is_same_model(config, family, kept):
@@ -98,14 +107,12 @@ def surroundings(run: Path, config: Config, family: Family, sizes: Mapping[str, 
 
 def _read(original: Path) -> tuple[str, dict[str, list[str]], dict[str, Any]]:
     """Family, cut into files and `config.json` of an original."""
-    try:
-        record, config = (json.loads((original / name).read_bytes()) for name in (_RECORD, "config.json"))
-        family, shards = record["family"], dict(record["shards"])
-        if not isinstance(config, dict) or any(Path(name).name != name for name in shards):
-            raise ValueError("not as it was written")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{original}: damaged ({error}); remove it to export with a new config.json") from None
-    return family, shards, config
+    way_out = f"remove {original} to export with a new config.json"
+    record = read_json(original / _RECORD, way_out, most_bytes=LARGE)
+    source = as_record(_Source, record, original / _RECORD, way_out)
+    if any(Path(name).name != name for name in source.shards):
+        raise ValueError(f"{original / _RECORD}: names files of other folders; {way_out}")
+    return source.family, source.shards, read_json(original / "config.json", way_out)
 
 
 def _has_same_tokenizer(run: Path, original: Path) -> bool:
@@ -134,6 +141,6 @@ def _tokenizer_files(file: Path) -> dict[str, bytes]:
     if not data.lstrip().startswith(b"{"):
         return {SENTENCEPIECE: data}
     names = file.with_name(NAMES_OF_TOKENS)
-    tokens = json.loads(names.read_bytes()) if names.is_file() else {}
+    tokens = read_json(names, "remove it, or restore it") if names.exists() else {}
     content = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
     return {JSON_TOKENIZER: data, NAMES_OF_TOKENS: (json.dumps(content, indent=2) + "\n").encode()}

@@ -2,6 +2,10 @@
 
 RUN/rollback.json says which checkpoint the newest return led to and what the run leaves out since. It is on disk before
 anything else changes; a start that finds a checkpoint which does not know of it yet carries the return out first.
+
+The rows of the bad steps are blamed first. If no update is accepted after that either, the checkpoint is: it is set
+aside, the run goes one further back and takes those rows up again. Should they turn out bad once more, they are left
+out at once.
 """
 
 from __future__ import annotations
@@ -9,16 +13,28 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from megatron_md.checkpoint.directory import checkpoint_name, discard, is_complete, named_checkpoints, read_progress
+from megatron_md.checkpoint.directory import (
+    checkpoint_name,
+    discard,
+    is_complete,
+    named_checkpoints,
+    read_progress,
+    set_aside_as_bad,
+)
 from megatron_md.files import replace_file
-from megatron_md.train.bad_numbers import BadNumbersError
+from megatron_md.json_file import as_record, read_json
+from megatron_md.train.bad_numbers import RECORD, BadNumbersError, Whole
+from megatron_md.train.metrics import append_event
 from megatron_md.train.progress import Progress
 
 FILE_NAME = "rollback.json"
+_WAY_OUT = (
+    "it is damaged: restore or remove it; without it the run goes on from its newest checkpoint, and returns again "
+    "where it meets the bad numbers again"
+)
 
 
 @dataclass(frozen=True)
@@ -30,16 +46,24 @@ class Rollback:
         number: how many there have been in the run, this one included.
         jumps: [first, stop) ranges of g that are left out from here on.
         skipped_total: updates left out in the run so far.
+        suspects: see `GuardState`.
+        bad: step of a checkpoint that is set aside, as no update was accepted after the return to it.
+        reason: why, in words.
     """
 
-    step: int
-    number: int
-    jumps: tuple[tuple[int, int], ...]
-    skipped_total: int
+    __pydantic_config__ = RECORD
+
+    step: Whole
+    number: Whole
+    jumps: tuple[tuple[Whole, Whole], ...]
+    skipped_total: Whole
+    suspects: tuple[Whole, Whole] = (0, 0)
+    bad: Whole | None = None
+    reason: str = ""
 
     @classmethod
-    def due(cls, run_dir: Path, progress: Progress, *, max_rollbacks: int) -> Rollback:
-        """The return that `progress`, with its updates left out in a row, calls for.
+    def due(cls, run_dir: Path, progress: Progress, *, max_rollbacks: int, poisoned: str | None = None) -> Rollback:
+        """The return that `progress`, with its updates left out in a row, calls for, or weights that are poisoned.
 
         The checkpoint is the newest one of the step at which those began, or of an earlier one.
 
@@ -47,8 +71,10 @@ class Rollback:
             BadNumbersError: there is no such checkpoint, or there have been enough returns.
         """
         guard = progress.guard
-        rows = (guard.first_skipped_row, progress.next_sample_index)
-        story = (
+        last, rows = progress.step, (progress.next_sample_index, progress.next_sample_index)
+        if guard.skipped_in_row:
+            last, rows = guard.first_skipped_step, (guard.first_skipped_row, progress.next_sample_index)
+        story = poisoned or (
             f"bad numbers in {guard.skipped_in_row} steps in a row, from step {guard.first_skipped_step + 1} to "
             f"{progress.step} (rows {rows[0]} to {rows[1] - 1})"
         )
@@ -57,10 +83,15 @@ class Rollback:
             raise BadNumbersError(
                 f"{story}, after {guard.rollbacks} rollback(s), which is train.max_rollbacks: {events}"
             )
-        steps = [step for step in _saved_steps(run_dir) if step <= guard.first_skipped_step]
+        steps = [step for step in _saved_steps(run_dir) if step <= last]
+        bad = None
+        if not guard.is_proven and last in steps:
+            bad, steps = last, steps[1:]
+            story += f", and no update was accepted since the return to {checkpoint_name(bad)}"
         if not steps:
             raise BadNumbersError(f"{story}, and no checkpoint from before them to roll back to: {events}")
-        return cls(max(steps), guard.rollbacks + 1, (*progress.jumps, rows), guard.skipped_total)
+        jumps, suspects = _blamed(progress, rows, is_innocent=poisoned is not None)
+        return cls(steps[0], guard.rollbacks + 1, jumps, guard.skipped_total, suspects, bad, story)
 
     @classmethod
     def read(cls, run_dir: Path) -> Rollback | None:
@@ -70,33 +101,36 @@ class Rollback:
             ValueError: its file is damaged.
         """
         path = run_dir / FILE_NAME
-        if not path.is_file():
+        if not path.exists():
             return None
-        try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            jumps = tuple((int(first), int(stop)) for first, stop in record["jumps"])
-            return cls(int(record["step"]), int(record["number"]), jumps, int(record["skipped_total"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({type(error).__name__}: {error}): restore or remove it; without it the run goes "
-                "on from its newest checkpoint, and returns again where it meets the bad numbers again"
-            ) from error
+        return as_record(cls, read_json(path, _WAY_OUT), path, _WAY_OUT)
 
     def applied(self, progress: Progress) -> Progress:
         """A checkpoint's progress with this return in it; unchanged if it knows of it already."""
         if progress.guard.rollbacks >= self.number:
             return progress
-        guard = replace(progress.guard, rollbacks=self.number, skipped_total=self.skipped_total, skipped_in_row=0)
+        guard = replace(
+            progress.guard,
+            rollbacks=self.number,
+            skipped_total=self.skipped_total,
+            skipped_in_row=0,
+            is_proven=False,
+            suspects=self.suspects,
+        )
         return replace(progress.with_jumps(self.jumps), guard=guard)
 
     def discard_newer(self, run_dir: Path) -> None:
-        """Remove the checkpoints that the return leaves behind; on one rank, and harmless to repeat."""
+        """Remove the checkpoints that the return leaves behind, or set one aside; on one rank, harmless to repeat."""
         directory = run_dir / "checkpoints"
         newer = [path for step, path in named_checkpoints(directory).items() if step > self.step and is_complete(path)]
         stale = [path for path in newer if self._is_unknown_to(path)]
         if stale:
             replace_file(directory / "latest", checkpoint_name(self.step))
-            discard(directory, stale)
+            bad = [path for path in stale if self.bad is not None and path.name == checkpoint_name(self.bad)]
+            for path in bad:
+                aside = set_aside_as_bad(path)
+                append_event(run_dir, "checkpoint_bad", path=aside.name, reason=self.reason)
+            discard(directory, [path for path in stale if path not in bad])
 
     def _is_unknown_to(self, checkpoint: Path) -> bool:
         try:
@@ -105,7 +139,24 @@ class Rollback:
             return False  # damaged: `verify` names it, and the one before it is taken
 
 
-def agreed(run_dir: Path, progress: Progress, *, max_rollbacks: int) -> Rollback:
+def _blamed(
+    progress: Progress, rows: tuple[int, int], *, is_innocent: bool
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, int]]:
+    """Jumps and suspects after a return from `rows`, whose updates were left out."""
+    guard, jumps = progress.guard, progress.jumps
+    suspects = guard.suspects
+    if not guard.is_proven:
+        # The checkpoint is blamed: the rows of this return and of the one before it come again.
+        both = (suspects, rows) if suspects[0] < suspects[1] else (rows,)
+        return tuple(jump for jump in jumps if jump != suspects), (min(r[0] for r in both), max(r[1] for r in both))
+    if is_innocent:
+        return jumps, suspects
+    if suspects[0] <= rows[0] < suspects[1]:
+        rows = (rows[0], max(rows[1], suspects[1]))
+    return (*jumps, rows), rows
+
+
+def agreed(run_dir: Path, progress: Progress, *, max_rollbacks: int, poisoned: str | None = None) -> Rollback:
     """`Rollback.due`, decided by one rank, carried out on disk; every rank calls this.
 
     Raises:
@@ -114,7 +165,7 @@ def agreed(run_dir: Path, progress: Progress, *, max_rollbacks: int) -> Rollback
     answer: list[Rollback | str] = [""]
     if dist.get_rank() == 0:
         try:
-            rollback = Rollback.due(run_dir, progress, max_rollbacks=max_rollbacks)
+            rollback = Rollback.due(run_dir, progress, max_rollbacks=max_rollbacks, poisoned=poisoned)
             replace_file(run_dir / FILE_NAME, json.dumps(asdict(rollback)) + "\n")
             rollback.discard_newer(run_dir)
             answer = [rollback]

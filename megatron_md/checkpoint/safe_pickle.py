@@ -2,21 +2,26 @@
 
 megatron-core 0.16.1 and torch read three kinds of pickles: `.metadata` with a bare `pickle.load`, objects inside
 `*.distcp` with `torch.load(weights_only=False)`, and `common.pt` with torch's default. `guarded` makes all three safe:
-`.metadata` is first run on a machine that builds nothing, and torch is held to `weights_only` for the rest.
+`.metadata` is first read into stand-ins that do nothing, and torch is held to `weights_only` for the rest.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import pickletools
 import re
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_md.checkpoint.integrity import CheckpointError, is_plain_name
+_LARGEST = 2**28  # bytes of a `.metadata`, which has a hundred or so for each piece of a tensor
+_DEEPEST, _HIGHEST = 100, 10_000  # marks within marks and values above one; real ones have about 10 and 2,000
 
 _DCP = "torch.distributed.checkpoint"
 _METADATA = f"{_DCP}.metadata.Metadata"
@@ -31,223 +36,215 @@ _RECORDS = {
     _STORAGE_INFO,
     _INDEX,
 }
+_ENUMERATIONS = {f"{_DCP}.metadata._MEM_FORMAT_ENCODING", f"{_DCP}.planner.WriteItemType"}
 # Called with plain values: a shape, enumerations, a layout by its name, a path.
 _FUNCTIONS = {
-    "torch.Size",
-    "torch.serialization._get_layout",
-    f"{_DCP}.metadata._MEM_FORMAT_ENCODING",
-    f"{_DCP}.planner.WriteItemType",
-    "pathlib.PosixPath",
-    "pathlib._local.PosixPath",
+    *_ENUMERATIONS,
+    *("torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath"),
 }
-_ENUMERATIONS = (f"{_DCP}.metadata._MEM_FORMAT_ENCODING", f"{_DCP}.planner.WriteItemType")
 # How Python 3.11.0 to 3.11.3 write a member of an enumeration: getattr(class, "NAME").
 _GETATTR = "builtins.getattr"
-_DTYPES = {
-    *(f"torch.{name}" for name in ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")),
-    *(f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")),
-    *(f"torch.float8_{name}" for name in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")),
-}
+_DTYPE = re.compile(r"torch\.(bool|u?int(8|16|32|64)|b?float16|float(32|64)|complex(64|128)|float8_[a-z0-9]+)")
+_NAMES = _RECORDS | _FUNCTIONS | {_GETATTR}
+_NUMBERS = (int, float, bool, type(None))
+# Read as Python reads them; six more as `_Reader` says.
+_PLAIN_OPCODES = (
+    *("BINGET", "LONG_BINGET", "STACK_GLOBAL", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+    *("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"),
+    *("MARK", "EMPTY_LIST", "APPEND", "APPENDS", "SETITEM", "SETITEMS"),
+)
 
 
-class _Global(str):
-    """A name that the pickle imports."""
-
-
-class _Instance(str):
-    """An object of the class so called."""
-
-
-class _Mapping(dict[Any, Any]):
-    """A dictionary: textual keys with their values; of other keys only the key's identity."""
-
-
-class _List(list[Any]):
-    """A list; its content is of no interest."""
-
-
-_MARK = object()
-_VALUE = object()  # a number, truth value or None
-
-
-class _Machine:
-    """Runs the opcodes that `pickle.dump` uses for `.metadata` on stand-ins, so that nothing is imported or called."""
-
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.memo: list[Any] = []
-
-    def run(self, content: bytes) -> None:
-        """Run a whole pickle; raises _Refused at anything unknown, IndexError at what no pickler writes."""
-        for opcode, argument, position in pickletools.genops(content):
-            name = opcode.name
-            assert position is not None
-            if (position == 0) != (name == "PROTO") or (name == "PROTO" and argument not in (4, 5)):
-                raise _Refused("it is no pickle of protocol 4 or 5")
-            if name == "STOP":
-                if position + 1 != len(content):
-                    raise _Refused("bytes follow its end")
-                if [type(value) for value in self.stack] != [_Instance] or self.stack != [_METADATA]:
-                    raise _Refused("it holds something else than the metadata of a checkpoint")
-            elif name in ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"):
-                self.stack.append(str(argument))
-            elif name in _PLAIN:
-                self.stack.append(_VALUE)
-            elif name in ("BINGET", "LONG_BINGET"):
-                self.stack.append(self.memo[int(str(argument))])
-            elif name in _HANDLERS:
-                _HANDLERS[name](self)
-            elif name not in ("PROTO", "FRAME"):
-                raise _Refused(f"opcode {name} has no place there")
-
-    def pop(self) -> Any:
-        """The topmost value."""
-        if self.stack[-1] is _MARK:
-            raise _Refused("its stack is damaged")
-        return self.stack.pop()
-
-    def pop_to_mark(self) -> list[Any]:
-        """The values above the last mark, which goes as well."""
-        items: list[Any] = []
-        while self.stack[-1] is not _MARK:
-            items.append(self.stack.pop())
-        self.stack.pop()
-        return items[::-1]
-
-    def memoize(self) -> None:
-        """Remember the topmost value."""
-        value = self.pop()
-        self.stack.append(value)
-        self.memo.append(value)
-
-    def push_tuple(self, items: list[Any]) -> None:
-        """Push a tuple."""
-        self.stack.append(tuple(items))
-
-    def append(self, items: list[Any]) -> None:
-        """Append to the list on top."""
-        if type(self.stack[-1]) is not _List:
-            raise _Refused("it appends to something else than a list")
-
-    def set_items(self, items: list[Any]) -> None:
-        """Set keys of the dictionary on top."""
-        target = self.stack[-1]
-        if type(target) is not _Mapping or len(items) % 2:
-            raise _Refused("it sets keys of something else than a dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is str:
-                target[key] = value
-            elif key is not _VALUE and not (type(key) is _Instance and key == _INDEX):
-                raise _Refused("it has a key that is neither a text nor an index")
-
-    def find_global(self) -> None:
-        """A name to import."""
-        name, module = self.pop(), self.pop()
-        if type(name) is not str or type(module) is not str:
-            raise _Refused("it imports something without a name")
-        full = f"{module}.{name}"
-        # Dots inside the name would reach attributes of what is imported.
-        if "." in name or full not in _RECORDS | _FUNCTIONS | _DTYPES | {_GETATTR}:
-            raise _Refused(f"it asks for {full}")
-        self.stack.append(_Global(full))
-
-    def new_object(self) -> None:
-        """An empty record."""
-        arguments, cls = self.pop(), self.pop()
-        if type(cls) is not _Global or cls not in _RECORDS or arguments != ():
-            raise _Refused(f"it makes an object of {_describe(cls)}")
-        self.stack.append(_Instance(cls))
-
-    def reduce(self) -> None:
-        """Call a function."""
-        arguments, function = self.pop(), self.pop()
-        if type(function) is _Global and function == _GETATTR:
-            self.stack.append(self.member(arguments))
-            return
-        if type(function) is not _Global or function not in _FUNCTIONS or type(arguments) is not tuple:
-            raise _Refused(f"it calls {_describe(function)}")
-        if not all(_is_flat(argument) for argument in arguments):
-            raise _Refused(f"it calls {function} with something else than plain values")
-        self.stack.append(_Instance(function))
-
-    def member(self, arguments: Any) -> _Instance:
-        """A member of an enumeration, by its name in capitals; no other attribute of anything."""
-        match arguments:
-            case (_Global() as cls, str() as name) if type(name) is str:
-                if cls in _ENUMERATIONS and re.fullmatch(r"[A-Z][A-Z_]*", name):
-                    return _Instance(cls)
-        raise _Refused(f"it calls {_GETATTR} for something else than a member of an enumeration")
-
-    def build(self) -> None:
-        """Give a record its fields."""
-        state, target = self.pop(), self.stack[-1]
-        if type(target) is not _Instance or target not in _RECORDS:
-            raise _Refused(f"it sets the state of {_describe(target)}")
-        if target.endswith(".TensorProperties"):
-            # Its __setstate__ takes a tuple apart; it calls nothing that the tuple holds.
-            if type(state) is not tuple:
-                raise _Refused("it sets the state of a tensor's properties to something else than a tuple")
-        elif type(state) is not _Mapping or any(key.startswith("__") for key in state):
-            raise _Refused(f"it sets more than fields of {_describe(target)}")
-        if target == _STORAGE_INFO and not is_plain_name(state.get("relative_path")):
-            raise _Refused(f"it takes data from {state.get('relative_path')!r}, outside the checkpoint")
-        if target == _INDEX and not (type(state.get("fqn")) is str and _is_flat(state.get("offset", _VALUE))):
-            raise _Refused("it has an index without a name")
+class CheckpointError(ValueError):
+    """A checkpoint that must not be loaded: damaged, incomplete, unverifiable or malicious."""
 
 
 class _Refused(Exception):  # noqa: N818 (never leaves this file)
     """Why a pickle is not run."""
 
 
-_PLAIN = {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
-_HANDLERS: dict[str, Callable[[_Machine], None]] = {
-    "MARK": lambda machine: machine.stack.append(_MARK),
-    "MEMOIZE": _Machine.memoize,
-    "EMPTY_TUPLE": lambda machine: machine.push_tuple([]),
-    "TUPLE1": lambda machine: machine.push_tuple([machine.pop()]),
-    "TUPLE2": lambda machine: machine.push_tuple([machine.pop(), machine.pop()][::-1]),
-    "TUPLE3": lambda machine: machine.push_tuple([machine.pop(), machine.pop(), machine.pop()][::-1]),
-    "TUPLE": lambda machine: machine.push_tuple(machine.pop_to_mark()),
-    "EMPTY_LIST": lambda machine: machine.stack.append(_List()),
-    "APPEND": lambda machine: machine.append([machine.pop()]),
-    "APPENDS": lambda machine: machine.append(machine.pop_to_mark()),
-    "EMPTY_DICT": lambda machine: machine.stack.append(_Mapping()),
-    "SETITEM": lambda machine: machine.set_items([machine.pop(), machine.pop()][::-1]),
-    "SETITEMS": lambda machine: machine.set_items(machine.pop_to_mark()),
-    "STACK_GLOBAL": _Machine.find_global,
-    "NEWOBJ": _Machine.new_object,
-    "REDUCE": _Machine.reduce,
-    "BUILD": _Machine.build,
-}
+class _Global(str):
+    """A name that the pickle imports."""
+
+
+class _Object:
+    """What the pickle makes, by the name of its class or function, with the fields that it gets."""
+
+    __slots__ = ("fields", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fields: dict[str, Any] = {}
+
+
+class _Dict(dict[Any, Any]):
+    """A dictionary of texts or indices: to hash a key of another kind may take for ever."""
+
+    __slots__ = ()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) is not str and not _is_index(key):
+            raise _Refused("it has a key that is neither a text nor an index")
+        super().__setitem__(key, value)
+
+
+class _Handlers(dict[int, Callable[[Any], None]]):
+    """What to do at each opcode."""
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        name = next((opcode.name for opcode in pickletools.opcodes if opcode.code == chr(code)), str(code))
+        raise _Refused(f"opcode {name} has no place there")
+
+
+class _Reader(pickle._Unpickler):
+    """Python's own reader, held to what `pickle.dump` writes; it imports, makes and calls nothing."""
+
+    def __init__(self, content: bytes) -> None:
+        file = io.BytesIO(content)
+        self.read, self.left = file.read, lambda: len(content) - file.tell()
+        self.memo: list[Any] = []
+        self.stack: list[Any] = []
+        self.metastack: list[list[Any]] = []
+        self.append = self.stack.append
+
+    def load(self) -> Any:
+        """What the pickle holds."""
+        if self.read(2) not in (b"\x80\x04", b"\x80\x05"):
+            raise pickle.UnpicklingError("no protocol 4 or 5")
+        while (code := self.read(1)) != pickle.STOP:
+            self.dispatch[code[0]](self)
+            if len(self.stack) > _HIGHEST or len(self.metastack) > _DEEPEST:
+                raise _Refused("it piles up values without using them")
+        if self.left():
+            raise _Refused("bytes follow its end")
+        return self.stack.pop()
+
+    def frame(self) -> None:
+        """A part of the file, of which Python reads as much as it is told."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        if size > self.left():
+            raise _Refused("it has a frame that is longer than the file")
+
+    def find_class(self, module: str, name: str) -> _Global:
+        """A name to import."""
+        full = f"{module}.{name}"
+        # Dots inside the name would reach attributes of what is imported.
+        if "." in name or not (full in _NAMES or _DTYPE.fullmatch(full)):
+            raise _Refused(f"it asks for {full[:200]}")
+        return _Global(full)
+
+    def new_object(self) -> None:
+        """An empty record."""
+        arguments, cls = self.stack.pop(), self.stack.pop()
+        if type(cls) is not _Global or cls not in _RECORDS or arguments != ():
+            raise _Refused(f"it makes an object of {_describe(cls)}")
+        self.stack.append(_Object(cls))
+
+    def call(self) -> None:
+        """What a function gives: a shape, a member of an enumeration, a layout, a path."""
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if type(function) is not _Global or type(arguments) is not tuple:
+            raise _Refused(f"it calls {_describe(function)}")
+        if function == _GETATTR:
+            function = _enumeration(arguments)
+        elif function not in _FUNCTIONS or not all(map(_is_flat, arguments)):
+            raise _Refused(f"it calls {function}, or calls it with something else than plain values")
+        self.stack.append(_Object(function))
+
+    def build(self) -> None:
+        """Give a record its fields."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if type(target) is not _Object or target.name not in _RECORDS:
+            raise _Refused(f"it sets the state of {_describe(target)}")
+        if target.name.endswith(".TensorProperties"):
+            # Its __setstate__ takes a tuple apart; it calls nothing that the tuple holds.
+            if type(state) is not tuple:
+                raise _Refused("it sets the state of a tensor's properties to something else than a tuple")
+        elif type(state) is not _Dict or any(type(key) is not str or key.startswith("__") for key in state):
+            raise _Refused(f"it sets more than fields of {target.name}")
+        else:
+            target.fields.update(state)
+
+    dispatch = _Handlers(
+        {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _PLAIN_OPCODES}
+        | {pickle.FRAME[0]: frame, pickle.NEWOBJ[0]: new_object, pickle.REDUCE[0]: call, pickle.BUILD[0]: build}
+        | {pickle.EMPTY_DICT[0]: lambda reader: reader.append(_Dict())}
+        | {pickle.MEMOIZE[0]: lambda reader: reader.memo.append(reader.stack[-1])}
+    )
+
+
+def _enumeration(arguments: tuple[Any, ...]) -> _Global:
+    """The class of a member, asked for by its name in capitals; no other attribute of anything."""
+    match arguments:
+        case (_Global() as cls, str() as name) if cls in _ENUMERATIONS and re.fullmatch(r"[A-Z][A-Z_]*", name):
+            return cls
+    raise _Refused(f"it calls {_GETATTR} for something else than a member of an enumeration")
 
 
 def _describe(value: Any) -> str:
-    return str(value) if isinstance(value, (_Global, _Instance)) else "something that is no class"
+    return str(value) if type(value) is _Global else getattr(value, "name", "something that is no class")
 
 
 def _is_flat(value: Any) -> bool:
     """A text, a number, a shape, or a tuple of numbers: what can be hashed without walking far."""
     if type(value) is tuple:
-        return all(item is _VALUE for item in value)
-    return value is _VALUE or type(value) is str or (type(value) is _Instance and value == "torch.Size")
+        return all(type(item) in _NUMBERS for item in value)
+    return type(value) in (str, *_NUMBERS) or (type(value) is _Object and value.name == "torch.Size")
 
 
-def check(path: Path) -> None:
+def _is_index(key: Any) -> bool:
+    if type(key) is not _Object or key.name != _INDEX:
+        return False
+    return type(key.fields.get("fqn")) is str and _is_flat(key.fields.get("offset"))
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name stays in its directory wherever it is used: a mere text, no path, no `..`, nothing empty."""
+    return type(name) is str and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
+
+
+@lru_cache(maxsize=1)  # a start asks twice: before the checkpoint is taken, and before it is loaded
+def _data_files(content: bytes) -> frozenset[str]:
+    metadata = _Reader(content).load()
+    if type(metadata) is not _Object or metadata.name != _METADATA:
+        raise _Refused("it holds something else than the metadata of a checkpoint")
+    storage = metadata.fields.get("storage_data") or _Dict()
+    if type(storage) is not _Dict or not all(map(_is_index, storage)):
+        raise _Refused("it has no table of where its data lie")
+    names: set[str] = set()
+    for entry in storage.values():
+        name = entry.fields.get("relative_path") if type(entry) is _Object and entry.name == _STORAGE_INFO else None
+        if type(name) is not str or not is_plain_name(name):
+            shown = repr(name) if type(name) is str else "something that is no text"
+            raise _Refused(f"it takes data from {shown:.200}, outside the checkpoint")
+        names.add(name)
+    return frozenset(names)
+
+
+def check(path: Path) -> frozenset[str]:
     """Refuse a `.metadata` file that is more than the data of a distributed checkpoint; nothing in it is run.
 
+    Returns:
+        Names of the files beside it that it takes data from.
+
     Raises:
-        CheckpointError: it asks for a class or function that has no place there, or is damaged; both are named.
+        CheckpointError: it asks for a class or function that has no place there, takes data from elsewhere, or is
+            damaged; what it is, is named.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
-        _Machine().run(content)
+        if len(content) > _LARGEST:
+            raise _Refused(f"it has more than {_LARGEST} bytes")
+        return _data_files(content)
     except _Refused as error:
         raise CheckpointError(f"{path}: is refused: {error}") from None
-    except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: is damaged, no pickle ({error})") from None
+    except Exception as error:  # whatever Python's reader meets in a damaged file
+        raise CheckpointError(f"{path}: is damaged, no pickle ({type(error).__name__}: {error})") from None
 
 
 @contextmanager
@@ -258,9 +255,12 @@ def guarded(directory: Path) -> Iterator[None]:
     `common.pt`, and for the objects in `*.distcp`, which torch's own planner loads with `weights_only=False`.
 
     Raises:
-        CheckpointError: something other than data is in `.metadata`, or the formats are not torch's.
+        CheckpointError: something other than data is in `.metadata`, data are taken from what is no file of the
+            directory, or the formats are not torch's.
     """
-    check(directory / ".metadata")
+    used = check(directory / ".metadata")
+    for name in sorted(used - {entry.name for entry in os.scandir(directory) if entry.is_file(follow_symlinks=False)}):
+        raise CheckpointError(f"{directory}: .metadata takes data from {name!r}, which is no file there")
     _check_formats(directory / "metadata.json")
     saved = {name: os.environ.pop(name, None) for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", _FORCE_UNSAFE)}
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

@@ -117,6 +117,35 @@ def _slice(parameter: torch.Tensor, start: int, state: dict[str, torch.Tensor], 
     return OptimizerSlice(parameter, start, tensors, shared)
 
 
+def named_parameters(chunks: list[Any]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This rank's parameters by their names in the whole model: layers are counted over all pipeline stages."""
+    for chunk in chunks:
+        network = unwrapped(chunk)
+        network = network.module if isinstance(network, Float16Module) else network
+        first = network.decoder.layers[0].layer_number - 1 if len(network.decoder.layers) else 0
+        for name, parameter in network.named_parameters():
+            # The second copy of tied weights, on the last stage.
+            is_copy = name == "output_layer.weight" and getattr(parameter, "shared_embedding", False)
+            name = "embedding.word_embeddings.weight" if is_copy else name
+            if name.startswith("decoder.layers."):
+                _, _, local, rest = name.split(".", 3)
+                name = f"decoder.layers.{int(local) + first}.{rest}"
+            yield name, parameter
+
+
+@torch.no_grad()
+def names_of_not_finite(chunks: list[Any], optimizer: MegatronOptimizer) -> list[str]:
+    """This rank's weights and optimizer tensors in which a number is NaN or infinite."""
+    names = {id(parameter): name for name, parameter in named_parameters(chunks)}
+    held = [(name, parameter.detach()) for name, parameter in named_parameters(chunks)]
+    for piece in optimizer_slices(optimizer):
+        held += [(f"{kind} of {names[id(piece.parameter)]}", values) for kind, values in piece.tensors.items()]
+    held = [(name, values) for name, values in held if values.numel() and values.is_floating_point()]
+    # The largest magnitude is NaN where any number is, and does not overflow as a sum of squares would.
+    largest = torch.stack([torch.linalg.vector_norm(values, math.inf, dtype=torch.float32) for _, values in held])
+    return [name for (name, _), is_finite in zip(held, largest.isfinite().tolist(), strict=True) if not is_finite]
+
+
 def state_names(optimizer: MegatronOptimizer) -> list[str]:
     """Names of the optimizer's tensors per parameter: what two optimizers must share to exchange their states."""
     return sorted({name for piece in optimizer_slices(optimizer) for name in piece.tensors})

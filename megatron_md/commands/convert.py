@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_md.messages import say, shown
+
 if TYPE_CHECKING:
     from megatron_md.checkpoint.families import Family
 
@@ -52,13 +54,15 @@ def run(args: argparse.Namespace) -> int:
     source, target = Path(args.source), Path(args.target)
     if not args.dry_run and target.exists():
         raise ValueError(f"{target}: exists already; choose another folder, or remove it")
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
     (_to_megatron if args.to == "megatron" else _to_hf)(args, family, source, target)
     if args.verify and not args.dry_run:
         from megatron_md.evaluate.verify_conversion import compare_logits
 
         folder, ours = (source, target) if args.to == "megatron" else (target, source)
         for line in compare_logits(folder, ours, family):
-            print(line)
+            say(line)
     return 0
 
 
@@ -77,7 +81,7 @@ def _to_megatron(args: argparse.Namespace, family: Family, source: Path, target:
             return
         with _progress(len(plan.slices), f"{source} -> {target}") as advance:
             import_folder(folder, plan, family, target, advance=advance)
-    print(f"{target}: a run at step 0; train from it with checkpoint.load={target} checkpoint.load_only=model")
+    say(f"{target}: a run at step 0; train from it with checkpoint.load={target} checkpoint.load_only=model")
 
 
 def _to_hf(args: argparse.Namespace, family: Family, source: Path, target: Path) -> None:
@@ -93,24 +97,26 @@ def _to_hf(args: argparse.Namespace, family: Family, source: Path, target: Path)
             return
         with _progress(len(export.exporter.tensors), f"{source} -> {target}") as advance:
             export.write(target, advance=advance)
-    print(f"{target}: a {family.name} folder of Hugging Face")
+    say(f"{target}: a {family.name} folder of Hugging Face")
 
 
 def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
     for ours, shape, layout, parts in rows:
         how = {"plain": "=", "qkv": "= by query group", "gate_up": "= stacked"}[layout]
-        print(f"{ours} {shape}\n    {how} {parts}")
+        say(f"{ours} {shape}")
+        say(f"    {how} {parts}")
 
 
 @contextmanager
 def _progress(steps: int, text: str) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, nothing elsewhere; to be told of every tensor."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with _stoppable() as stop_if_asked, Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(text, total=steps)
+        task = bar.add_task(escape(shown(text)), total=steps)
 
         def advance() -> None:
             stop_if_asked()

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array
@@ -15,6 +14,7 @@ from megatron_md.data import commands
 from megatron_md.data.shards import Manifest, document_lengths, load_manifest, unigram_entropy
 from megatron_md.data.stream import WINDOW_SHARDS, Rows, SequenceStream
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.messages import printable, shown
 
 BAR_WIDTH = 40
 MAX_SEQ_LENGTH = 1 << 24
@@ -99,9 +99,9 @@ def _show_totals(console: Console, manifest: Manifest) -> None:
         "documents": f"{manifest.documents}",
         "tokens": f"{manifest.tokens}, {per_token:.3f} bytes of text each",
     }
-    console.print(escape(manifest.location))
+    console.print(Text(shown(manifest.location)))
     for name, value in facts.items():
-        console.print(f"  {name:<16} {escape(str(value))}")
+        console.print(Text(shown(f"  {name:<16} {value}")))
 
 
 def _show_stats(console: Console, manifest: Manifest) -> None:
@@ -185,7 +185,11 @@ def _show_row(
         cuts = np.flatnonzero(np.diff(is_masked_L[begin:end])) + 1 + begin
         for first, stop in pairwise([begin, *cuts.tolist(), end]):
             tokens_n = rows.tokens_BL[0, first:stop]
-            text = tokenizer.decode(tokens_n, show_special=True) if tokenizer else " ".join(map(str, tokens_n))
+            text = (
+                printable(tokenizer.decode(tokens_n, show_special=True), multiline=True)
+                if tokenizer
+                else " ".join(map(str, tokens_n))
+            )
             separator = "" if tokenizer else " "
             if is_masked_L[first]:
                 line.append(f"{opening}{text}{closing}", style=MASKED_STYLE)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_md.checkpoint.directory import config_changes, is_checkpoint_name, model_identity
-from megatron_md.checkpoint.integrity import MANIFEST_NAME, CheckpointError, verify, verify_listing
+from megatron_md.checkpoint.directory import config_changes, is_bad, is_checkpoint_name, model_identity
+from megatron_md.checkpoint.integrity import MANIFEST_NAME, verify, verify_listing
 from megatron_md.config import load_config, to_yaml
 from megatron_md.config_loader import ConfigError, read_yaml
+from megatron_md.json_file import LARGE, as_record, parse_json, read_json, read_regular
+from megatron_md.messages import redacted, say
+from megatron_md.train.records import damage, read_lines
 
 EXAMPLES = """examples:
   megatron-md inspect runs/demo
@@ -44,13 +46,29 @@ _LOCK_NAME = ".lock"
 Changes = dict[str, list[Any]]
 
 
+@dataclass(frozen=True)
+class _Progress:
+    step: int
+    tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is shown of `progress.json`, of whatever format."""
+
+    format: int
+    progress: _Progress
+    layout: dict[str, int]
+
+
 @dataclass
 class CheckpointSummary:
     """What one checkpoint says about itself.
 
     Attributes:
         path: its directory.
-        state: complete, unsealed (no manifest), or damaged.
+        state: complete, unsealed (no manifest), damaged, or bad (set aside: no update was accepted after it).
         problem: what is wrong with it, if anything.
         step: optimizer steps done.
         tokens: tokens served.
@@ -84,13 +102,13 @@ class Inspection:
     Attributes:
         path: the run or checkpoint directory.
         status: RUN/summary.json.
-        last_event: last line of RUN/events.jsonl.
+        last_event: last whole line of RUN/events.jsonl.
         environment: RUN/env.json.
         total_steps: steps that its config asks for.
         checkpoints: oldest first.
         unfinished: directories of saves or removals that were cut short.
         refused, depends, harmless: keys of `--against` that differ from the newest checkpoint's: [there, now].
-        notes: files of the run that could not be read.
+        notes: files of the run, or lines of them, that could not be read.
     """
 
     path: str
@@ -124,8 +142,8 @@ def run(args: argparse.Namespace) -> int:
     if args.against is not None:
         compare_config(found, args.against)
     if args.json:
-        json.dump(asdict(found), sys.stdout, indent=1)
-        print()
+        # DEL is the one control character that JSON leaves as it is.
+        say(json.dumps(redacted(asdict(found)), indent=1).replace("\x7f", "\\u007f"), multiline=True)
     else:
         from megatron_md.commands.inspect_text import show
 
@@ -157,13 +175,12 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
     if found.status.get("status") == "running" and _is_free(path / _LOCK_NAME):
         found.notes.append("no job on this machine holds the run: it was killed, unless it runs on another machine")
     found.environment = _read_json(path / "env.json", found.notes)
-    found.last_event = _last_event(path / "events.jsonl")
     found.total_steps = _total_steps(path / "config.yaml", found.notes)
     latest = _read_text(directory / "latest", found.notes).strip()
     for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
         if entry.is_dir() and entry.name.startswith("."):
             found.unfinished.append(entry.name)
-        elif entry.is_dir() and not is_checkpoint_name(entry.name):
+        elif entry.is_dir() and not is_checkpoint_name(entry.name) and not is_bad(entry):
             found.notes.append(f"{entry} is no checkpoint of the run by its name: it is neither resumed nor removed")
         elif entry.is_dir():
             summary = _summarise(entry, verified)
@@ -172,6 +189,9 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
             found.checkpoints.append(summary)
     if latest and not any(checkpoint.is_latest for checkpoint in found.checkpoints):
         found.notes.append(f"{directory / 'latest'} names {latest!r}, which is not there")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        _read_records(path / name, "step", found.notes)
+    found.last_event = next(reversed(_read_records(path / "events.jsonl", "event", found.notes)), {})
     return found
 
 
@@ -195,7 +215,7 @@ def compare_config(found: Inspection, config_path: Path) -> None:
 
 def newest_checkpoint(found: Inspection) -> CheckpointSummary | None:
     """The one that resuming would take: what `latest` names, else the last one that is not damaged."""
-    usable = [checkpoint for checkpoint in found.checkpoints if checkpoint.state != "damaged"]
+    usable = [checkpoint for checkpoint in found.checkpoints if checkpoint.state not in ("damaged", "bad")]
     return next((checkpoint for checkpoint in usable if checkpoint.is_latest), usable[-1] if usable else None)
 
 
@@ -227,7 +247,6 @@ def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
     summary = CheckpointSummary(str(directory))
     files = [path for path in directory.iterdir() if path.is_file() and not path.is_symlink()]
     summary.bytes = sum(path.stat().st_size for path in files)
-    record: dict[str, Any] = {}
     try:
         if not (directory / MANIFEST_NAME).exists():
             summary.state, summary.problem = "unsealed", f"no {MANIFEST_NAME}: it cannot be verified"
@@ -235,17 +254,16 @@ def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
             verify(directory)
         else:
             verify_listing(directory)
-        record = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
-        progress = record["progress"]
-        summary.step, summary.tokens = int(progress["step"]), int(progress["tokens"])
-        summary.total_tokens = int(progress["total_tokens"])
-        summary.saved = (directory / "progress.json").stat().st_mtime
-        summary.format = int(record["format"])
-        summary.layout = {str(key): int(value) for key, value in record["layout"].items()}
-    except CheckpointError as error:
+        path = directory / "progress.json"
+        record = as_record(_Record, read_json(path, "restore it"), path, "restore it")
+        summary.step, summary.tokens = record.progress.step, record.progress.tokens
+        summary.total_tokens = record.progress.total_tokens
+        summary.saved, summary.format, summary.layout = path.stat().st_mtime, record.format, record.layout
+        if is_bad(directory):
+            summary.state = "bad"
+            summary.problem = "the run returned to it, and no update was accepted after that: never taken, nor removed"
+    except (OSError, ValueError) as error:
         summary.state, summary.problem = "damaged", str(error).removeprefix(f"{directory}: ")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        summary.state, summary.problem = "damaged", f"progress.json cannot be read ({type(error).__name__}: {error})"
     return summary
 
 
@@ -258,6 +276,8 @@ def layout_text(layout: dict[str, int]) -> str:
 def _is_free(path: Path) -> bool:
     """Whether a run's lock is there and no job holds it."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
@@ -266,35 +286,37 @@ def _is_free(path: Path) -> bool:
 
 
 def _read_text(path: Path, notes: list[str]) -> str:
+    if not path.exists():
+        return ""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, "restore it", most_bytes=LARGE).decode()
+    except UnicodeDecodeError as error:
         notes.append(f"{path} cannot be read ({error})")
-        return ""
+    except ValueError as error:
+        notes.append(str(error))
+    return ""
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     text = _read_text(path, notes)
     try:
-        value = json.loads(text) if text else {}
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text, path, "restore it") if text else {}
+    except ValueError as error:
         value = {}
-        notes.append(f"{path} is no JSON ({error})")
+        notes.append(str(error))
     return value if isinstance(value, dict) else {}
 
 
-def _last_event(path: Path) -> dict[str, Any]:
-    """The last whole line; a killed run may have left half of one behind it."""
-    for line in reversed(_read_text(path, []).splitlines()):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            return value
-    return {}
+def _read_records(path: Path, key: str, notes: list[str]) -> list[dict[str, Any]]:
+    """The whole lines; a killed run may have left half of one behind them."""
+    try:
+        lines = read_lines(path, key)
+    except OSError as error:
+        notes.append(f"{path} cannot be read ({error})")
+        return []
+    if problem := damage(path, lines):
+        notes.append(problem)
+    return [line.record for line in lines if line.record is not None]
 
 
 def _total_steps(path: Path, notes: list[str]) -> int | None:
@@ -310,6 +332,6 @@ def _total_steps(path: Path, notes: list[str]) -> int | None:
 def _changes(checkpoint: Path, config: Path) -> Changes:
     """Keys in which a run's config differs from a checkpoint's; none where one of them cannot be read."""
     try:
-        return config_changes(checkpoint, config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ConfigError):
+        return config_changes(checkpoint, read_regular(config, "").decode())
+    except ValueError:
         return {}

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_md.commands.inspect import Changes, Inspection, layout_text, newest_checkpoint, reason
+from megatron_md.messages import redacted, shown
 
 
 def show(found: Inspection, *, verified: bool, against: Path | None) -> None:
@@ -84,7 +85,7 @@ def _table(found: Inspection, verified: bool) -> Table:
             state + (", latest" if checkpoint.is_latest else ""),
         )
         style = "red" if checkpoint.problem else ""
-        table.add_row(*(Text(_printable(cell), style) for cell in cells))
+        table.add_row(*(Text(shown(cell), style) for cell in cells))
     return table
 
 
@@ -107,22 +108,21 @@ def _show_changes(console: Console, changes: Changes, *, reasons: bool = False) 
 
 def _print(console: Console, text: str, style: str = "") -> None:
     """A foreign run's words are shown as they are, without markup or what a terminal would obey."""
-    console.print(Text("\n".join(_printable(line) for line in text.split("\n")), style))
-
-
-def _printable(text: str) -> str:
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    console.print(Text(shown(text, multiline=True), style))
 
 
 def _value(value: Any) -> str:
-    text = value if isinstance(value, str) and value else json.dumps(value, default=str)
+    text = redacted(value if isinstance(value, str) and value else json.dumps(value, default=str))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _time(seconds: Any) -> str:
     if not isinstance(seconds, (int, float)):
         return ""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):  # a number that is no time
+        return ""
 
 
 def _size(count: int) -> str:

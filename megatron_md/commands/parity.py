@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_md import config_loader
 from megatron_md.arguments import positive
 from megatron_md.config_loader import ConfigError
+from megatron_md.messages import say
 from megatron_md.parity.config import ParityConfig, check_parity, load_parity_config
 
 EXAMPLES = """examples:
@@ -91,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
     summary = run_experiment(config, handle_signals=True)
     if os.environ.get("RANK", "0") == "0":
         reached = summary["reached_step"]
-        print(
+        say(
             f"{config.run_dir}: {'goal not reached' if reached is None else f'goal reached at step {reached}'} "
             f"(train {summary['train_accuracy']:.3f}, validation {summary['valid_accuracy']:.3f}, "
             f"largest gap {summary['largest_gap']:.3f})"
@@ -118,7 +119,7 @@ def _plot(args: argparse.Namespace) -> int:
 
     output = args.output or args.directory / "parity.png"
     plot_sweep(args.directory, output)
-    print(output)
+    say(output)
     return 0
 
 
@@ -127,7 +128,7 @@ def _validate(args: argparse.Namespace) -> int:
 
     if args.record is not None:
         validate.record_reference(load_parity_config(args.record[0], args.overrides), Path(args.record[1]))
-        print(args.record[1])
+        say(args.record[1])
         return 0
     is_worker, world = _world_size(args)
     path = args.reference or validate.default_reference()
@@ -141,5 +142,5 @@ def _validate(args: argparse.Namespace) -> int:
     summary, loss, grad_norm = validate.train_recorded(config)
     verdict = validate.compare(reference, loss, grad_norm, summary["reached_step"])
     if os.environ.get("RANK", "0") == "0":
-        print(validate.report(config, world, reference, verdict))
+        say(validate.report(config, world, reference, verdict))
     return 0 if verdict.passed else 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from megatron_md.arguments import positive
 from megatron_md.checks import (
@@ -15,6 +14,7 @@ from megatron_md.checks import (
 from megatron_md.config import Config, ConfigError, explain, load_config
 from megatron_md.corpus_checks import corpus_problems, missing_files
 from megatron_md.estimates import report
+from megatron_md.messages import say, tell
 
 EXAMPLES = f"""examples:
   megatron-md train examples/tiny/demo.yaml --nproc-per-node 2
@@ -38,7 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run; see the keys below")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="keys to change")
-    parser.add_argument("--dry-run", action="store_true", help="print config, layout and estimates; start nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print config, layout and estimates; start nothing, but import the modules under imports, which runs them",
+    )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="with --dry-run: import them also from the working directory, as training does, not only from PYTHONPATH "
+        "and the installed packages",
+    )
     parser.add_argument("--world-size", type=positive, metavar="N", help="processes that --dry-run assumes")
     parser.add_argument("--nproc-per-node", type=positive, metavar="N", help="processes on this machine (default 1)")
     parser.add_argument("--nnodes", type=positive, default=1, metavar="N", help="machines of the job (default 1)")
@@ -58,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the config cannot be run.
     """
+    # Torch tells each lost connection with a C++ stack as well; it reads this when it is imported, be it by a plug-in.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     config = load_config(args.config, args.overrides)
     is_worker = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     nproc = args.nproc_per_node or 1
@@ -77,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.dry_run:
             given = is_worker or args.nproc_per_node or args.nnodes > 1
-            return _dry_run(config, args.world_size or (world if given else smallest_world(config)))
+            return _dry_run(config, args.world_size or (world if given else smallest_world(config)), trust=args.trust)
         check_config(config, world)
     except ConfigError as error:
         raise ConfigError([f"{args.config}: {line}" for line in error.lines]) from None
@@ -98,15 +110,15 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
-def _dry_run(config: Config, world_size: int) -> int:
+def _dry_run(config: Config, world_size: int, *, trust: bool) -> int:
     """Print the report; corpora that do not exist yet are only mentioned, those that do must fit."""
-    layout = check_config(config, world_size, corpora=False)
+    layout = check_config(config, world_size, corpora=False, trust=trust)
     problems = list(corpus_problems(config))
     if problems:
         raise ConfigError(problems)
     text = report(config, layout, vocabulary(config))
     if os.environ.get("RANK", "0") == "0":
-        print(text)
+        say(text, multiline=True)
         for line in missing_files(config):
-            print(f"megatron-md: note: training would stop here: {line}", file=sys.stderr)
+            tell(f"megatron-md: note: training would stop here: {line}")
     return 0

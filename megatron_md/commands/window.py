@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,9 @@ import numpy as np
 from megatron_md.data.shards import Manifest, ShardReader, load_manifest
 from megatron_md.diffusion.ngrams import MIN_COUNT, By, NgramCounter, OrderCounts, Tokens, weights_of, weights_stderr
 from megatron_md.diffusion.theory import ngram_signal, optimal_mask_rate
-from megatron_md.evaluate.plot import picture_format, save_figure
+from megatron_md.evaluate.plot import picture_format, plain, save_figure
 from megatron_md.files import replace_file
+from megatron_md.messages import say, shown, tell
 
 WIDTH = 0.1
 GENERATION = (0.5, 1.0)
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     for other in others:
         if other.tokenizer_sha256 != first.tokenizer_sha256:
             raise ValueError(f"{first.location} and {other.location} were tokenised with different tokenizers")
-    name = ", ".join(manifest.location for manifest in manifests)
+    name = shown(", ".join(manifest.location for manifest in manifests))
     available = sum(manifest.tokens for manifest in manifests)
     if not available:
         raise ValueError(f"{name}: the corpus holds no tokens, only empty documents")
@@ -126,11 +126,12 @@ def run(args: argparse.Namespace) -> int:
             f"{name}: no n-gram recurs often enough in {tokens} tokens: take a larger corpus or --max-tokens"
         )
     draw(predictions, name, args.output)
-    print(report(predictions, name))
+    say(report(predictions, name), multiline=True)
     if args.json is not None:
         replace_file(args.json, json.dumps(report_json(predictions, name), indent=2) + "\n")
     written = f"{args.output}, {args.json}" if args.json is not None else args.output
-    print(f"\n{written} written; {time.perf_counter() - start:.1f} s")
+    say("")
+    say(f"{written} written; {time.perf_counter() - start:.1f} s")
     return 0
 
 
@@ -264,7 +265,7 @@ def draw(predictions: Sequence[Prediction], name: str, output: Path) -> None:
         tokens = [prediction.tokens for prediction in predictions]
         rates = [prediction.mask_rate[by][label] for prediction in predictions]
         sizes.plot(tokens, rates, marker="o", markersize=4, label=f"{by}, {label}", **style)
-    signal.set(xlabel="mask rate t", ylabel="Signal(t), largest = 1", xlim=(0, 1), ylim=(0, None), title=name)
+    signal.set(xlabel="mask rate t", ylabel="Signal(t), largest = 1", xlim=(0, 1), ylim=(0, None), title=plain(name))
     sizes.set(xlabel="tokens read", ylabel="predicted mask rate t*", xscale="log")
     sizes.set_xticks([prediction.tokens for prediction in predictions])
     sizes.minorticks_off()
@@ -290,7 +291,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
             nonlocal last
             if time.perf_counter() - last >= LINE_SECONDS:
                 last = time.perf_counter()
-                print(f"{done / 1e6:.2f}M of {total / 1e6:.2f}M tokens", file=sys.stderr, flush=True)
+                tell(f"{done / 1e6:.2f}M of {total / 1e6:.2f}M tokens")
 
         yield print_line
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from megatron_md.data.writer import (
     interrupted_build,
     write_corpus,
 )
+from megatron_md.processes import die_with_parent
 
 BATCH_CHARACTERS = 1 << 18
 ROUND_TRIP_STRIDE = 64
@@ -91,7 +93,7 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, workers: int, first: int) ->
         return
     # Spawned, not forked: the caller may hold threads (torch, progress bars) that a fork would break.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), tokenizer.path)) as pool:
         pending: deque[Future[Batch]] = deque()
         for first, batch in batches:
             pending.append(pool.submit(_work, first, batch))
@@ -171,8 +173,10 @@ def _take_tokens(tokenizer: Tokenizer, entry: TokenDocument, checksum: int) -> T
 _worker_tokenizer: Tokenizer
 
 
-def _start_worker(tokenizer: Path) -> None:
+def _start_worker(parent: int, tokenizer: Path) -> None:
     global _worker_tokenizer
+    # Its queue would never tell that the parent is gone: each worker holds both ends of it.
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to report, once
     _worker_tokenizer = Tokenizer(tokenizer)
 

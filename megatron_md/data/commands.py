@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from megatron_md.data.resume import BuildProgress
 from megatron_md.data.shards import Manifest, load_manifest
 from megatron_md.data.verify import verify
 from megatron_md.data.writer import SHARD_TOKENS
+from megatron_md.messages import say, tell
 
 LINE_SECONDS = 10.0
 EXAMPLES = """examples:
@@ -132,7 +132,7 @@ def _index(args: argparse.Namespace) -> int:
 def _report(folder: str, manifest: Manifest, seconds: float) -> None:
     rejected = manifest.source["rejected"]
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
-    print(
+    say(
         f"{folder}: {manifest.documents} documents, {manifest.tokens} tokens, "
         f"{manifest.text_bytes / 1e6:.2f} MB of text in {len(manifest.shards)} shard(s); "
         f"rejected: {reasons or 'none'}; {seconds:.1f} s, {manifest.tokens / seconds / 1e6:.2f}M tokens/s"
@@ -142,9 +142,9 @@ def _report(folder: str, manifest: Manifest, seconds: float) -> None:
 def _verify(manifest: Manifest) -> int:
     problems = verify(manifest)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        tell(problem)
     verdict = f"{len(problems)} problem(s)" if problems else "sound"
-    print(f"{manifest.location}: {len(manifest.shards)} shard(s), {manifest.documents} documents: {verdict}")
+    say(f"{manifest.location}: {len(manifest.shards)} shard(s), {manifest.documents} documents: {verdict}")
     return 1 if problems else 0
 
 
@@ -156,7 +156,7 @@ def _saying_what_is_kept(output: str) -> Iterator[None]:
     except (KeyboardInterrupt, InputError, OSError):
         partial = Path(os.path.abspath(output) + ".partial")
         if partial.is_dir():
-            print(f"{partial} keeps what is done: the same command goes on from there", file=sys.stderr)
+            tell(f"{partial} keeps what is done: the same command goes on from there")
         raise
 
 
@@ -180,7 +180,7 @@ def _progress() -> Iterator[Callable[[BuildProgress], None]]:
             nonlocal last
             if time.perf_counter() - last >= LINE_SECONDS:
                 last = time.perf_counter()
-                print(describe(done), file=sys.stderr, flush=True)
+                tell(describe(done))
 
         yield print_line
         return

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pydantic import ConfigDict
 
 from megatron_md.batch import DamagedDocument
 from megatron_md.files import replace_file
+from megatron_md.json_file import as_record, parse_json, read_regular
 
 LEDGER_NAME = "quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class _Line(DamagedDocument):
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    step: int
 
 
 class QuarantineLedger:
@@ -54,13 +64,12 @@ class QuarantineLedger:
             ValueError: a line is malformed.
         """
         ledger = cls()
-        if not path.is_file():
+        if not path.exists():
             return ledger
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                step = int(entry.pop("step"))
-                ledger.add([DamagedDocument(**entry)], step)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: no line of a quarantine ledger ({error})") from None
+        way_out = "no line of a quarantine ledger"
+        for number, line in enumerate(read_regular(path, way_out).split(b"\n"), start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                entry = as_record(_Line, parse_json(line, where, way_out), where, way_out)
+                ledger.add([DamagedDocument(entry.corpus, entry.shard, entry.document, entry.tokens)], entry.step)
         return ledger

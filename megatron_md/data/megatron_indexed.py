@@ -60,11 +60,15 @@ def _load_index(
     offsets_S = content[4 * sequences : 12 * sequences].view("<i8").astype(np.int64)
     bounds_D = content[12 * sequences : 12 * sequences + 8 * bounds].view("<i8").astype(np.int64)
     dtype = np.dtype(DTYPES[code])
-    ends_S = offsets_S + lengths_S * dtype.itemsize
-    if sequences and (
-        lengths_S.min() < 0 or offsets_S.min() < 0 or ends_S.max() > bin_bytes or (offsets_S % dtype.itemsize).any()
-    ):
-        raise InputError(f"{idx}: a sequence lies outside {idx.with_suffix('.bin')} ({bin_bytes} bytes); restore both")
+    ends_S = np.cumsum(lengths_S) * dtype.itemsize
+    # Megatron's builder writes one sequence after the other, and nothing else.
+    if sequences and (lengths_S.min() < 0 or (offsets_S != ends_S - lengths_S * dtype.itemsize).any()):
+        raise InputError(f"{idx}: a sequence lies outside of its place in {idx.with_suffix('.bin')}; restore both")
+    covered = int(ends_S[-1]) if sequences else 0
+    if covered != bin_bytes:
+        raise InputError(
+            f"{idx}: its sequences take {covered} bytes, {idx.with_suffix('.bin')} has {bin_bytes}; restore both"
+        )
     if not len(bounds_D) or bounds_D[0] != 0 or bounds_D[-1] != sequences or (np.diff(bounds_D) < 0).any():
         raise InputError(f"{idx}: its document bounds do not run from 0 to {sequences}; restore the file")
     return dtype, lengths_S, offsets_S, bounds_D

@@ -137,11 +137,9 @@ class WindowLayout:
         """What the window's tokens `start` to `stop` (not included) are made of, from left to right."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._ends, stop, side="left"))
-        start_of_first = int(self._ends[first - 1]) if first else 0
-        document_ends = self._ends[first : last + 1].tolist()
-        pieces = []
-        for document, begin, end in zip(
-            self._documents[first : last + 1].tolist(), [start_of_first, *document_ends], document_ends, strict=False
-        ):
-            pieces.append(Piece(document, max(start, begin) - begin, min(stop, end) - begin))
+        documents, ends = self._documents[first : last + 1].tolist(), self._ends[first : last + 1].tolist()
+        begins = [int(self._ends[first - 1]) if first else 0, *ends[:-1]]
+        pieces = [Piece(document, 0, end - begin) for document, begin, end in zip(documents, begins, ends, strict=True)]
+        pieces[0] = Piece(documents[0], start - begins[0], pieces[0].stop)
+        pieces[-1] = Piece(documents[-1], pieces[-1].start, stop - begins[-1])
         return pieces

@@ -7,6 +7,7 @@ with growing delays; the others (404, 403, a missing driver) end in an error at 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.client
 import time
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TypeVar
+
+from megatron_md.messages import HIDDEN, redacted
 
 T = TypeVar("T")
 Read = Callable[[int], bytes]
@@ -32,7 +35,10 @@ PASSING_STATUS = {408, 425, 429}  # besides 5xx
 
 
 class RemoteError(ValueError):
-    """A remote file cannot be had as it should be; the message names its URL."""
+    """A remote file cannot be had as it should be; the message names its URL, without the secrets in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class _WrongContentError(OSError):
@@ -63,8 +69,10 @@ def check_url(url: str) -> str:
     """The URL itself, if its kind is allowed.
 
     Raises:
-        RemoteError: unknown protocol, an fsspec chain (`::`), a query or fragment.
+        RemoteError: unknown protocol, an fsspec chain (`::`), a query or fragment, or a record without its secrets.
     """
+    if HIDDEN in url:
+        raise RemoteError(f"{url}: a record, from which the secrets were left out; give the URL itself")
     protocol = url.partition("://")[0]
     if protocol not in PROTOCOLS:
         raise RemoteError(f"{url}: protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}; or give a plain path")
@@ -150,12 +158,47 @@ def _chunks(url: str, max_bytes: int) -> Iterator[bytes]:
 
 @contextmanager
 def _open_http(url: str) -> Iterator[tuple[Read, int | None]]:
+    scheme, host, *rest = urllib.parse.urlsplit(url)
+    user, _, host = host.rpartition("@")
+    url = urllib.parse.urlunsplit((scheme, host, *rest))
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "megatron-md"})
+    if user:
+        word = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {word}")
     with _http_opener().open(request, timeout=TIMEOUT) as response:
         assert isinstance(response, http.client.HTTPResponse)
         length = response.headers.get("Content-Length")
         # read1 returns what has arrived, so that a slow sender is noticed.
         yield response.read1, int(length) if length is not None and length.isdigit() else None
+
+
+class _Redirections(urllib.request.HTTPRedirectHandler):
+    """Never from https to anything else, and with user and password only within one server."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        """The request that follows.
+
+        Raises:
+            RemoteError: it would leave https.
+        """
+        there, here = urllib.parse.urlsplit(newurl), urllib.parse.urlsplit(req.full_url)
+        if here.scheme == "https" and there.scheme != "https":
+            raise RemoteError(
+                f"{req.full_url}: it redirects to {newurl}, which is not https; give that URL if you mean it"
+            )
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        word = req.get_header("Authorization")
+        if request is not None and word and (there.scheme, there.netloc) == (here.scheme, here.netloc):
+            request.add_unredirected_header("Authorization", word)
+        return request
 
 
 def _http_opener() -> urllib.request.OpenerDirector:
@@ -165,7 +208,7 @@ def _http_opener() -> urllib.request.OpenerDirector:
         urllib.request.ProxyHandler,
         urllib.request.HTTPHandler,
         urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
+        _Redirections,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
         urllib.request.UnknownHandler,

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md.data.entries import Document, Entry, TokenDocument
-from megatron_md.data.shards import REJECTED_NAME, Shard
+from megatron_md.data.shards import REJECTED_NAME, Count, Shard
 from megatron_md.files import replace_file
+from megatron_md.json_file import LARGE, as_record, read_json
 
 PROGRESS_NAME = "progress.json"
 
@@ -23,9 +24,9 @@ PROGRESS_NAME = "progress.json"
 class BuildProgress:
     """What a build has done so far; handed to `on_progress`."""
 
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
+    documents: Count = 0
+    tokens: Count = 0
+    text_bytes: Count = 0
     rejected: Counter[str] = field(default_factory=Counter)
 
 
@@ -43,9 +44,9 @@ class BuildState:
     """
 
     key: str
-    entries: int = 0
-    fingerprint: int = 0
-    rejected_bytes: int = 0
+    entries: Count = 0
+    fingerprint: Count = 0
+    rejected_bytes: Count = 0
     progress: BuildProgress = field(default_factory=BuildProgress)
     shards: list[Shard] = field(default_factory=list)
 
@@ -72,16 +73,10 @@ def load_state(folder: Path, key: str) -> BuildState | None:
         ValueError: the folder holds an interrupted build with other settings, or its shards were changed.
     """
     file = folder / PROGRESS_NAME
-    if not file.is_file():
+    if not file.exists():
         return None
-    try:
-        content = json.loads(file.read_bytes())
-        progress = content.pop("progress")
-        totals = BuildProgress(**{**progress, "rejected": Counter(progress["rejected"])})
-        shards = [Shard(**shard) for shard in content.pop("shards")]
-        state = BuildState(**content, progress=totals, shards=shards)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: malformed; delete {folder} to start over") from error
+    way_out = f"delete {folder} to start over"
+    state = as_record(BuildState, read_json(file, way_out, most_bytes=LARGE), file, way_out)
     if state.key != key:
         raise ValueError(
             f"{folder}: holds an interrupted build with other settings or another tokenizer; finish that one first, "
@@ -91,13 +86,16 @@ def load_state(folder: Path, key: str) -> BuildState | None:
     for shard in state.shards:
         for name, size in ((shard.name, shard.bytes), (shard.index, None)):
             path = folder / name
-            if not path.is_file() or size not in (None, path.stat().st_size):
+            if not os.path.isfile(path) or size not in (None, path.stat().st_size):
                 raise ValueError(f"{path}: missing or changed since the build was interrupted; delete {folder}")
             kept.add(name)
+    rejected = folder / REJECTED_NAME
+    if not rejected.is_file() or rejected.stat().st_size < state.rejected_bytes:
+        raise ValueError(f"{rejected}: missing or cut since the build was interrupted; delete {folder}")
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink()
-    os.truncate(folder / REJECTED_NAME, state.rejected_bytes)
+    os.truncate(rejected, state.rejected_bytes)
     return state
 
 

@@ -8,8 +8,9 @@ A corpus is a folder:
     shard-000000.index.npy    per document: byte offset in the tar, tokens, crc32 of its bytes
     rejected.jsonl            documents that were left out, with reasons
 
-Documents are stored without `<eos>`. Stock `webdataset` reads the tars; our own reader maps them into memory and
-goes by the index, so that any document is found at once and damage is noticed.
+Documents are stored without `<eos>`. Stock `webdataset` reads the tars; our own reader goes by the index, so that any
+document is found at once and damage is noticed. It does not map them into memory: where a mapped file is cut, the
+system kills the process (SIGBUS) before it can say a word.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import mmap
+import os
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,11 +29,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache
 from megatron_md.data.remote import RemoteFile
+from megatron_md.json_file import parse_json, read_regular
+from megatron_md.messages import redacted
 
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
@@ -39,8 +43,11 @@ FORMAT = "megatron-md-shards"
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("crc32", "<u4")])
 MAX_MANIFEST_BYTES = 1 << 28
 MAX_INDEX_HEADER = 1024
+LARGEST_VOCABULARY = 1 << 24
+BLOCK_BYTES = 1 << 20
 PLACES = {"directory", "remote"}  # fields of a manifest that are not for the file to set
 STRICT = ConfigDict(extra="forbid", strict=True)
+Count = Annotated[int, Field(ge=0, lt=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -61,9 +68,9 @@ class Shard:
     __pydantic_config__ = STRICT
 
     name: str
-    documents: PositiveInt
-    tokens: NonNegativeInt
-    bytes: PositiveInt
+    documents: Annotated[Count, Field(gt=0)]
+    tokens: Count
+    bytes: Annotated[Count, Field(gt=0, multiple_of=512)]
     sha256: Sha256
     index: str
     index_sha256: Sha256
@@ -94,14 +101,14 @@ class Manifest:
     format: Literal["megatron-md-shards"]
     version: Literal[1]
     dtype: Literal["uint16", "uint32"]
-    vocab_size: PositiveInt
-    eos_id: NonNegativeInt
-    mask_id: NonNegativeInt
-    pad_id: NonNegativeInt
+    vocab_size: Annotated[int, Field(gt=0, le=LARGEST_VOCABULARY)]
+    eos_id: Count
+    mask_id: Count
+    pad_id: Count
     tokenizer_sha256: Sha256
-    documents: PositiveInt
-    tokens: NonNegativeInt
-    text_bytes: NonNegativeInt
+    documents: Annotated[Count, Field(gt=0)]
+    tokens: Count
+    text_bytes: Count
     source: dict[str, Any]
     shards: tuple[Shard, ...]
     sha256: Sha256
@@ -111,7 +118,7 @@ class Manifest:
     @property
     def location(self) -> str:
         """Folder or URL of the corpus, for messages."""
-        return str(self.directory) if self.remote is None else self.remote.url
+        return str(self.directory) if self.remote is None else str(redacted(self.remote.url))
 
     def remote_files(self, number: int) -> tuple[RemoteFile, RemoteFile]:
         """Shard `number` of a remote corpus, and its index."""
@@ -136,6 +143,8 @@ class Manifest:
             return self.remote.cache.open(file), self.remote.cache.open(index)
         _check_size(self, shard)
         path = self.directory / shard.index
+        if not os.path.isfile(path):
+            raise ShardError(f"{path}: missing index; restore it or build the shards again")
         try:
             return (self.directory / shard.name).open("rb"), path.open("rb")
         except OSError as error:
@@ -175,9 +184,10 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
         return _parse_manifest(file, data, origin.cache.directory, origin)
     path = Path(path)
     file = path / MANIFEST_NAME if path.is_dir() else path
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{file}: no such manifest; build shards with `megatron-md data build`")
-    manifest = _parse_manifest(file, file.read_bytes(), file.parent, None)
+    data = read_regular(file, "build the shards again", most_bytes=MAX_MANIFEST_BYTES)
+    manifest = _parse_manifest(file, data, file.parent, None)
     if check_files:
         for shard in manifest.shards:
             _check_size(manifest, shard)
@@ -191,10 +201,7 @@ def _fetch_manifest(url: str) -> tuple[str, bytes]:
 
 
 def _parse_manifest(file: str | Path, data: bytes, directory: Path, origin: Remote | None) -> Manifest:
-    try:
-        content = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{file}: malformed JSON ({error}); build the shards again") from error
+    content = parse_json(data, file, "build the shards again")
     if not isinstance(content, dict) or content.get("format") != FORMAT or PLACES & content.keys():
         raise ValueError(f"{file}: not a manifest of {FORMAT}")
     sha256 = content_hash(content)
@@ -218,7 +225,8 @@ def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None
     names = [name for shard in manifest.shards for name in (shard.name, shard.index)]
     for name in names:
         # By hand: pathlib takes seconds for the shards of a trillion tokens.
-        if not name.strip("./") or name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        is_bad = not name.strip("./") or name.startswith("/") or "\\" in name or "\0" in name
+        if is_bad or ".." in name.split("/"):
             raise ValueError(f"{file}: shard name {name!r} must be relative and beneath the manifest")
     if len(set(names)) < len(names):
         raise ValueError(f"{file}: a shard is named twice")
@@ -232,7 +240,7 @@ def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None
 
 def _check_size(manifest: Manifest, shard: Shard) -> None:
     path = manifest.directory / shard.name
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes any name
         raise ShardError(
             f"{path}: missing shard of {shard.documents} documents; restore the file or build the shards again"
         )
@@ -247,11 +255,34 @@ def _check_size(manifest: Manifest, shard: Shard) -> None:
 def read_index(manifest: Manifest, shard: Shard) -> npt.NDArray[np.void] | None:
     """Index of a shard that need not be sound itself; None where the index is not."""
     path = manifest.directory / shard.index
-    data = path.read_bytes() if path.is_file() else b""
+    data = path.read_bytes() if os.path.isfile(path) else b""
+    return parse_index(data, shard, manifest.token_dtype.itemsize)
+
+
+def parse_index(data: bytes, shard: Shard, itemsize: int) -> npt.NDArray[np.void] | None:
+    """The index in a file, of a shard whose tokens take `itemsize` bytes; None where it cannot be that.
+
+    Documents lie in the order of the index, apart from each other, within the shard.
+    """
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         return None
-    index: npt.NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
-    return index if index.dtype == INDEX_DTYPE else None
+    file = io.BytesIO(data)
+    try:
+        np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0(file, max_header_size=MAX_INDEX_HEADER)
+    except Exception:  # a header is Python's syntax, and what is wrong in it is told in many ways
+        return None
+    if header != ((shard.documents,), False, INDEX_DTYPE):
+        return None
+    if len(data) - file.tell() != shard.documents * INDEX_DTYPE.itemsize:
+        return None
+    index = np.frombuffer(data, INDEX_DTYPE, offset=file.tell())
+    if index["offset"].max() > shard.bytes or (index["offset"] % itemsize).any():
+        return None
+    starts = index["offset"].astype(np.int64)
+    ends = starts + index["tokens"].astype(np.int64) * itemsize
+    is_apart = ends[-1] <= shard.bytes and (starts[1:] >= ends[:-1]).all()
+    return index if is_apart and int(index["tokens"].sum(dtype=np.int64)) == shard.tokens else None
 
 
 def _cut_off(manifest: Manifest, shard: Shard, size: int) -> str:
@@ -272,7 +303,7 @@ class ShardReader:
     """
 
     def __init__(self, manifest: Manifest, number: int) -> None:
-        """Map shard `number` into memory.
+        """Open shard `number`.
 
         Raises:
             ShardError: the shard or its index is missing, has another size, or they do not fit together.
@@ -284,49 +315,79 @@ class ShardReader:
         with file, index_file:
             self.path = Path(file.name)
             self.index = self._load_index(Path(index_file.name), index_file.read())
-            # The mapping keeps the file open, and with it the lock that a cached file is held by.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(mapped) != self._shard.bytes:
-            raise ShardError(f"{self.path}: {len(mapped)} bytes instead of {self._shard.bytes}; build the shards again")
-        # Tars are padded to 512 bytes, so the whole file is one array of tokens; the headers are never read.
-        self._tokens = np.frombuffer(mapped, dtype=self._dtype)
-        # Copies, as one entry of a plain array is read several times as fast as one of a field.
-        self._starts = (self.index["offset"] // self._dtype.itemsize).astype(np.int64)
-        self._ends = self._starts + self.index["tokens"]
-        self._crc32 = self.index["crc32"].copy()
+            # It keeps the file open, and with it the lock that a cached file is held by.
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        size = os.fstat(self._descriptor).st_size
+        if size != self._shard.bytes:
+            raise ShardError(f"{self.path}: {size} bytes instead of {self._shard.bytes}; build the shards again")
+        # Views, as they give plain numbers, several times as fast as the fields of the index.
+        self._offsets = self.index["offset"].astype(np.int64).data
+        self._lengths = self.index["tokens"].astype(np.int64).data
+        self._crc32 = self.index["crc32"].astype(np.int64).data
 
     def _load_index(self, path: Path, data: bytes) -> npt.NDArray[np.void]:
-        if hashlib.sha256(data).hexdigest() != self._shard.index_sha256:
-            raise ShardError(f"{path}: the index does not match its hash; restore it or build the shards again")
-        index: npt.NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
-        if index.dtype != INDEX_DTYPE or index.shape != (self._shard.documents,):
-            raise ShardError(f"{path}: not an index of {self._shard.documents} documents; build the shards again")
-        ends = index["offset"] + index["tokens"].astype(np.uint64) * np.uint64(self._dtype.itemsize)
-        fits = int(index["tokens"].sum(dtype=np.uint64)) == self._shard.tokens and int(ends.max()) <= self._shard.bytes
-        if not fits or (index["offset"] % self._dtype.itemsize).any():
-            raise ShardError(f"{path}: the index does not fit {self.path.name}; build the shards again")
+        index = parse_index(data, self._shard, self._dtype.itemsize)
+        if index is None:
+            raise ShardError(
+                f"{path}: does not match its hash, or is no index of the {self._shard.documents} documents of "
+                f"{self.path.name}; restore it or build the shards again"
+            )
         return index
 
-    def document(self, number: int, *, verify: bool = True) -> npt.NDArray[np.unsignedinteger]:
-        """Tokens [n] of a document, a view of the file.
+    def document(
+        self, number: int, start: int = 0, stop: int | None = None, *, verify: bool = True
+    ) -> npt.NDArray[np.unsignedinteger]:
+        """Tokens `start` to `stop` (not included; all by default) of a document; cannot be written to.
 
         Raises:
-            DamagedDocumentError: under `verify`, its bytes do not match their crc32.
+            DamagedDocumentError: the file has been cut before its end; under `verify` also: the bytes of the whole
+                document do not match their crc32.
+            OSError: the file cannot be read.
         """
-        start = self._starts[number]
-        tokens = self._tokens[start : self._ends[number]]
-        if verify and zlib.crc32(tokens.data) != self._crc32[number]:
+        offset, length, size = self._offsets[number], self._lengths[number], self._dtype.itemsize
+        stop = length if stop is None or stop > length else stop
+        first, last = (0, length) if verify else (start, stop)
+        data = self._read(offset + first * size, (last - first) * size)
+        problem = ""
+        if len(data) != (last - first) * size:
+            problem = f"the file ends at byte {os.fstat(self._descriptor).st_size}"
+        elif verify and zlib.crc32(data) != self._crc32[number]:
+            problem = "its crc32 differs"
+        if problem:
             raise DamagedDocumentError(
-                f"{self.path}: document {number} (bytes {start * self._dtype.itemsize} to "
-                f"{start * self._dtype.itemsize + tokens.nbytes}) is damaged: its crc32 differs; restore the shard"
+                f"{self.path}: document {number} (bytes {offset} to {offset + length * size}) is damaged: {problem}; "
+                "restore the shard"
             )
-        return tokens
+        tokens = np.frombuffer(data, self._dtype)
+        return tokens[start:stop] if verify else tokens
 
     def blocks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
-        """Tokens of runs of documents that lie side by side, in file order."""
-        cuts = np.flatnonzero(self._starts[1:] != self._ends[:-1]) + 1
-        for first, stop in zip([0, *cuts], [*cuts, len(self._ends)], strict=True):
-            yield self._tokens[self._starts[first] : self._ends[stop - 1]]
+        """Tokens of documents that lie side by side, in file order.
+
+        Raises:
+            ShardError: the file has been cut.
+        """
+        starts, size = self.index["offset"].astype(np.int64), self._dtype.itemsize
+        ends = starts + self.index["tokens"].astype(np.int64) * size
+        cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
+        for start, stop in zip(starts[[0, *cuts]].tolist(), ends[[*(cuts - 1), -1]].tolist(), strict=True):
+            for offset in range(start, stop, BLOCK_BYTES):
+                count = min(BLOCK_BYTES, stop - offset)
+                data = self._read(offset, count)
+                if len(data) != count:
+                    raise ShardError(f"{self.path}: cut at byte {offset + len(data)}; restore the shard")
+                yield np.frombuffer(data, self._dtype)
+
+    def _read(self, offset: int, count: int) -> bytes:
+        """Bytes of the file; fewer than asked for where it ends before."""
+        try:
+            data = os.pread(self._descriptor, count, offset)
+            while 0 < len(data) < count and (more := os.pread(self._descriptor, count - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        return data
 
 
 def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:

@@ -18,13 +18,14 @@ import numpy.typing as npt
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, DamagedDocument, Int32Array, Int64Array
 from megatron_md.data.cache import WindowFetcher
-from megatron_md.data.packing import RowOrder, Span, WindowLayout
+from megatron_md.data.packing import Piece, RowOrder, Span, WindowLayout
 from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader, load_manifest
 
 T = TypeVar("T")
 
 WINDOW_SHARDS = 8
 VALIDATION_SEED = 0
+_CHECKED, _UNCHECKED, _LEFT_OUT = range(3)  # states of a document
 
 logger = logging.getLogger("megatron_md")
 
@@ -121,7 +122,7 @@ class SequenceStream:
             ShardError: a document that they need is damaged (without `keep_going`), or a whole shard; names it.
         """
         count = len(sample_index)
-        tokens_BL = np.full((count, self.seq_length), self.manifest.pad_id, dtype=np.int64)
+        tokens_BL = np.empty((count, self.seq_length), dtype=np.int64)
         is_maskable_BL = np.zeros((count, self.seq_length), dtype=np.bool_)
         cu_seqlens = []
         damaged: set[DamagedDocument] = set()
@@ -134,9 +135,11 @@ class SequenceStream:
                 boundaries += [begin + end for end in ends]
                 is_maskable_BL[b, begin : boundaries[-1]] = True
                 for gap_begin, gap_end, document in gaps:
-                    is_maskable_BL[b, begin + gap_begin : begin + gap_end] = False
+                    gap = slice(begin + gap_begin, begin + gap_end)
+                    tokens_BL[b, gap], is_maskable_BL[b, gap] = self.manifest.pad_id, False
                     damaged.add(window.describe(document))
             if boundaries[-1] < self.seq_length:
+                tokens_BL[b, boundaries[-1] :] = self.manifest.pad_id
                 boundaries.append(self.seq_length)
             cu_seqlens.append(np.array(boundaries, dtype=np.int32))
         index_B = np.asarray(sample_index, dtype=np.int64)
@@ -188,13 +191,14 @@ class _Window:
         self._manifest, self._names, self._readers, self._layout = manifest, names, readers, layout
         self._document_tokens = document_tokens
         self._first_documents = [0, *itertools.accumulate(len(reader.index) for reader in readers)]
-        self._is_unchecked = np.full(len(document_tokens), verify)
-        self._is_left_out = np.zeros(len(document_tokens), dtype=np.bool_)
+        # A byte for each document: what a numpy array gives one by one takes several times as long.
+        self._states = bytearray([_UNCHECKED if verify else _CHECKED]) * len(document_tokens)
         self._keep_going = keep_going
 
     def leave_out(self, shard: int, documents: list[int]) -> None:
         """Treat these documents of the window's shard number `shard` as damaged."""
-        self._is_left_out[self._first_documents[shard] + np.array(documents, dtype=np.int64)] = True
+        for document in documents:
+            self._states[self._first_documents[shard] + document] = _LEFT_OUT
 
     def fill(self, span: Span, tokens_n: Int64Array) -> tuple[list[int], list[tuple[int, int, int]]]:
         """Write a span of this window to the beginning of `tokens_n`.
@@ -209,14 +213,14 @@ class _Window:
         for piece in self._layout.pieces(span.start, span.stop):
             begin, end = end, end + piece.stop - piece.start
             ends.append(end)
-            document_m = self._document(piece.document)
-            if document_m is None:
+            piece_m = self._read(piece)
+            if piece_m is None:
                 gaps.append((begin, end, piece.document))
                 continue
-            piece_m = document_m[piece.start : piece.stop]
-            tokens_n[begin : begin + len(piece_m)] = piece_m
-            if piece.stop > len(document_m):
-                tokens_n[end - 1] = self._manifest.eos_id
+            last = begin + len(piece_m)
+            tokens_n[begin:last] = piece_m
+            if last < end:
+                tokens_n[last] = self._manifest.eos_id
         return ends, gaps
 
     def describe(self, document: int) -> DamagedDocument:
@@ -229,20 +233,21 @@ class _Window:
         shard = bisect_right(self._first_documents, document) - 1
         return shard, document - self._first_documents[shard]
 
-    def _document(self, document: int) -> npt.NDArray[np.unsignedinteger] | None:
-        """A document's tokens [n]; None if it is damaged and the run goes on without it."""
-        if self._is_left_out[document]:
+    def _read(self, piece: Piece) -> npt.NDArray[np.unsignedinteger] | None:
+        """Tokens [n] of a piece, without `<eos>`; None if its document is damaged and the run goes on without it."""
+        state = self._states[piece.document]
+        if state == _LEFT_OUT:
             return None
-        shard, number = self._place(document)
+        shard, number = self._place(piece.document)
         try:
-            tokens_n = self._readers[shard].document(number, verify=bool(self._is_unchecked[document]))
+            tokens_n = self._readers[shard].document(number, piece.start, piece.stop, verify=state == _UNCHECKED)
         except DamagedDocumentError as error:
             if not self._keep_going:
                 raise
             logger.warning("left out: %s", error)
-            self._is_left_out[document] = True
+            self._states[piece.document] = _LEFT_OUT
             return None
-        self._is_unchecked[document] = False
+        self._states[piece.document] = _CHECKED
         return tokens_n
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_md.data.corpus import documents, texts
 from megatron_md.data.tokenizer import JSON_NAME, TRAINING_BYTES, Tokenizer, train_tokenizer
+from megatron_md.messages import say
 
 EXAMPLES = """examples:
   megatron-md tokenizer train --input embedded --split train --output corpus/tokenizer.model
@@ -54,7 +55,7 @@ def _import(args: argparse.Namespace) -> int:
         raise ValueError(f"{tokenizer.path}: not a tokenizer.json; a SentencePiece model is used as it is")
     target = Path(args.output) / JSON_NAME
     tokenizer.save(target)
-    print(
+    say(
         f"{target}: {tokenizer.vocab_size} tokens, mask {tokenizer.mask_token_id}, eos {tokenizer.eos_token_id}, "
         f"pad {tokenizer.pad_token_id}, sha256 {tokenizer.sha256[:12]}"
     )
@@ -66,5 +67,5 @@ def _train(args: argparse.Namespace) -> int:
     corpus = texts(documents(args.input, args.split))
     tokenizer = train_tokenizer(corpus, args.vocab, args.output, training_bytes=args.sample_bytes)
     seconds = time.perf_counter() - start
-    print(f"{args.output}: {tokenizer.vocab_size} pieces in {seconds:.1f} s, sha256 {tokenizer.sha256[:12]}")
+    say(f"{args.output}: {tokenizer.vocab_size} pieces in {seconds:.1f} s, sha256 {tokenizer.sha256[:12]}")
     return 0

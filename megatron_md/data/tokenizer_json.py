@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md.data.optional import optional_package
+from megatron_md.data.shards import LARGEST_VOCABULARY
 from megatron_md.files import replace_file
+from megatron_md.json_file import parse_json, read_json
 
 CONFIG_NAME = "tokenizer_config.json"
 CUSTOMARY = {
@@ -43,12 +45,8 @@ class JsonTokenizer:
             ValueError: it is malformed, `tokenizers` is not installed, or a special token is missing.
         """
         library = optional_package("tokenizers", str(path))
-        try:
-            content = json.loads(data)
-            added: dict[str, dict[str, Any]] = {token["content"]: token for token in content["added_tokens"]}
-            normalizer = (content.get("normalizer") or {}).get("type")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library") from error
+        content = parse_json(data, path, "not a tokenizer.json of the tokenizers library")
+        added, normalizer = _added_tokens(path, content), content.get("normalizer")
         names = _special_names(path, tokens, added)
         for name in names.values():
             # Otherwise a text that spells the token would be encoded as the token itself.
@@ -60,7 +58,7 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self._is_nfc = normalizer == "NFC"
+        self._is_nfc = isinstance(normalizer, dict) and normalizer.get("type") == "NFC"
         for name, token in added.items():
             if self._tokenizer.token_to_id(name) != token["id"]:
                 raise ValueError(f"{path}: the added token {name!r} should have id {token['id']}, but has another one")
@@ -71,6 +69,10 @@ class JsonTokenizer:
             raise ValueError(f"{path}: the mask token {names['mask_token']!r} must differ from eos and pad")
         self.special_names = {int(token["id"]): name for name, token in added.items() if token.get("special")}
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(
+                f"{path}: a token has the id {self.vocab_size - 1}; {LARGEST_VOCABULARY - 1} is the largest"
+            )
         self._config = dict(names)
 
     def encode(self, text: str) -> list[int]:
@@ -90,6 +92,16 @@ class JsonTokenizer:
     def save_config(self, folder: Path) -> None:
         """Write the names of the special tokens into the `tokenizer_config.json` of a folder."""
         replace_file(folder / CONFIG_NAME, json.dumps(self._config, indent=1) + "\n")
+
+
+def _added_tokens(path: Path, content: Any) -> dict[str, dict[str, Any]]:
+    """The added tokens of a `tokenizer.json`, by what they stand for."""
+    added = content.get("added_tokens") if isinstance(content, dict) else None
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library: it has no list of added_tokens")
+    if not all(isinstance(token.get("content"), str) and type(token.get("id")) is int for token in added):
+        raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library: an added token lacks content or id")
+    return {token["content"]: token for token in added}
 
 
 def _special_names(path: Path, tokens: dict[str, str | None], added: dict[str, Any]) -> dict[str, str]:
@@ -114,12 +126,9 @@ def _special_names(path: Path, tokens: dict[str, str | None], added: dict[str, A
 
 def _configured(file: Path) -> dict[str, str]:
     """Special tokens of a `tokenizer_config.json`, each a string or a mapping with its `content`."""
-    if not file.is_file():
+    if not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_bytes())
-        values = {kind: content.get(kind) for kind in CUSTOMARY}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: malformed JSON ({error})") from error
+    content = read_json(file, "restore it, or remove it")
+    values = {kind: content.get(kind) for kind in CUSTOMARY}
     names = {kind: value.get("content") if isinstance(value, dict) else value for kind, value in values.items()}
     return {kind: name for kind, name in names.items() if isinstance(name, str) and name}

@@ -135,9 +135,9 @@ def number(value: object, key: str) -> float:
             result = float(value)
             if math.isfinite(result):
                 return result
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
-    raise ValueError(f"{key} must be a finite number, got {value!r}")
+    raise ValueError(f"{key} must be a finite number, got {quote(value)}")
 
 
 def check_keys(options: Mapping[str, Any], *, required: list[str]) -> None:

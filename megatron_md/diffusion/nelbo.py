@@ -127,9 +127,12 @@ class NelboTable:
         """
         if state["rows"] != self.fingerprint:
             raise ValueError("the saved evaluation scored other rows; start it anew")
-        saved = {**state["estimator"], "density": tuple(state["estimator"]["density"])}
-        if saved != asdict(self.estimator):
-            raise ValueError(f"the saved evaluation used {saved}, not {asdict(self.estimator)}; start it anew")
+        own = {**asdict(self.estimator), "density": list(self.estimator.density)}
+        if state["estimator"] != own:
+            raise ValueError(f"the saved evaluation used {state['estimator']}, not {own}; start it anew")
+        shape = self.estimator.draws, len(self.maskable_R)
+        if any(len(rows) != shape[0] or any(len(row) != shape[1] for row in rows) for rows in state["passes"]):
+            raise ValueError(f"the saved evaluation holds passes of another shape than {shape}; start it anew")
         self.sums = [np.array(rows, dtype=np.float64) for rows in state["passes"]]
 
     def _plans(self) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -7,109 +7,16 @@ strategy choose which proposals to commit (unmasking.py). Shape letters: B rows,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
 from megatron_md.diffusion.proposal import guide, propose
+from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.diffusion.unmasking import Choice, strategies, transfer_counts
 
 Denoiser = Callable[[torch.Tensor], torch.Tensor]
-EosHandling = Literal["keep", "stop", "suppress"]
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    """How to generate.
-
-    Attributes:
-        length: tokens to generate after a prompt; for `infill` the length of the canvas.
-        steps: denoising steps over all blocks; one per token if None. `threshold` and `factor` take it as the most.
-        block: tokens per block, filled from left to right one block after the other; `length` if None.
-        strategy: name of a strategy: which proposals a step commits.
-        temperature: 0 takes the likeliest token, 1 samples from the denoiser's distribution (MDLM's sampler is
-            `ancestral` at 1).
-        top_p: sample from the likeliest tokens that together have this probability; needs a temperature.
-        guidance: w of classifier-free guidance against the canvas without its given tokens; 0 is off, more doubles
-            the forward passes.
-        threshold: probability from which the strategy `threshold` commits.
-        factor: f of the strategy `factor`.
-        eos: `keep` treats it as any token; `stop` ends a row at an `<eos>` with nothing open before it and fills what
-            follows with `<eos>`; `suppress` never generates it.
-        seed: of all random draws.
-    """
-
-    length: int
-    steps: int | None = None
-    block: int | None = None
-    strategy: str = "low_confidence"
-    temperature: float = 0.0
-    seed: int = 0
-    top_p: float = 1.0
-    guidance: float = 0.0
-    threshold: float = 0.9
-    factor: float = 1.0
-    eos: EosHandling = "keep"
-
-    def __post_init__(self) -> None:
-        for key, value in (("length", self.length), ("steps", self.total_steps), ("block", self.block_size)):
-            if value < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
-        strategies.get(self.strategy)
-        self._check_division()
-        self._check_numbers()
-        if self.eos not in get_args(EosHandling):
-            raise ValueError(f"eos must be one of {', '.join(get_args(EosHandling))}, got {self.eos!r}")
-
-    def _check_division(self) -> None:
-        if self.block_size > self.length:
-            raise ValueError(
-                f"block {self.block_size} is longer than length {self.length}; make it at most {self.length}"
-            )
-        if self.length % self.block_size:
-            raise ValueError(f"length {self.length} is not a multiple of block {self.block_size}")
-        if self.total_steps % self.blocks:
-            raise ValueError(
-                f"steps {self.total_steps} is not a multiple of the {self.blocks} blocks (length {self.length} / block "
-                f"{self.block_size})"
-            )
-        if self.strategy == "first_hitting" and self.total_steps != self.length:
-            raise ValueError(
-                f"first_hitting commits one token per step: steps must be the length {self.length}, got "
-                f"{self.total_steps}"
-            )
-
-    def _check_numbers(self) -> None:
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_p < 1.0 and self.temperature == 0.0:
-            raise ValueError(f"top_p {self.top_p} changes nothing at temperature 0; set a temperature or top_p 1")
-        if not 0.0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance must be 0 or a positive number, got {self.guidance}")
-        if not 0.0 < self.threshold <= 1.0:
-            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
-        if not 0.0 < self.factor < math.inf:
-            raise ValueError(f"factor must be a positive number, got {self.factor}")
-
-    @property
-    def total_steps(self) -> int:
-        """Steps over all blocks."""
-        return self.length if self.steps is None else self.steps
-
-    @property
-    def block_size(self) -> int:
-        """Tokens per block."""
-        return self.length if self.block is None else self.block
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-        return self.length // self.block_size
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,11 @@ from megatron_md.diffusion._schedule_base import (
     check_keys,
     number,
     parse_schedule,
+    quote,
     register_schedule,
 )
 from megatron_md.diffusion.incomplete_beta import beta_density, incomplete_beta, inverse_incomplete_beta
+from megatron_md.json_file import parse_json, read_regular
 
 __all__ = [
     "Beta",
@@ -244,20 +245,19 @@ def _pairs(value: object, source: str) -> tuple[tuple[float, float], ...]:
         raise ValueError(f"{source} must be a list of [t, density]")
     for item in value:
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
-            raise ValueError(f"every point in {source} must be [t, density], got {item!r}")
+            raise ValueError(f"every point in {source} must be [t, density], got {quote(item)}")
     return tuple((number(item[0], f"{source}: t"), number(item[1], f"{source}: density")) for item in value)
 
 
 def _read_points(path: str) -> object:
     """Points from a JSON list, or from lines of two numbers (blank or comma between them, # for comments)."""
+    way_out = "write [t, density] points into it"
+    data = read_regular(Path(path), way_out)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the points file {path!r}: {error}") from None
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the points file {path!r} is not UTF-8: {error}") from None
     if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the points file {path!r} is not JSON: {error}") from None
+        return parse_json(text, path, way_out)
     lines = (line.partition("#")[0].replace(",", " ").split() for line in text.splitlines())
     return [line for line in lines if line]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import colorsys
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from megatron_md.messages import printable
 
 if TYPE_CHECKING:
     from megatron_md.diffusion.sampler import SamplerStep
@@ -21,7 +22,6 @@ Decode = Callable[[list[int]], str]
 OPEN = "░"
 BROKEN = "\ufffd"
 LONGEST_CHARACTER = 4  # bytes, and so tokens, of a character in UTF-8
-DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 FRAMES_PER_SECOND = 12
 FIRST_HUE, LAST_HUE = 210.0, 390.0  # blue for the first step, by red to orange for the last
 RAMP = 24  # cells of the legend
@@ -30,18 +30,6 @@ RAMP = 24  # cells of the legend
 def can_stream() -> bool:
     """Whether standard output is a terminal that shows colours and moves its cursor."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and not Console().is_dumb_terminal
-
-
-def visible(text: str) -> str:
-    """A text that cannot command a terminal: control characters and marks of writing direction are made visible."""
-    return "".join(_visible_character(character) for character in text)
-
-
-def _visible_character(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t" or (unicodedata.category(character) != "Cc" and character not in DIRECTION_MARKS):
-        return character
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else BROKEN
 
 
 def pieces(tokens: Sequence[int], decode: Decode) -> list[str]:
@@ -103,7 +91,7 @@ class LiveCanvas:
                 text.append(OPEN, "dim")
             else:
                 style = _colour(at, steps) + (" bold" if at == step < steps else "") if at else ""
-                text.append(visible(piece), style)
+                text.append(printable(piece, multiline=True), style)
         text.append(f"\n\nstep {step} of {steps}  1 ", "dim")
         for cell in range(RAMP):
             text.append("━", _colour(1 + round(cell * (steps - 1) / (RAMP - 1)), steps))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md.evaluate.plot import read_metrics
+from megatron_md.messages import say
 
 EXAMPLES = """examples:
   megatron-md compare runs/demo runs/other
@@ -76,9 +77,9 @@ def _compare(key: str, steps: list[tuple[int, dict[str, Any], dict[str, Any]]], 
     )
 
 
-def _number(value: float | None) -> float:
+def _number(value: Any) -> float:
     """metrics.jsonl has null for what is not finite."""
-    return math.nan if value is None else float(value)
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         if found.first_step is not None and found.first_pair is not None:
             a, b = found.first_pair
             line += f"   first beyond at step {found.first_step}: {a:.8g} and {b:.8g}"
-        print(line)
+        say(line)
     same = all(found.first_step is None for found in differences.values())
-    print(f"{'the same' if same else 'NOT the same'} within rtol {args.rtol:g}")
+    say(f"{'the same' if same else 'NOT the same'} within rtol {args.rtol:g}")
     return 0 if same else 1

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 from megatron_md.arguments import add_model_arguments, positive
+from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.evaluate.prompts import Prompt, read_prompts
+from megatron_md.evaluate.saved_run import open_asked
 
 EXAMPLES = """examples:
   megatron-md generate runs/demo --prompt 'def main(' --length 64
@@ -87,11 +89,35 @@ def run(args: argparse.Namespace) -> int:
     _check_strategy(args)
     prompts = _prompts(args)
     _check_trace(args, prompts)
+    if not args.infill:
+        sampler_config(args, args.length, args.steps)
+    open_asked(args.run_path, args)
 
     from megatron_md.evaluate.texts import write_texts
 
     write_texts(args, prompts)
     return 0
+
+
+def sampler_config(args: argparse.Namespace, length: int, steps: int | None) -> SamplerConfig:
+    """How to generate, as the options say.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    return SamplerConfig(
+        length=length,
+        steps=steps,
+        block=args.block,
+        strategy=args.strategy or "low_confidence",
+        temperature=args.temperature,
+        seed=args.seed,
+        top_p=args.top_p,
+        guidance=args.guidance,
+        threshold=SamplerConfig.threshold if args.threshold is None else args.threshold,
+        factor=SamplerConfig.factor if args.factor is None else args.factor,
+        eos=args.eos,
+    )
 
 
 def _check_place(name: str, path: Path | None) -> None:

@@ -24,12 +24,14 @@ from megatron_md import parallel
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
-from megatron_md.diffusion.sampler import SamplerConfig
+from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.diffusion.scoring import Scorer
 from megatron_md.evaluate.conditional import document_log_likelihoods
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import SavedRun, is_causal, load_model, open_asked
+from megatron_md.evaluate.load import is_causal, load_model
 from megatron_md.evaluate.rows import evaluation_rows
+from megatron_md.evaluate.saved_run import SavedRun, open_asked
+from megatron_md.messages import say
 from megatron_md.parallel import World
 from megatron_md.train.inference import Inference, fill
 
@@ -151,8 +153,6 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
     Raises:
         ValueError: bad input, with the way out.
     """
-    if args.judge is None:
-        raise ValueError("--generative needs --judge RUN_AR: a causal run, such as an autoregressive baseline")
     saved, judge = (open_asked(path, args) for path in (args.run_path, args.judge))
     tokenizer, judge_words = Tokenizer(saved.tokenizer), Tokenizer(judge.tokenizer)
     if not is_causal(judge, mask_token_id=judge_words.mask_token_id):
@@ -178,7 +178,7 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
     matched = _matched(qualities, text)
     for steps, value in matched.items():
         found = "no two temperatures lie around it" if value is None else f"perplexity {value:.2f}"
-        print(f"at the text's entropy, {steps} steps: {found}")
+        say(f"at the text's entropy, {steps} steps: {found}")
     return {
         "run": str(saved.checkpoint),
         "judge": str(judge.checkpoint),
@@ -298,17 +298,17 @@ def _matched(qualities: Sequence[Quality], text: TextQuality | None) -> dict[int
 
 
 def _print_head(run: str, args: argparse.Namespace, length: int, text: TextQuality | None) -> None:
-    print(f"{run}, {args.samples} samples of {length} tokens for each line, judged by {args.judge}")
-    print(
+    say(f"{run}, {args.samples} samples of {length} tokens for each line, judged by {args.judge}")
+    say(
         "temperature   steps  forward passes  perplexity (+- of its log)  entropy  distance: unigrams  bigrams  seconds"
     )
     if text is not None:
-        print(f"{'text':>11s}{' ' * 24} {_figures(text)}")
+        say(f"{'text':>11s}{' ' * 24} {_figures(text)}")
 
 
 def _print_quality(quality: Quality) -> None:
     head = f"{quality.temperature:>11g} {quality.steps:>7d} {quality.forward_passes:>15.1f}"
-    print(f"{head} {_figures(quality)} {quality.seconds:>8.1f}")
+    say(f"{head} {_figures(quality)} {quality.seconds:>8.1f}")
 
 
 def _figures(quality: Quality | TextQuality) -> str:

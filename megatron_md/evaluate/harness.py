@@ -30,7 +30,7 @@ from lm_eval.api.registry import register_model
 from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
-from megatron_md.diffusion.sampler import SamplerConfig
+from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.diffusion.unmasking import strategies
 from megatron_md.evaluate.conditional import (
     AnswerLikelihood,
@@ -39,7 +39,9 @@ from megatron_md.evaluate.conditional import (
     document_log_likelihoods,
 )
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import SavedRun, is_causal, load_model, open_run
+from megatron_md.evaluate.load import is_causal, load_model
+from megatron_md.evaluate.saved_run import SavedRun, open_run
+from megatron_md.messages import shown
 from megatron_md.parallel import World
 from megatron_md.train.inference import Inference, fill
 
@@ -341,11 +343,13 @@ class HarnessModel(TemplateLM):
     def _progress(self, what: str, count: int) -> Iterator[Callable[[], None]]:
         """A bar on the main rank's terminal; its share stands for all."""
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import Progress
 
         console = Console(stderr=True)
         with Progress(console=console, disable=not (self.world.is_main and console.is_terminal)) as bar:
-            task = bar.add_task(f"{self.run.checkpoint} {what}", total=math.ceil(count / self.world.data_size))
+            text = escape(shown(f"{self.run.checkpoint} {what}"))
+            task = bar.add_task(text, total=math.ceil(count / self.world.data_size))
             yield lambda: bar.advance(task)
 
 

@@ -8,17 +8,19 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.files import replace_file
+from megatron_md.json_file import LARGE, as_record, read_json
+from megatron_md.messages import redacted, say, shown
 
 if TYPE_CHECKING:
     from megatron_md.diffusion.nelbo import NelboReport, NelboTable
     from megatron_md.diffusion.scoring import ScoredRows
-    from megatron_md.evaluate.load import SavedRun
+    from megatron_md.evaluate.saved_run import SavedRun
     from megatron_md.parallel import World
 
 ROWS = 256  # scored unless told otherwise
@@ -33,8 +35,8 @@ def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
     _check(args)
     from megatron_md import parallel
     from megatron_md.diffusion.nelbo import check_passes, difference
-    from megatron_md.evaluate.load import open_asked
     from megatron_md.evaluate.rows import TextFiles, evaluation_rows
+    from megatron_md.evaluate.saved_run import open_asked
 
     check_passes(args.passes, args.stderr, args.max_passes)
     runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]
@@ -114,14 +116,20 @@ def _table(
         )
 
 
+@dataclass(frozen=True)
+class _State:
+    """What `--state` holds: `NelboTable.state()` and more."""
+
+    rows: str
+    estimator: dict[str, Any]
+    passes: list[list[list[float | None]]]
+
+
 def _read_state(path: Path | None) -> dict[str, Any] | None:
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return None
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())
-        return {key: state[key] for key in ("rows", "estimator", "passes")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the state of an evaluation ({error}); remove it to start anew") from None
+    way_out = "not the state of an evaluation: remove it to start anew"
+    return vars(as_record(_State, read_json(path, way_out, most_bytes=LARGE), path, way_out))
 
 
 @contextmanager
@@ -129,10 +137,12 @@ def _progress(is_main: bool, text: str) -> Iterator[Callable[[NelboTable], None]
     """A bar over the rows of the current pass, on a terminal."""
     import numpy as np
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, disable=not (is_main and console.is_terminal)) as bar:
+        text = escape(shown(text))
         task = bar.add_task(text)
 
         def moved(table: NelboTable) -> None:
@@ -146,7 +156,12 @@ def _progress(is_main: bool, text: str) -> Iterator[Callable[[NelboTable], None]
 
 def _figures(saved: SavedRun, table: NelboTable, args: argparse.Namespace) -> dict[str, Any]:
     report = table.report()
-    head = {"run": str(saved.checkpoint), "step": saved.step, "data": args.nelbo, "estimator": asdict(table.estimator)}
+    head = {
+        "run": str(saved.checkpoint),
+        "step": saved.step,
+        "data": redacted(args.nelbo),
+        "estimator": asdict(table.estimator),
+    }
     return {**head, **asdict(report)}
 
 
@@ -157,21 +172,19 @@ def _print(result: dict[str, Any]) -> None:
         causal = figures["estimator"]["name"] == "autoregressive"
         bits = "" if figures["bits_per_byte"] is None else f", {figures['bits_per_byte']:.4f} bits per byte"
         name, bound = ("NLL", "") if causal else ("NELBO", "<= ")
-        print(
+        say(
             f"{figures['run']}: {name} {figures['nelbo']:.4f} +- {figures['stderr']:.4f} nats per token "
             f"(masks alone {figures['mask_stderr']:.4f}), perplexity {bound}{figures['ppl_bound']:.2f}{bits}"
         )
-        print(
+        say(
             f"  {figures['tokens']:,} tokens in {figures['rows']:,} rows, {figures['passes']} passes, "
             f"{figures['forward_passes']:,} masked rows through the model, estimator {figures['estimator']['name']}"
         )
         if figures["word_ppl"] is not None:
-            print(
-                f"  perplexity per word {bound}{figures['word_ppl']:.2f} ({figures['words']:,} words as in the files)"
-            )
+            say(f"  perplexity per word {bound}{figures['word_ppl']:.2f} ({figures['words']:,} words as in the files)")
     if "difference" in result:
         gap = result["difference"]
-        print(
+        say(
             f"difference {gap['difference']:+.4f} +- {gap['stderr']:.4f} nats per token "
             f"(negative: {result['run']} is better)"
         )
@@ -185,7 +198,7 @@ def plot_ce_by_rate(reports: dict[str, NelboReport], output: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from megatron_md.evaluate.plot import save_figure
+    from megatron_md.evaluate.plot import plain, save_figure
 
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
     axes = figure.add_subplot()
@@ -195,7 +208,7 @@ def plot_ce_by_rate(reports: dict[str, NelboReport], output: Path) -> None:
             [point.rate for point in points],
             [point.ce for point in points],
             yerr=[0.0 if math.isnan(point.stderr) else point.stderr for point in points],
-            label=f"{name}: {report.nelbo:.3f} ± {report.stderr:.3f}",
+            label=f"{plain(name)}: {report.nelbo:.3f} ± {report.stderr:.3f}",
             color=color,
             marker="o",
             markersize=4,

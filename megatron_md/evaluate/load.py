@@ -2,122 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
-from megatron_md.checkpoint.families import FAMILIES
-from megatron_md.checkpoint.integrity import CheckpointError, read_manifest, verify
+from megatron_md.checkpoint.directory import read_record
+from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.state import load_model as load_weights
-from megatron_md.checks import check_split, import_plugins
-from megatron_md.config import Config, ParallelConfig, load_config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
+from megatron_md.evaluate.saved_run import SavedRun
 from megatron_md.model.build import build_model
 from megatron_md.parallel import World
+from megatron_md.plugins import import_plugins
 from megatron_md.train.inference import Inference
-
-Device = Literal["auto", "cpu", "cuda"]
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """What a run directory or checkpoint says about itself, before anything is loaded.
-
-    Attributes:
-        checkpoint: directory with the weights.
-        config: its resolved config, with the layout of this job.
-        step: optimizer steps that it has seen.
-        tokenizer: file of its tokenizer.
-        trust: load it even if it has no manifest, and import what its config lists under `imports`.
-    """
-
-    checkpoint: Path
-    config: Config
-    step: int
-    tokenizer: Path
-    trust: bool = False
-
-
-def open_run(
-    path: str | Path,
-    *,
-    world_size: int = 1,
-    tensor: int | None = None,
-    pipeline: int = 1,
-    device: Device = "auto",
-    trust: bool = False,
-) -> SavedRun:
-    """Find the newest complete checkpoint of a run directory, or take a checkpoint directory itself.
-
-    Nothing in it is run: its config is data, and `imports` in it are not imported.
-
-    Args:
-        path: run directory or checkpoint.
-        world_size: processes of the job.
-        tensor: tensor-parallel size; what the pipeline leaves of the world if None. The rest is data-parallel.
-        pipeline: pipeline-parallel size.
-        device: where to compute.
-        trust: see `SavedRun`.
-
-    Raises:
-        ValueError: there is none (the message says what was looked for), or the model cannot be split so.
-        CheckpointError: it has no manifest and is not trusted.
-    """
-    path = Path(path)
-    checkpoint = path if (path / "progress.json").is_file() else latest_checkpoint(path)
-    if checkpoint is None:
-        raise ValueError(_no_run(path))
-    if not trust:
-        read_manifest(checkpoint)
-    config = load_config(checkpoint / "config.yaml", [])
-    config = replace(
-        config,
-        parallel=_layout(world_size, tensor, pipeline),
-        train=replace(config.train, device=device),
-    )
-    check_split(config)
-    copies = [checkpoint.parent.parent / "tokenizer.model", Path(config.data.tokenizer or "")]
-    tokenizer = next((file for file in copies if file.is_file()), None)
-    if tokenizer is None:
-        raise ValueError(f"{path}: its tokenizer is not there (looked for {copies[0]} and {copies[1]})")
-    return SavedRun(checkpoint, config, read_progress(checkpoint).step, tokenizer, trust)
-
-
-def open_asked(path: str | Path, args: argparse.Namespace) -> SavedRun:
-    """`open_run` in this job, as a command's `--tensor --pipeline --device --trust` say."""
-    return open_run(
-        path,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        tensor=args.tensor,
-        pipeline=args.pipeline,
-        device=args.device,
-        trust=args.trust,
-    )
-
-
-def _no_run(path: Path) -> str:
-    if not (path / "config.json").is_file():
-        return f"{path}: neither a run directory with a complete checkpoint nor a checkpoint"
-    return (
-        f"{path}: a folder of Hugging Face; convert it first: "
-        f"megatron-md convert {path} runs/{path.resolve().name} --to megatron --family {' or '.join(FAMILIES)}"
-    )
-
-
-def _layout(world_size: int, tensor: int | None, pipeline: int) -> ParallelConfig:
-    size = (tensor or 1) * pipeline
-    if world_size % size:
-        split = f"--tensor {tensor or 1} x --pipeline {pipeline}"
-        raise ValueError(f"{split} does not divide the {world_size} processes: start a multiple of {size}")
-    return ParallelConfig(tensor=tensor or world_size // pipeline, pipeline=pipeline, distributed_optimizer=False)
 
 
 def is_causal(run: SavedRun, *, mask_token_id: int) -> bool:
@@ -126,9 +25,8 @@ def is_causal(run: SavedRun, *, mask_token_id: int) -> bool:
     Raises:
         CheckpointError: only third-party modules could tell, and the run is not trusted.
     """
-    record = json.loads((run.checkpoint / "progress.json").read_text())
-    identity = record.get("identity")
-    if isinstance(identity, dict) and isinstance(identity.get("objective is causal"), bool):
+    identity = read_record(run.checkpoint)["identity"]
+    if isinstance(identity.get("objective is causal"), bool):
         return bool(identity["objective is causal"])
     if run.config.imports and not run.trust:
         raise CheckpointError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 from megatron_md.files import replacing
+from megatron_md.json_file import read_json
+from megatron_md.messages import say, shown, tell
+from megatron_md.train.records import damage, read_lines
 
 EXAMPLES = """examples:
   megatron-md plot runs/demo
@@ -30,27 +31,23 @@ def run(args: argparse.Namespace) -> int:
     """
     output = args.output or args.run_dir / "loss.png"
     plot_run(args.run_dir, output)
-    print(output)
+    say(output)
     return 0
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of RUN/metrics.jsonl; a last line that a killed run left half written is left out.
+    """The records of RUN/metrics.jsonl; damaged lines are told on stderr and left out.
 
     Raises:
-        ValueError: there is no such file, it holds no record, or a line before the last one is damaged.
+        ValueError: there is no such file, or it holds no record.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; is {run_dir} the directory of a run that has trained?")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is damaged") from None
+    lines = read_lines(path)
+    if problem := damage(path, lines):
+        tell(f"megatron-md: {problem} and left out")
+    records = [line.record for line in lines if line.record is not None]
     if not records:
         raise ValueError(f"{path}: no step has been logged yet")
     return records
@@ -58,8 +55,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _series(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Tokens and values of a metric, where it was logged and is finite."""
-    pairs = [(r["tokens"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
+    pairs = [(r["tokens"], r[key]) for r in records if _has_numbers(r, "tokens", key)]
     return [tokens for tokens, _ in pairs], [value for _, value in pairs]
+
+
+def _has_numbers(record: dict[str, Any], *keys: str) -> bool:
+    return all(isinstance(record.get(key), (int, float)) for key in keys)
 
 
 def plot_run(run_dir: Path, output: Path) -> None:
@@ -88,7 +89,7 @@ def plot_run(run_dir: Path, output: Path) -> None:
     entropy = _unigram_entropy(run_dir)
     if entropy is not None:
         axes.axhline(entropy, color="black", linestyle="--", linewidth=1.0, label=f"unigram entropy {entropy:.3f}")
-    axes.set(xlabel="training tokens", ylabel="nats per token", title=str(run_dir))
+    axes.set(xlabel="training tokens", ylabel="nats per token", title=plain(str(run_dir)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -98,12 +99,12 @@ def plot_run(run_dir: Path, output: Path) -> None:
 
 def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
     """The validation NELBO with a band of one standard error."""
-    scored = [r for r in records if isinstance(r.get("val_nelbo"), (int, float)) and math.isfinite(r["val_nelbo"])]
+    scored = [r for r in records if _has_numbers(r, "tokens", "val_nelbo")]
     if not scored:
         return
     tokens = [r["tokens"] for r in scored]
     values = [r["val_nelbo"] for r in scored]
-    errors = [r.get("val_nelbo_stderr") or 0.0 for r in scored]
+    errors = [r["val_nelbo_stderr"] if _has_numbers(r, "val_nelbo_stderr") else 0.0 for r in scored]
     low = [value - error for value, error in zip(values, errors, strict=True)]
     high = [value + error for value, error in zip(values, errors, strict=True)]
     label = f"validation NELBO, last {values[-1]:.3f} ± {errors[-1]:.3f}"
@@ -113,10 +114,15 @@ def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
 
 def _unigram_entropy(run_dir: Path) -> float | None:
     try:
-        value = json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("unigram_entropy")
-    except (OSError, ValueError):
+        value = read_json(run_dir / "summary.json", "restore it").get("unigram_entropy")
+    except ValueError:  # the line is left out; `inspect` says what is wrong with the file
         return None
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def plain(text: str) -> str:
+    """A foreign text for a picture, in which matplotlib finds no formula."""
+    return shown(text).replace("$", r"\$")
 
 
 def picture_format(output: Path) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_md.messages import say
+
 if TYPE_CHECKING:
     from megatron_md.data.tokenizer import Tokenizer
     from megatron_md.parallel import World
@@ -89,7 +91,7 @@ def _typed_line() -> str:
         try:
             return input("> ")
         except EOFError:
-            print()
+            say("")
             return ""
     return sys.stdin.readline().rstrip("\r\n")
 

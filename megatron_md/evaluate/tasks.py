@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.optional import optional_package
+from megatron_md.messages import say
 
 if TYPE_CHECKING:
     from megatron_md.evaluate.harness import HarnessSettings
@@ -92,7 +93,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
 
     from megatron_md import parallel
     from megatron_md.evaluate.harness import HarnessModel
-    from megatron_md.evaluate.load import open_asked
+    from megatron_md.evaluate.saved_run import open_asked
 
     settings = _settings(args)
     split = {key: getattr(args, key) for key in ("tensor", "pipeline", "device", "trust")}
@@ -221,16 +222,14 @@ def _print(result: dict[str, Any]) -> None:
             spread = (
                 "" if found["spread"] is None else f"   spread over {len(found['seeds'])} seeds {found['spread']:.4g}"
             )
-            print(f"{task:30s} {name:24s} {found['mean']:.6g}{error}{spread}")
+            say(f"{task:30s} {name:24s} {found['mean']:.6g}{error}{spread}")
         for name, flips in figures.get("flips", {}).items():
-            print(
+            say(
                 f"{task:30s} {'flip rate,' + name:24s} {flips['flip_rate']:.4f}   {flips['changed']:.4f} of "
                 f"{flips['questions']:,} questions not answered alike by all seeds"
             )
     shortened = f", {result['shortened_prompts']:,} prompts cut from the left" if result["shortened_prompts"] else ""
-    print(
-        f"{result['run']}: {result['forward_passes']:,} rows through the model in {result['seconds']:.1f} s{shortened}"
-    )
+    say(f"{result['run']}: {result['forward_passes']:,} rows through the model in {result['seconds']:.1f} s{shortened}")
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:

@@ -13,16 +13,20 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from megatron_md import parallel
-from megatron_md.checks import import_plugins
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.sampler import OnStep, Sample, SamplerConfig, SamplerStep, check_fits, infill
-from megatron_md.evaluate.canvas import LiveCanvas, can_stream, visible
+from megatron_md.diffusion.sampler import OnStep, Sample, SamplerStep, check_fits, infill
+from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.evaluate.canvas import LiveCanvas, can_stream
+from megatron_md.evaluate.generate import sampler_config
 from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import SavedRun, is_causal, load_model, open_asked
+from megatron_md.evaluate.load import is_causal, load_model
 from megatron_md.evaluate.prompts import Prompt, batches, canvas_of, typed_prompts
+from megatron_md.evaluate.saved_run import SavedRun, open_asked
 from megatron_md.evaluate.trace import Recorder, trace_page
 from megatron_md.files import replace_file
+from megatron_md.messages import printable, tell
 from megatron_md.parallel import World
+from megatron_md.plugins import import_plugins
 from megatron_md.train.inference import fill
 
 TYPING_SECONDS = 7 * 86400.0  # how long other ranks wait for a line
@@ -92,24 +96,8 @@ class Requests:
                 raise ValueError(
                     f"{saved.checkpoint}: a causal model writes one token after the other; leave --{given} out"
                 )
-        self._config = self._config_of(
-            self._context if args.infill else args.length, None if args.infill else args.steps
-        )
-
-    def _config_of(self, length: int, steps: int | None) -> SamplerConfig:
-        args = self._args
-        return SamplerConfig(
-            length=length,
-            steps=steps,
-            block=args.block,
-            strategy=args.strategy or "low_confidence",
-            temperature=args.temperature,
-            seed=args.seed,
-            top_p=args.top_p,
-            guidance=args.guidance,
-            threshold=SamplerConfig.threshold if args.threshold is None else args.threshold,
-            factor=SamplerConfig.factor if args.factor is None else args.factor,
-            eos=args.eos,
+        self._config = sampler_config(
+            args, self._context if args.infill else args.length, None if args.infill else args.steps
         )
 
     def of(self, prompt: Prompt) -> Request:
@@ -146,7 +134,7 @@ class Requests:
         steps = self._args.steps
         if steps is None and self._config.strategy != "first_hitting":
             steps = canvas.count(mask)
-        return Request(prompt, tuple(canvas), self._config_of(len(canvas), steps))
+        return Request(prompt, tuple(canvas), sampler_config(self._args, len(canvas), steps))
 
 
 def write_texts(args: argparse.Namespace, prompts: list[Prompt] | None) -> None:
@@ -175,7 +163,7 @@ def write_texts(args: argparse.Namespace, prompts: list[Prompt] | None) -> None:
                 request = requests.of(prompt)
             except ValueError as error:
                 if world.is_main:
-                    print(error, file=sys.stderr)
+                    tell(error)
                 continue
             writer.write([request])
 
@@ -280,21 +268,21 @@ class Writer:
     def _print(self, text: Text, *, streamed: bool = False) -> None:
         whole = text.text if self._args.infill else text.prompt + text.text
         if not streamed:
-            print(visible(whole) if sys.stdout.isatty() else whole, flush=True)
-        print(
+            sys.stdout.write((printable(whole, multiline=True) if sys.stdout.isatty() else whole) + "\n")
+            sys.stdout.flush()
+        tell(
             f"[{len(text.tokens)} tokens, {text.forward_passes} forward passes, {text.seconds:.1f} s, "
-            f"step {self._saved.step} of {self._args.run_path}]",
-            file=sys.stderr,
+            f"step {self._saved.step} of {self._args.run_path}]"
         )
 
     def _save_trace(self, recorder: Recorder, text: Text, config: SamplerConfig) -> None:
         facts = {
             "run": f"{self._args.run_path}, step {self._saved.step}",
-            "prompt": visible(text.prompt),
+            "prompt": printable(text.prompt, multiline=True),
             "strategy": f"{config.strategy}, temperature {config.temperature:g}, seed {config.seed}",
             "steps": f"{text.steps}, {text.forward_passes} forward passes",
         }
-        title = f"{visible(text.prompt)[:60]} – {text.steps} denoising steps"
+        title = f"{printable(text.prompt)[:60]} – {text.steps} denoising steps"
         replace_file(self._args.save_trace, trace_page(recorder, self._decode, title=title, facts=facts))
 
 

@@ -9,7 +9,8 @@ import json
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from megatron_md.evaluate.canvas import Decode, hue, pieces, visible
+from megatron_md.evaluate.canvas import Decode, hue, pieces
+from megatron_md.messages import printable
 
 if TYPE_CHECKING:
     from megatron_md.diffusion.sampler import SamplerStep
@@ -57,7 +58,7 @@ def trace_page(recorder: Recorder, decode: Decode, *, title: str, facts: dict[st
 
     def shown(at: int, token: int) -> str:
         # A token that `<eos>` overwrote later is not part of the final text.
-        return visible(final[at] if token == recorder.canvas[at] else decode([token]))
+        return printable(final[at] if token == recorder.canvas[at] else decode([token]), multiline=True)
 
     count = len(recorder.changes)
     data: dict[str, Any] = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 
 from megatron_md import config_loader
 from megatron_md.checks import check_config
@@ -26,6 +26,8 @@ from megatron_md.config_sections import (
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
+    PositiveInt,
+    Seed,
     TrainConfig,
     ValidationConfig,
 )
@@ -47,7 +49,7 @@ class TaskConfig:
         PositiveInt | None, Doc("distinct inputs of the fixed training set; null: fresh ones without end")
     ] = 200
     valid_samples: Annotated[PositiveInt, Doc("distinct held-out inputs, never trained on")] = 800
-    seed: Annotated[NonNegativeInt | None, Doc("seed of the secret and the inputs; the run's seed if null")] = None
+    seed: Annotated[Seed | None, Doc("seed of the secret and the inputs; the run's seed if null")] = None
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,7 @@ class SweepConfig:
 
     __pydantic_config__ = STRICT
 
-    seeds: Annotated[list[NonNegativeInt], Doc("seeds of the runs of each arm; [seed] if empty")] = field(
-        default_factory=list
-    )
+    seeds: Annotated[list[Seed], Doc("seeds of the runs of each arm; [seed] if empty")] = field(default_factory=list)
     arms: Annotated[
         dict[str, list[str]], Doc("name of each arm: its section.key=value words; one arm, as configured, if empty")
     ] = field(default_factory=dict)
@@ -97,9 +97,7 @@ class ParityConfig:
     __pydantic_config__ = STRICT
 
     run_dir: Annotated[str, Doc("directory of the run, or of the sweep's runs")] = "runs/parity"
-    seed: Annotated[
-        int, Field(ge=0, lt=2**63, description="seed of the task, the order, the corruption and the initial weights")
-    ] = 1
+    seed: Annotated[Seed, Doc("seed of the task, the order, the corruption and the initial weights")] = 1
     denoiser: Annotated[
         Literal["transformer", "uniform_attention"], Doc("megatron-core's transformer, or the MLP of uniform_attention")
     ] = "transformer"

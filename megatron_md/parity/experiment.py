@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 
 from megatron_md import config_loader, parallel
-from megatron_md.checks import import_plugins
 from megatron_md.diffusion.objective import Objective, build_objective
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.diffusion.scoring import Scorer
@@ -25,6 +24,7 @@ from megatron_md.parity.config import DIRECT, MASK_TOKEN_ID, ParityConfig, train
 from megatron_md.parity.objective import ReportByRegime
 from megatron_md.parity.task import ParityStream, ParityTask
 from megatron_md.parity.uniform_attention import LocalStopRequest, UniformAttentionStepper
+from megatron_md.plugins import import_plugins
 from megatron_md.train.callback import Callback
 from megatron_md.train.inference import Inference
 from megatron_md.train.metrics import MetricsWriter, environment, write_json

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.evaluate.plot import read_metrics, save_figure
+from megatron_md.evaluate.plot import plain, read_metrics, save_figure
 from megatron_md.parity.sweep import by_arm, read_csv
 
 FloatArray = npt.NDArray[np.float64]
@@ -59,8 +59,8 @@ def arm_curves(directory: Path) -> list[ArmCurves]:
 
 
 def _measured(records: Sequence[dict[str, Any]]) -> dict[str, FloatArray]:
-    measured = [record for record in records if "valid_accuracy" in record]
     keys = ("step", "train_accuracy", "valid_accuracy")
+    measured = [record for record in records if record.keys() >= set(keys)]
     return {key: np.array([record[key] for record in measured], dtype=np.float64) for key in keys}
 
 
@@ -105,7 +105,7 @@ def _draw_signal(axes: Any, arms: Sequence[ArmCurves]) -> None:
     for number, arm in enumerate(arms):
         color, value = COLORS[number % len(COLORS)], arm.signal_probability
         axes.barh(number, value or 0.0, color=color, height=0.55)
-        seeds = f"{arm.name} ({len(arm.valid)} seed{'s' if len(arm.valid) > 1 else ''})"
+        seeds = f"{plain(arm.name)} ({len(arm.valid)} seed{'s' if len(arm.valid) > 1 else ''})"
         axes.text(0.004, number - 0.3, seeds, color=color, va="bottom", fontsize="small", fontweight="bold")
         axes.text((value or 0.0) + 0.004, number, "no schedule" if value is None else f"{value:.3f}", va="center")
     largest = max((arm.signal_probability or 0.0 for arm in arms), default=0.0)

@@ -23,14 +23,23 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_md import config_loader
 from megatron_md.config_loader import ConfigError
 from megatron_md.evaluate.plot import read_metrics
 from megatron_md.files import replace_file
+from megatron_md.json_file import read_json, read_regular
+from megatron_md.messages import say, shown, tell
 from megatron_md.parity.config import ParityConfig, SweepConfig, check_parity
+from megatron_md.processes import die_with_parent
 
 CSV_NAME = "parity.csv"
+_FIGURES = {
+    **dict.fromkeys(("reached_step", "memorised_step", "largest_gap_step"), int | None),
+    **dict.fromkeys(("train_accuracy", "valid_accuracy", "largest_gap", "signal_probability"), int | float | None),
+    "seconds": int | float,
+}
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,11 @@ class SweepRun:
     def summary(self) -> dict[str, Any] | None:
         """What came of it, if it has been run to its end exactly as configured."""
         try:
-            summary = json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
-            resolved = (self.directory / "config.yaml").read_text(encoding="utf-8")
-        except (OSError, ValueError):
+            summary = read_json(self.directory / "summary.json", "the run is done again")
+            resolved = read_regular(self.directory / "config.yaml", "the run is done again").decode()
+        except ValueError:
+            return None
+        if not all(isinstance(summary.get(key), kind) for key, kind in _FIGURES.items()):
             return None
         is_done = summary.get("status") == "finished" and resolved == config_loader.to_yaml(self.config)
         return summary if is_done else None
@@ -127,7 +138,7 @@ def run_sweep(config: ParityConfig, *, workers: int) -> int:
     directory = Path(config.run_dir)
     rows = {run.directory: row for run in runs if (row := csv_row(directory, run)) is not None}
     todo = [run for run in runs if run.directory not in rows]
-    print(f"{len(runs)} runs, {len(rows)} of them done already", file=sys.stderr)
+    tell(f"{len(runs)} runs, {len(rows)} of them done already")
     failed = 0
     with _pool(workers) as pool:
         futures: dict[Future[None], SweepRun] = {pool.submit(_run_in_worker, run.config): run for run in todo}
@@ -137,16 +148,16 @@ def run_sweep(config: ParityConfig, *, workers: int) -> int:
             if error is not None:
                 failed += 1
                 log = run.directory / "log.txt"
-                print(f"{run.directory} failed: {type(error).__name__}: {error} (see {log})", file=sys.stderr)
+                tell(f"{run.directory} failed: {type(error).__name__}: {error} (see {log})")
                 continue
             row = csv_row(directory, run)
             assert row is not None, "it has just been run"
-            print(f"{run.directory}: {_verdict(row)}", file=sys.stderr)
+            tell(f"{run.directory}: {_verdict(row)}")
             rows[run.directory] = row
             write_csv(directory, [rows[run.directory] for run in runs if run.directory in rows])
     if rows:
         write_csv(directory, [rows[run.directory] for run in runs if run.directory in rows])
-        print(table(read_csv(directory)), end="")
+        say(table(read_csv(directory)).rstrip("\n"), multiline=True)
     return failed
 
 
@@ -156,7 +167,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),))
     try:
         yield pool
     except BaseException:
@@ -165,18 +176,6 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """End this worker when the sweep is gone (kill -9): it would go on writing where the next sweep does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "workers are children of the sweep"
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_in_worker(config: ParityConfig) -> None:
@@ -220,7 +219,7 @@ def csv_row(directory: Path, run: SweepRun) -> dict[str, Any] | None:
     if summary is None:
         return None
     config = run.config
-    shares = [record["signal_share"] for record in read_metrics(run.directory)]
+    shares = [record["signal_share"] for record in read_metrics(run.directory) if "signal_share" in record]
     schedule = config.objective.mask_schedule
     return {
         "arm": run.arm,
@@ -290,7 +289,7 @@ def table(rows: Sequence[dict[str, str]]) -> str:
             text += f" ({reached[0]} to {reached[-1] if len(reached) == len(runs) else f'> {cap}'})"
         accuracies = sorted(float(row["valid_accuracy"]) for row in runs)
         result.add_row(
-            arm,
+            Text(shown(arm)),
             f"{float(runs[0]['signal_probability']):.4f}" if runs[0]["signal_probability"] else "",
             f"{len(reached)}/{len(runs)}",
             text,

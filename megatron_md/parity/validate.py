@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -14,8 +13,10 @@ from megatron_md import config_loader
 from megatron_md.config_loader import ConfigError
 from megatron_md.evaluate.compare import relative_difference
 from megatron_md.files import replace_file
+from megatron_md.json_file import as_record, read_json
 from megatron_md.parity.config import ParityConfig, SweepConfig, check_parity
 from megatron_md.parity.sweep import with_words
+from megatron_md.processes import scratch_folder
 
 CURVE_STEPS = 50
 RTOL = 1e-5  # of the loss in fp32; 2e-7 were measured between layouts on one machine
@@ -25,7 +26,16 @@ FREE = ("parallel.", "megatron.", "train.device", "train.micro_batch_size", "tra
 
 
 @dataclass(frozen=True)
-class Reference:
+class _Figures:
+    loss: list[float]
+    grad_norm: list[float]
+    reached_step: int | None
+    largest_gap: float
+    versions: dict[str, str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(_Figures):
     """A recorded run.
 
     Attributes:
@@ -37,11 +47,6 @@ class Reference:
     """
 
     config: ParityConfig
-    loss: list[float]
-    grad_norm: list[float]
-    reached_step: int | None
-    largest_gap: float
-    versions: dict[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,15 @@ def read_reference(path: Path) -> Reference:
     Raises:
         ConfigError: no such file, or it is no record.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        config = config_loader.validate(ParityConfig, record.pop("config"), str(path))
-        return Reference(config, **record)
-    except FileNotFoundError:
-        raise ConfigError([f"{path}: no such file"]) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError([f"{path}: is no record of `megatron-md parity validate --record` ({error})"]) from None
+    if not path.exists():
+        raise ConfigError([f"{path}: no such file"])
+    way_out = "is no record of `megatron-md parity validate --record`"
+    record = read_json(path, way_out)
+    config = record.pop("config", None)
+    if not isinstance(config, dict):
+        raise ConfigError([f"{path}: holds no config, so it {way_out}"])
+    figures = as_record(_Figures, record, path, way_out)
+    return Reference(config=config_loader.validate(ParityConfig, config, str(path)), **vars(figures))
 
 
 def layout_config(reference: Reference, words: Sequence[str], world_size: int) -> ParityConfig:
@@ -116,14 +122,23 @@ def train_recorded(config: ParityConfig) -> tuple[dict[str, Any], list[float], l
             self.records.append((record["loss"], record["grad_norm"]))
 
     curve = Curve()
-    with tempfile.TemporaryDirectory(prefix="megatron-md-parity-") as folder:
-        summary = run_experiment(replace(config, run_dir=folder), (curve,))
+    with scratch_folder() as folder:
+        summary = run_experiment(replace(config, run_dir=str(folder)), (curve,))
     loss, grad_norm = (list(column) for column in zip(*curve.records[:CURVE_STEPS], strict=True))
     return summary, loss, grad_norm
 
 
 def compare(reference: Reference, loss: list[float], grad_norm: list[float], reached_step: int | None) -> Verdict:
-    """Set a run against the record."""
+    """Set a run against the record.
+
+    Raises:
+        ValueError: the record holds another number of steps.
+    """
+    steps = {len(loss), len(grad_norm), len(reference.loss), len(reference.grad_norm)}
+    if len(steps) > 1 or not loss:
+        raise ValueError(
+            f"the record holds {len(reference.loss)} steps of the curve, the run {len(loss)}: record it anew"
+        )
     losses = [relative_difference(*pair) for pair in zip(loss, reference.loss, strict=True)]
     norms = [relative_difference(*pair) for pair in zip(grad_norm, reference.grad_norm, strict=True)]
     beyond = (a > RTOL or b > GRAD_RTOL for a, b in zip(losses, norms, strict=True))

@@ -9,16 +9,23 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
 
 from megatron_md.exit_codes import RunFailedError
 
 WINDOW = 128  # accepted losses that the running median is taken over
 FEWEST = 32  # accepted losses before a spike can be told from the start of a run
 
+# What a record that comes from a file may hold.
+RECORD = ConfigDict(extra="forbid")
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Loss = Annotated[float, Field(allow_inf_nan=False)]
+
 
 class BadNumbersError(RunFailedError):
-    """Loss or gradients are bad again and again."""
+    """Loss, gradients or weights are bad, and the run knows no way on."""
 
 
 def not_finite(loss: float, grad_norm: float) -> str | None:
@@ -40,19 +47,20 @@ class GuardState:
         first_skipped_step: steps done before the first of those.
         first_skipped_row: `sample_index` g of the first row of those.
         rollbacks: returns to a checkpoint in the whole run.
+        is_proven: an update has been accepted since the newest of those; else its checkpoint may be what is bad.
+        suspects: rows [first, stop) that the newest return blamed, or took up again when it blamed the checkpoint.
     """
 
-    recent_losses: tuple[float, ...] = ()
-    skipped_total: int = 0
-    skipped_in_row: int = 0
-    first_skipped_step: int = 0
-    first_skipped_row: int = 0
-    rollbacks: int = 0
+    __pydantic_config__ = RECORD
 
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> GuardState:
-        """The state that `dataclasses.asdict` and JSON have been through."""
-        return cls(**{**record, "recent_losses": tuple(record.get("recent_losses", ()))})
+    recent_losses: tuple[Loss, ...] = ()
+    skipped_total: Whole = 0
+    skipped_in_row: Whole = 0
+    first_skipped_step: Whole = 0
+    first_skipped_row: Whole = 0
+    rollbacks: Whole = 0
+    is_proven: bool = True
+    suspects: tuple[Whole, Whole] = (0, 0)
 
     def fault(self, loss: float, grad_norm: float, spike_factor: float | None) -> str | None:
         """Why an update with this loss (nats) and gradient norm must be left out; None if it need not."""
@@ -66,7 +74,8 @@ class GuardState:
     def after(self, loss: float, *, skipped: bool, step: int, first_row: int) -> GuardState:
         """The state once the step from `step` to `step + 1`, whose rows begin at g = `first_row`, is done."""
         if not skipped:
-            return replace(self, recent_losses=(*self.recent_losses, loss)[-WINDOW:], skipped_in_row=0)
+            losses = (*self.recent_losses, loss)[-WINDOW:]
+            return replace(self, recent_losses=losses, skipped_in_row=0, is_proven=True)
         state = replace(self, skipped_total=self.skipped_total + 1, skipped_in_row=self.skipped_in_row + 1)
         if self.skipped_in_row:
             return state

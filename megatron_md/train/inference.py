@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 
 from megatron_md.batch import CorruptedBatch
 from megatron_md.config import Config
-from megatron_md.diffusion.sampler import OnStep, Sample, SamplerConfig, sample
+from megatron_md.diffusion.sampler import OnStep, Sample, sample
+from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.parallel import World, sum_over_ranks
 from megatron_md.train.step import ForwardPass
 

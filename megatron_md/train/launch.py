@@ -10,19 +10,22 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_md.exit_codes import EXIT_ERROR, EXIT_PEER_FAILED, VERDICT_VARIABLE
+from megatron_md.exit_codes import EXIT_ERROR, EXIT_PEER_FAILED, VERDICT_VARIABLE, RunFailedError
+from megatron_md.messages import tell
+from megatron_md.processes import PARENT_VARIABLE, scratch_folder
+from megatron_md.train import nodes
 
 FAILURE_SECONDS = 10  # what the other workers get to end once one has failed
 
@@ -52,25 +55,32 @@ def launch(
 
     Returns:
         The exit code that `megatron-md train` promises.
+
+    Raises:
+        RunFailedError: the nodes have not met, or have lost one another.
     """
     # One thread per core over all workers, unless the user knows better.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc_per_node)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     SubprocessContext.close = _close  # type: ignore[method-assign, assignment]
     words = ("-m", "megatron_md", *command, config_path, *overrides)
-    with tempfile.TemporaryDirectory(prefix="megatron_md_") as folder:
-        verdict = Path(folder, "exit_code")
+    with scratch_folder() as folder:
+        verdict = folder / "exit_code"
         os.environ[VERDICT_VARIABLE] = str(verdict)
+        os.environ[PARENT_VARIABLE] = str(os.getpid())
         try:
             elastic_launch(
                 _launch_config(nproc_per_node, nnodes, rdzv_endpoint, max_restarts, hang_timeout), sys.executable
             )(*words)
         except ChildFailedError as error:
-            print(f"megatron-md: {_first_failure(error.failures)}", file=sys.stderr)
+            tell(f"megatron-md: {_first_failure(error.failures)}")
             return EXIT_ERROR
+        except (RendezvousError, DistError) as error:
+            raise RunFailedError(nodes.why_apart(error, str(rdzv_endpoint), nnodes)) from None
         except (SignalException, KeyboardInterrupt):
             pass
         finally:
+            del os.environ[PARENT_VARIABLE]
             # Those that a second signal, or an error of the launcher itself, has left behind.
             for child in psutil.Process().children(recursive=True):
                 child.kill()
@@ -105,7 +115,8 @@ def _launch_config(
         max_nodes=nnodes,
         nproc_per_node=nproc_per_node,
         run_id=os.environ.get("MEGATRON_MD_JOB_ID", "megatron-md" if nnodes > 1 else uuid.uuid4().hex),
-        rdzv_backend="c10d",
+        rdzv_backend=nodes.BACKEND,
+        rdzv_configs={"hang_timeout": hang_timeout},
         rdzv_endpoint=rdzv_endpoint or "127.0.0.1:0",
         max_restarts=max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),

@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 
+from megatron_md.messages import Formatter
 from megatron_md.parallel import World
 
 logger = logging.getLogger("megatron_md")
@@ -27,7 +28,7 @@ def open_rank_log(run_dir: Path, world: World) -> None:
     path = rank_log(run_dir, world.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = _RankLog(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.INFO)
     logging.getLogger().addHandler(handler)
     logger.setLevel(logging.INFO)

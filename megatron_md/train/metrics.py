@@ -17,8 +17,10 @@ import torch
 
 from megatron_md.config import Config
 from megatron_md.files import append, replace_file
+from megatron_md.messages import redacted, tell
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.logs import logger
+from megatron_md.train.records import damage, read_lines
 from megatron_md.train.trainer import Trainer
 
 
@@ -39,11 +41,11 @@ def without_nan(value: Any) -> Any:
 def append_event(run_dir: Path, name: str, **details: Any) -> None:
     """Append a line to RUN/events.jsonl: starts, saves, signals, skips; if it fails, tell it on the terminal."""
     path = run_dir / "events.jsonl"
-    line = json.dumps(without_nan({"time": time.time(), "event": name, **details}))
+    line = json.dumps(redacted(without_nan({"time": time.time(), "event": name, **details})))
     try:
         append(path, line + "\n")
     except OSError as error:
-        print(f"megatron-md: {path} cannot be written ({error.strerror}): {line}", file=sys.stderr)
+        tell(f"megatron-md: {path} cannot be written ({error.strerror}): {line}")
 
 
 def environment(world_size: int) -> dict[str, Any]:
@@ -66,17 +68,27 @@ def environment(world_size: int) -> dict[str, Any]:
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Cut metrics.jsonl or samples.jsonl back to `step`, where a resumed run goes on; a torn last line goes too."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            break
-    replace_file(path, "".join(line + "\n" for line in kept))
+    """Cut metrics.jsonl or samples.jsonl back to `step`, where a resumed run goes on; all whole lines before it stay.
+
+    Damaged lines, a torn last one too, are told and moved to FILE.damaged, where they are on disk before they go here.
+    """
+    lines = read_lines(path)
+    if problem := damage(path, lines):
+        _keep_aside(path.with_name(f"{path.name}.damaged"), [line.content for line in lines if line.record is None])
+        tell(f"megatron-md: {problem} and moved to {path.name}.damaged")
+        numbers = [line.number for line in lines if line.record is None]
+        append_event(path.parent, "lines_damaged", file=path.name, count=len(numbers), lines=numbers[:20])
+    if path.is_file():
+        kept = [line.content + b"\n" for line in lines if line.record is not None and line.record["step"] <= step]
+        replace_file(path, b"".join(kept))
+
+
+def _keep_aside(path: Path, lines: list[bytes]) -> None:
+    damaged = b"".join(line + b"\n" for line in lines)
+    before = path.read_bytes() if path.is_file() else b""
+    # A crash may have come between this file and the cut: the lines are there then.
+    if not (b"\n" + before).endswith(b"\n" + damaged):
+        replace_file(path, before + damaged)
 
 
 class MetricsWriter(Callback):
@@ -200,7 +212,7 @@ class MetricsWriter(Callback):
                 raise
             if not was_full:
                 problem = f"{path} cannot be written ({error.strerror})"
-                print(f"megatron-md: {problem}; its lines are kept for later", file=sys.stderr)
+                tell(f"megatron-md: {problem}; its lines are kept for later")
 
 
 class Console:
@@ -248,7 +260,7 @@ class Console:
             self.bar.console.print(text, highlight=False)
             self.advance(record["step"])
         else:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     def close(self) -> None:
         """Take the bar down."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
 
 from megatron_md.batch import BatchPosition
 from megatron_md.config import Config
-from megatron_md.train.bad_numbers import GuardState
+from megatron_md.train.bad_numbers import RECORD, GuardState, Whole
 
 
 @dataclass(frozen=True)
 class Progress:
     """Positions are integers, so that nothing drifts; the rest comes back from JSON to the bit.
+
+    Records of older releases lack the guard.
 
     Attributes:
         step: optimizer steps done; one whose update was left out counts as well.
@@ -25,26 +29,20 @@ class Progress:
         guard: what the guard against bad numbers remembers.
     """
 
-    step: int
-    next_sample_index: int
-    tokens: int
-    total_tokens: int
-    jumps: tuple[tuple[int, int], ...] = ()
+    __pydantic_config__ = RECORD
+
+    step: Whole
+    next_sample_index: Whole
+    tokens: Whole
+    total_tokens: Annotated[Whole, Field(gt=0)]
+    jumps: tuple[tuple[Whole, Whole], ...] = ()
     guard: GuardState = field(default_factory=GuardState)
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Progress:
-        """The progress that `dataclasses.asdict` and JSON have been through; records of older releases lack the guard.
-
-        Raises:
-            TypeError: an entry is missing or unknown.
-        """
-        jumps = tuple((int(first), int(stop)) for first, stop in record.get("jumps", ()))
-        return cls(**{**record, "jumps": jumps, "guard": GuardState.from_record(record.get("guard", {}))})
 
     @classmethod
     def start(cls, config: Config) -> Progress:
         """Progress of a run that has not begun."""
+        if not config.data.random_length_fraction:
+            return cls(0, 0, 0, rows_before(config, config.train.steps) * config.data.seq_length)
         rows = tokens = 0
         for step in range(config.train.steps):
             size = batch_size_at(config, step)
@@ -86,6 +84,30 @@ def batch_size_at(config: Config, step: int) -> int:
         return full
     rises = -(-(full - ramp.start) // ramp.increment)
     return min(full, ramp.start + ramp.increment * (step * rises // ramp.steps))
+
+
+def rows_before(config: Config, step: int) -> int:
+    """Rows of the global batches before `step`: the sum of `batch_size_at`, without going through the steps."""
+    full, ramp = config.train.global_batch_size, config.train.batch_ramp
+    if ramp is None:
+        return step * full
+    ramped = min(step, ramp.steps)
+    rises = -(-(full - ramp.start) // ramp.increment)
+    return ramped * ramp.start + ramp.increment * _sum_of_floors(ramped, rises, ramp.steps) + (step - ramped) * full
+
+
+def _sum_of_floors(count: int, numerator: int, denominator: int, offset: int = 0) -> int:
+    """Sum over i < count of (numerator * i + offset) // denominator, by the steps of Euclid's algorithm.
+
+    The integer points under a line are counted by columns, then, with the axes exchanged, by rows.
+    """
+    total = 0
+    while count:
+        total += numerator // denominator * (count * (count - 1) // 2) + offset // denominator * count
+        numerator, offset = numerator % denominator, offset % denominator
+        count, offset = divmod(numerator * count + offset, denominator)
+        numerator, denominator = denominator, numerator
+    return total
 
 
 def row_length_at(config: Config, first_sample_index: int) -> int:

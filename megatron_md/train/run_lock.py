@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,13 @@ from typing import IO
 
 import torch.distributed as dist
 
+from megatron_md.messages import tell
 from megatron_md.parallel import World
 from megatron_md.train.logs import logger
 
 LOCK_NAME = ".lock"
 WAIT_SECONDS = 100.0  # the workers of a killed job end in seconds; NFS keeps a dead machine's locks for 90 s by default
-RESTART_WAIT_SECONDS = 5.0  # a launcher that restarts its workers has seen the ones before them end
+RESTART_WAIT_SECONDS = 5.0  # a launcher that restarts its workers has seen the ones before them end, if it had all
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -40,7 +40,8 @@ def only_job(run_dir: Path, world: World, *, wait_seconds: float | None = None) 
     """
     if wait_seconds is None:
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        wait_seconds = RESTART_WAIT_SECONDS if is_restart else WAIT_SECONDS
+        is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        wait_seconds = RESTART_WAIT_SECONDS if is_restart and is_one_node else WAIT_SECONDS
     file, problem = None, None
     if world.is_main:
         try:
@@ -79,7 +80,7 @@ def _lock(run_dir: Path, wait_seconds: float) -> IO[str]:
                 raise
             if not is_told:
                 line = f"another job holds this run directory; it is given {wait_seconds:.0f} s to end"
-                print(f"megatron-md: {run_dir}: {line}", file=sys.stderr, flush=True)
+                tell(f"megatron-md: {run_dir}: {line}")
                 is_told = True
             time.sleep(0.2)
             continue

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.sampler import SamplerConfig, check_fits
+from megatron_md.diffusion.sampler import check_fits
+from megatron_md.diffusion.sampler_config import SamplerConfig
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import SamplerStep
 from megatron_md.files import append
+from megatron_md.messages import tell
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.inference import Inference, fill
 from megatron_md.train.metrics import MetricsWriter, truncate_metrics
@@ -73,4 +73,4 @@ class Sampling(Callback):
         except OSError as error:
             if not self.may_be_lost:
                 raise
-            print(f"megatron-md: {self.path} cannot be written ({error.strerror}): a sample is lost", file=sys.stderr)
+            tell(f"megatron-md: {self.path} cannot be written ({error.strerror}): a sample is lost")

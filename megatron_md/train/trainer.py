@@ -40,6 +40,7 @@ class Trainer:
         roll_back: puts a checkpoint and its progress in place of the present state, or fails the run.
         damaged: documents that left gaps in this rank's rows of the newest global batch.
         fault: why the newest step's update was left out, else None.
+        poisoned: why the present weights must go, whatever the losses say; a return to a checkpoint clears it.
         rows: [first, stop) of the newest global batch, in g.
     """
 
@@ -56,6 +57,7 @@ class Trainer:
     stopped_by: str | None = None
     damaged: frozenset[DamagedDocument] = frozenset()
     fault: str | None = None
+    poisoned: str | None = None
     rows: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
@@ -70,7 +72,15 @@ class Trainer:
         self._alive()
         for callback in self.callbacks:
             callback.on_start(self)
-        # A run that ended right before its rollback begins with it.
+        self._run()
+        # The last save may have found weights that must not be saved.
+        while self._must_roll_back():
+            self._run()
+        if self.watchdog is not None:
+            self.watchdog.disarm()
+
+    def _run(self) -> None:
+        """From where the run stands to its end; one that ended right before its rollback begins with it."""
         while self._must_roll_back() or self._has_steps():
             if self._must_roll_back() and self.roll_back is not None:
                 self._alive()
@@ -81,8 +91,6 @@ class Trainer:
         for callback in self.callbacks:
             self._alive()
             callback.on_end(self)
-        if self.watchdog is not None:
-            self.watchdog.disarm()
 
     def _run_steps(self) -> None:
         """Steps to the end of the run, to a stop, or to where a rollback is due."""
@@ -98,12 +106,18 @@ class Trainer:
                 if self.stop_request is not None and is_open:
                     self.stopped_by = self.stop_request.agreed(self.world.device)
 
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether bad numbers may lead back to a checkpoint at all."""
+        return self.roll_back is not None and self.config.train.max_skipped > 0
+
     def _has_steps(self) -> bool:
         return self.progress.step < self.config.train.steps and self.stopped_by is None
 
     def _must_roll_back(self) -> bool:
         most = self.config.train.max_skipped
-        return bool(most) and self.roll_back is not None and self.progress.guard.skipped_in_row >= most
+        is_due = self.poisoned is not None or self.progress.guard.skipped_in_row >= most
+        return self.can_roll_back and is_due
 
     def _alive(self) -> None:
         if self.watchdog is not None:

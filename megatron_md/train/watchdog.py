@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -30,15 +31,18 @@ from megatron_md.exit_codes import (
     PeerFailedError,
     RunFailedError,
     final,
+    hang_mark,
     is_deliberate,
 )
+from megatron_md.messages import tell
 from megatron_md.parallel import World
+from megatron_md.train.bounded_store import BoundedStore, SilentStoreError
 from megatron_md.train.logs import rank_log
 
 logger = logging.getLogger("megatron_md")
 
 GRACE = 5.0  # seconds that a rank has to end by itself once another one has failed
-CONTACT = 2.0  # seconds that a rank which has lost a peer waits for that peer's own words
+CONTACT = 2.0  # seconds that a rank which has lost a peer waits for that peer's own words, and for any of the store
 COMMUNICATION = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "socket")
 
 Verdict = dict[str, Any]
@@ -68,6 +72,7 @@ class Watchdog:
         self._beats = 0
         self._step = 0
         self._store: Any = None
+        self._store_is_silent = False
         self._ended = threading.Event()
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._stacks: TextIO | None = None
@@ -83,7 +88,7 @@ class Watchdog:
             # A connection of its own: the main thread may be blocked in the other one.
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
-            self._store = dist.PrefixStore(f"megatron_md/{token[0]}", store)
+            self._store = BoundedStore(dist.PrefixStore(f"megatron_md/{token[0]}", store), CONTACT)
         self._thread.start()
         return self
 
@@ -129,8 +134,15 @@ class Watchdog:
     def _verdict(self) -> Verdict | None:
         """What has been said by the first rank that had something to say."""
         try:
-            if self._store is not None and self._store.check(["verdict"]):
+            is_there = self._store is not None and self._store.check(["verdict"])
+            self._store_is_silent = False
+            if is_there:
                 return dict(json.loads(self._store.get("verdict")))
+        except SilentStoreError as error:
+            # A link may come back, and the steps go on; if they do not, that is found as a hang.
+            if not self._store_is_silent:
+                logger.warning("the job's store is silent: %s", error)
+            self._store_is_silent = True
         except RuntimeError as error:
             # Who held the store has ended; communication will fail next, and says so.
             logger.warning("the job's store is gone: %s", error)
@@ -169,12 +181,12 @@ class Watchdog:
         text = f"rank {self.world.rank} failed at step {self._step}"
         if lost:
             line = str(error).splitlines()[0]
-            print(f"megatron-md: rank {self.world.rank} lost contact with another one ({line})", file=sys.stderr)
+            tell(f"megatron-md: rank {self.world.rank} lost contact with another one ({line})")
             raise PeerFailedError from error
         error.is_first = True  # type: ignore[attr-defined]
         self.on_failure(f"{text}: {type(error).__name__}: {error}")
         if verdict["kind"] == "failure":
-            print(f"megatron-md: {text}:", file=sys.stderr, flush=True)
+            tell(f"megatron-md: {text}:")
 
     def _follow(self, verdict: Verdict) -> None:
         """Another rank has spoken."""
@@ -191,28 +203,43 @@ class Watchdog:
         if verdict["rank"] != self.world.rank:
             return self._follow(verdict)
         self._tell_where()
+        text = self._who_hangs()
+        logs = self.run_dir / "logs"
+        text = f"no step for {self.seconds:g} s after step {self._step}: {text}; stacks of all ranks in {logs}"
+        tell(f"megatron-md: {text}")
+        self.on_failure(text)
+        with suppress(RuntimeError):
+            if self._store is not None:
+                self._store.set("reported", "1")
+        self._leave("hang", EXIT_ERROR)
+
+    def _who_hangs(self) -> str:
         places = {self.world.rank: self._place()}
-        if self._store is not None:
+        if self.world.size == 1:
+            return describe_hang(places, 1)
+        try:
+            if self._store is None:
+                raise SilentStoreError("its launcher has ended")
             self._wait_for(lambda: self._store.add("told", 0) >= self.world.size, self.margin)
             for rank in range(self.world.size):
                 if self._store.check([f"place/{rank}"]):
                     places[rank] = json.loads(self._store.get(f"place/{rank}"))
-        text = describe_hang(places, self.world.size)
-        logs = self.run_dir / "logs"
-        text = f"no step for {self.seconds:g} s after step {self._step}: {text}; stacks of all ranks in {logs}"
-        print(f"megatron-md: {text}", file=sys.stderr, flush=True)
-        self.on_failure(text)
-        if self._store is not None:
-            self._store.set("reported", "1")
-        self._leave("hang", EXIT_ERROR)
+        except RuntimeError as error:
+            node = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            return f"rank {self.world.rank} has lost the node at {node}, which holds the job's store ({error})"
+        return describe_hang(places, self.world.size)
 
     def _tell_where(self) -> None:
-        """Give the others this rank's place, and the log its stacks."""
+        """Give the others this rank's place, its launcher a sign, and the log its stacks."""
         logger.error("no step for %g s on some rank; stacks of this one:", self.seconds)
         self._dump_stacks()
-        if self._store is not None:
-            self._store.set(f"place/{self.world.rank}", json.dumps(self._place()))
-            self._store.add("told", 1)
+        mark = hang_mark()
+        with suppress(RuntimeError, OSError):
+            if mark is not None:
+                mark.touch()
+            if self._store is not None:
+                self._store.set(f"place/{self.world.rank}", json.dumps(self._place()))
+                self._store.add("told", 1)
 
     def _place(self) -> dict[str, Any]:
         """Where the main thread stands, and how far it has come."""

@@ -6,6 +6,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.config import to_yaml
 from megatron_md.train.progress import Progress
@@ -20,6 +23,12 @@ def save_checkpoint(run_dir: Path) -> Path:
         run.train(0, 1)
         manager = CheckpointManager(run_dir, keep_last=2, resolved_config=to_yaml(SMALL))
         return manager.save(run.chunks, run.optimizer, Progress(1, 8, 256, 10_000)).path
+
+
+def write_index(directory: Path, *files: Any) -> None:
+    """A `.metadata` that takes a byte of data from each of the files."""
+    storage = {MetadataIndex(f"tensor {number}"): _StorageInfo(file, 0, 1) for number, file in enumerate(files)}
+    (directory / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data=storage), protocol=4))
 
 
 class Call:

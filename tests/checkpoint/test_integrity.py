@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_md import parallel
 from megatron_md.checkpoint import integrity
 from megatron_md.checkpoint.integrity import CheckpointError, digest_files, read_manifest, seal, verify
-from tests.checkpoint.saved import save_checkpoint
+from tests.checkpoint.saved import save_checkpoint, write_index
 from tests.ranks import run_ranks
 from tests.small_run import CONFIG
 
@@ -32,11 +32,12 @@ def copy(sealed: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A sealed directory of three files that are no checkpoint, but are treated as one."""
+    """A sealed directory of three files, which are treated as a checkpoint."""
     directory = tmp_path / "small"
     directory.mkdir()
-    for name, content in (("a", b"1234"), ("b", b""), (".metadata", bytes(range(256)) * 40)):
-        (directory / name).write_bytes(content)
+    (directory / "a").write_bytes(b"1234")
+    (directory / "b").write_bytes(b"")
+    write_index(directory, "a")
     seal(directory)
     return directory
 
@@ -141,6 +142,31 @@ def test_without_manifest_only_trust_helps_and_it_excuses_no_damage(small: Path)
         verify(small / "nowhere", trust=True)
 
 
+def test_data_files_and_what_tensors_are_read_from_must_agree(small: Path) -> None:
+    def resealed(*used: str) -> None:
+        write_index(small, *used)
+        (small / "manifest.json").unlink()
+        seal(small)
+
+    resealed()
+    with pytest.raises(CheckpointError, match=r"it has no data: \.metadata names no file"):
+        verify(small)
+    resealed("a", "c")
+    with pytest.raises(CheckpointError, match=r"\.metadata takes data from 'c', which is not in manifest\.json"):
+        verify(small)
+    (small / "__1_0.distcp").write_bytes(b"1")
+    resealed("a")
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp is not used by \.metadata"):
+        verify(small)
+    resealed("a", "__1_0.distcp")
+    verify(small)
+    (small / ".metadata").unlink()
+    (small / "manifest.json").unlink()
+    seal(small)
+    with pytest.raises(CheckpointError, match=r"\.metadata: cannot be read"):
+        verify(small)
+
+
 def test_records_of_files_that_have_changed_or_gone_are_not_sealed(small: Path) -> None:
     own = digest_files(small, ["a"])
     (small / "a").write_bytes(b"123")
@@ -185,10 +211,12 @@ def test_ranks_share_the_hashing_and_learn_the_same(damaged: str | None, tmp_pat
     sizes = {"own_0": 10, "own_1": 20, "common": 5000, "metadata": 3000, "tiny": 1, "config": 2000}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(os.urandom(size))
+    write_index(tmp_path, "own_0", "own_1")
+    sizes[".metadata"] = (tmp_path / ".metadata").stat().st_size
     outcomes = run_ranks(shared_work, 2, tmp_path, damaged)
     hashed = [name for names, _ in outcomes for name in names]
     # Sealing hashed what no rank had, verifying hashed everything; each file once.
-    assert sorted(hashed) == sorted([*sizes, "common", "metadata", "tiny", "config"])
+    assert sorted(hashed) == sorted([*sizes, "common", "metadata", "tiny", "config", ".metadata"])
     loads = [sum(sizes[name] for name in names) for names, _ in outcomes]
     assert max(loads) < 0.6 * sum(loads)
     messages = {text for _, text in outcomes}

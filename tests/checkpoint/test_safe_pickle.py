@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import shutil
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import WriteItemType
 
+from megatron_md.checkpoint import safe_pickle
 from megatron_md.checkpoint.integrity import CheckpointError
 from megatron_md.checkpoint.safe_pickle import check, guarded
-from megatron_md.evaluate.load import SavedRun, _load
-from tests.checkpoint.saved import SMALL, Call, hostile_pickles, save_checkpoint
+from megatron_md.evaluate.load import _load
+from megatron_md.evaluate.saved_run import SavedRun
+from tests.checkpoint.saved import SMALL, Call, hostile_pickles, save_checkpoint, write_index
 from tests.ranks import run_ranks
 from tests.small_run import small_run
 
@@ -122,6 +125,12 @@ def pickled(target: Any, state: Any) -> bytes:
         (pickle.dumps({}, protocol=4), "something else than the metadata"),
         (pickle.dumps(TensorProperties(), protocol=4), "something else than the metadata"),
         (pickle.dumps(Metadata({(1, 2): 1}), protocol=4), "neither a text nor an index"),
+        (pickle.dumps(Metadata({}, storage_data={"weight": 1}), protocol=4), "no table of where its data lie"),
+        (pickle.dumps(Metadata({}, storage_data=[1]), protocol=4), "no table of where its data lie"),
+        (b"\x80\x04\x8c\x01xr\xff\xff\xff\x7f.", "opcode LONG_BINPUT has no place"),
+        (b"\x80\x04\x8b\xff\xff\xff\x7f1.", "opcode LONG4 has no place"),
+        (b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b"x.", "damaged"),
+        (b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + pickle.dumps(Metadata({}), protocol=4)[2:], "longer than"),
         (b"", "damaged"),
         (b"\x80\x04", "damaged"),
         (b"\x80\x04h\x07.", "damaged"),
@@ -132,11 +141,97 @@ def test_what_no_checkpoint_holds_is_refused(content: bytes, expected: str, tmp_
         check(written(tmp_path / ".metadata", content))
 
 
-@pytest.mark.parametrize("path", ["../other.distcp", "/etc/passwd", "", "..", "a/b"])
-def test_data_from_outside_the_checkpoint_is_refused(path: str, tmp_path: Path) -> None:
-    storage = {MetadataIndex("weight"): _StorageInfo(path, 0, 8)}
+@pytest.mark.parametrize(
+    "path", ["../other.distcp", "/etc/passwd", "", "..", "a/b", Path("/etc/passwd"), Path("a"), None, 1, ("a",)]
+)
+def test_data_from_outside_the_checkpoint_is_refused(path: Any, tmp_path: Path) -> None:
+    write_index(tmp_path, path)
     with pytest.raises(CheckpointError, match="outside the checkpoint"):
-        check(written(tmp_path / ".metadata", pickle.dumps(Metadata({}, storage_data=storage))))
+        check(tmp_path / ".metadata")
+
+
+def text(value: str) -> bytes:
+    """Opcodes of a short text."""
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+def made(cls: type, fields: bytes) -> bytes:
+    """Opcodes of an object with fields, which are opcodes too: name, value, name, value."""
+    return text(cls.__module__) + text(cls.__qualname__) + b"\x93)\x81}\x94(" + fields + b"ub"
+
+
+def storing(name: bytes, more: bytes = b"") -> bytes:
+    """Metadata that takes the tensor `weight` from the file so named, by opcodes."""
+    index = made(MetadataIndex, text("fqn") + text("weight") + text("offset") + b"N" + text("index") + b"N")
+    entry = made(_StorageInfo, text("relative_path") + name)
+    fields = text("state_dict_metadata") + b"}" + text("storage_data") + b"}" + index + entry + b"s"
+    return b"\x80\x04" + made(Metadata, fields + more) + b"."
+
+
+def test_a_name_that_changes_once_it_was_given_does_not_deceive(tmp_path: Path) -> None:
+    """An object has a copy of the fields that it was given; memo 2 is the dictionary that a name came in."""
+    changed = text("planner_data") + b"h\x02" + text("relative_path") + text("a") + b"s"
+    content = storing(text("/etc/passwd"), changed)
+    metadata = pickle.loads(content)
+    assert metadata.planner_data == {"relative_path": "a"}
+    assert [entry.relative_path for entry in metadata.storage_data.values()] == ["/etc/passwd"]
+    with pytest.raises(CheckpointError, match=r"takes data from '/etc/passwd', outside"):
+        check(written(tmp_path / ".metadata", content))
+    assert check(written(tmp_path / ".metadata", storing(text("a")))) == {"a"}
+
+
+# A tuple with 2**60 leaves.
+TUPLES = b")" + b"".join(b"\x94h" + bytes([number]) + b"\x86" for number in range(60))
+METADATA = text(Metadata.__module__) + text("Metadata") + b"\x93)\x81}"
+INDEX = text(MetadataIndex.__module__) + text("MetadataIndex") + b"\x93)\x81}"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"(" * 10_000_000, "piles up values"),
+        (b"}" * 10_000_000, "piles up values"),
+        (b"(" + b"N" * 10_000_000 + b"t.", "piles up values"),
+        (b"N" + b"\x85" * 1_000_000 + b".", "something else than the metadata"),
+        (METADATA + text("planner_data") + b"}" + TUPLES + b"Nssb.", "neither a text nor an index"),
+        (b"}" + INDEX + text("fqn") + text("x") + b"s" + text("offset") + TUPLES + b"sbNs.", "neither a text nor an"),
+        (storing(TUPLES)[2:].replace(b"}\x94(", b"}("), "from something that is no text, outside"),
+    ],
+)
+def test_bombs_are_refused_before_they_grow(content: bytes, expected: str, tmp_path: Path) -> None:
+    path, start = written(tmp_path / ".metadata", b"\x80\x04" + content), time.process_time()
+    with pytest.raises(CheckpointError, match=expected):
+        check(path)
+    assert time.process_time() - start < 10
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_index(tmp_path, "a")
+    size = (tmp_path / ".metadata").stat().st_size
+    monkeypatch.setattr(safe_pickle, "_LARGEST", size)
+    check(tmp_path / ".metadata")
+    monkeypatch.setattr(safe_pickle, "_LARGEST", size - 1)
+    with pytest.raises(CheckpointError, match=f"more than {size - 1} bytes"):
+        check(tmp_path / ".metadata")
+
+
+def test_the_files_that_data_come_from_are_told(sealed: Path) -> None:
+    assert check(sealed / ".metadata") == {path.name for path in sealed.glob("*.distcp")}
+
+
+def test_data_from_a_link_or_a_file_that_is_not_there_are_refused(unsealed: Path) -> None:
+    file = unsealed / "__0_0.distcp"
+    with guarded(unsealed):
+        pass
+    file.rename(unsealed.parent / "elsewhere")
+    for _ in range(2):
+        with (
+            pytest.raises(CheckpointError, match=r"takes data from '__0_0\.distcp', which is no file"),
+            guarded(unsealed),
+        ):
+            pass
+        file.unlink(missing_ok=True)
+        file.symlink_to(unsealed.parent / "elsewhere")
 
 
 def load_trusted(checkpoint: Path, environment: dict[str, str]) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from megatron_md.commands.data import length_histogram, masks_of_row
 from megatron_md.config import ObjectiveConfig
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import Document
-from megatron_md.data.shards import Manifest
+from megatron_md.data.shards import Manifest, content_hash
 from megatron_md.data.stream import SequenceStream, micro_batches
 from megatron_md.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_md.diffusion.objective import build_objective
@@ -46,6 +48,30 @@ def test_totals_always_and_lengths_on_request(manifest: Manifest, capsys: pytest
     assert main(["data", "show", str(manifest.directory), "--stats"]) == 0
     stats = capsys.readouterr().out
     assert stats.startswith(totals) and "nats/token" in stats and "█" in stats
+
+
+def test_a_foreign_manifest_commands_no_terminal(
+    manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "[red]a\x1b[2Jb"
+    shutil.copytree(manifest.directory, folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["source"]["[bold]\u202e"] = "\x9b31m\nforged: 1"
+    content["shards"][0]["name"] = "gone\x1b[2J\n.tar"
+    content["sha256"] = content_hash(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    assert main(["data", "show", str(folder)]) == 2  # the shard is not there
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and r"gone\x1b[2J\n.tar: missing shard" in said and said.isprintable() is False
+    assert not {"\x1b", "\x9b", "\u202e"} & set(said)
+    content["shards"][0]["name"] = manifest.shards[0].name
+    content["sha256"] = content_hash(content)
+    (folder / "manifest.json").write_text(json.dumps(content))
+    assert main(["data", "show", str(folder)]) == 0
+    assert main(["data", "verify", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert not {"\x1b", "\x9b", "\u202e"} & set(said)
+    assert r"[red]a\x1b[2Jb" in said.splitlines()[0] and "[bold]" in said and "\nforged" not in said
 
 
 def test_rows_are_those_of_a_run(manifest: Manifest, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:

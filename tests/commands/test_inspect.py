@@ -15,6 +15,7 @@ from megatron_md import cli
 from megatron_md.checkpoint.integrity import seal
 from megatron_md.config import config_from_mapping, to_yaml
 from megatron_md.train.run_lock import LOCK_NAME
+from tests.checkpoint.saved import write_index
 
 BASE: dict[str, Any] = {"model": {"preset": "tiny", "vocab": 300}, "train": {"steps": 200}}
 
@@ -35,6 +36,7 @@ def make_checkpoint(run: Path, step: int, text: str) -> Path:
     (path / "progress.json").write_text(json.dumps(record))
     (path / "config.yaml").write_text(text)
     (path / "__0_0.distcp").write_bytes(b"x" * 5000)
+    write_index(path, "__0_0.distcp")
     seal(path)
     return path
 
@@ -113,6 +115,28 @@ def test_damage_is_named_and_changes_the_exit_code(run: Path, capsys: pytest.Cap
     assert as_json(capsys, run)[0] == 1
 
 
+def test_a_checkpoint_without_its_data_is_not_verified(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "checkpoints" / "step_00000100"
+    for name in ("__0_0.distcp", "manifest.json"):
+        (path / name).unlink()
+    seal(path)
+    code, found = as_json(capsys, run, "--verify")
+    assert code == 1 and "takes data from '__0_0.distcp'" in found["checkpoints"][1]["problem"]
+    (path / ".metadata").unlink()
+    (path / "manifest.json").unlink()
+    seal(path)
+    assert inspect(run, "--verify") == 1
+    assert "verified, latest" not in capsys.readouterr().out
+
+
+def test_the_last_whole_event_is_shown_whatever_follows_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(b"\n\xff\n5\nnull\n" + b"[" * 100_000 + b"\n" + b"7" * 5000)
+    code, found = as_json(capsys, run)
+    assert code == 0 and found["last_event"]["event"] == "saved"
+    assert found["notes"] == [f"{run / 'events.jsonl'}: lines 2, 3, 4 and 3 more are damaged"]
+
+
 def test_unsealed_and_unfinished_directories_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "checkpoints" / "step_00000050" / "manifest.json").unlink()
     (run / "checkpoints" / ".writing_step_00000150").mkdir()
@@ -160,13 +184,13 @@ def test_other_paths_get_one_line(path: str, expected: str, run: Path, capsys: p
 
 def test_broken_files_are_noted_and_terminal_codes_not_obeyed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "env.json").write_text("{")
-    (run / "summary.json").write_text(json.dumps({"status": "\x1b[2J[bold]red"}))
+    (run / "summary.json").write_text(json.dumps({"status": "\x1b[2J[bold]red\u202e\x9b"}))
     (run / "checkpoints" / "step_00000050" / "progress.json").write_text("[]")
     assert inspect(run) == 1
     text = capsys.readouterr().out
-    assert "env.json is no JSON" in text
-    assert "[bold]red" in text
-    assert "\x1b" not in text
+    assert "env.json: malformed JSON" in text
+    assert r"\x1b[2J[bold]red\u202e\x9b" in text
+    assert not {"\x1b", "\u202e", "\x9b"} & set(text)
     assert "progress.json has 2 bytes instead of" in " ".join(text.split())
 
 

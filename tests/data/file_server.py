@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
@@ -18,17 +19,23 @@ class FileServer(ThreadingHTTPServer):
             (N of the promised bytes), "short:N" (N bytes, and says so), "long:N" (promises N bytes more), "stall:N"
             (nothing after N bytes), "redirect:URL", or "other" (wrong bytes of the right number).
         requests: number of requests per file name.
+        authorization: the header of that name in the last request per file name.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, certificate: Path | None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.faults: dict[str, deque[str]] = defaultdict(deque)
         self.requests: Counter[str] = Counter()
         self.release = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.authorization: dict[str, str | None] = {}
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self.server_address[1]}"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -38,6 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.lstrip("/")
         self.server.requests[name] += 1
+        self.server.authorization[name] = self.headers.get("Authorization")
         faults = self.server.faults[name]
         kind, _, value = (faults.popleft() if faults else "none").partition(":")
         if kind == "redirect":
@@ -69,9 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def file_server(folder: Path) -> Iterator[FileServer]:
-    """A running server; it ends with the block."""
-    server = FileServer(folder)
+def file_server(folder: Path, certificate: Path | None = None) -> Iterator[FileServer]:
+    """A running server, with https where there is a certificate (and its key, in one file); it ends with the block."""
+    server = FileServer(folder, certificate)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import webdataset
 
 from megatron_md.data.builder import build_shards
@@ -13,6 +19,7 @@ from megatron_md.data.corpus import Document, Rejection
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.verify import verify
 from tests.data.small_corpus import all_documents
+from tests.test_processes import left_after, marked
 
 SIZES = {"shard_tokens": 3000, "block_bytes": 2000}
 
@@ -68,3 +75,37 @@ def test_documents_in_are_written_or_rejected(tokenizer: Tokenizer, tmp_path: Pa
     assert [entry["name"] for entry in rejected] == ["b", "c", "d", "e"]
     assert manifest.source["rejected"] == {"empty": 2, "not decodable": 1, "not encodable as UTF-8": 1}
     assert manifest.documents + len(rejected) == len(corpus)
+
+
+ENDLESS_BUILD = """
+import itertools, sys
+from megatron_md.data.builder import build_shards
+from megatron_md.data.corpus import Document
+if __name__ == "__main__":
+    documents = (Document(str(number), "value = index + 1 " * 200) for number in itertools.count())
+    build_shards(documents, sys.argv[1], sys.argv[2], workers=2)
+"""
+
+
+@pytest.mark.parametrize("is_working", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_killed_build_leaves_no_process_and_no_semaphore(
+    is_working: bool, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    script, output = tmp_path / "build.py", tmp_path / "corpus"
+    script.write_text(ENDLESS_BUILD)
+    environment = {**os.environ, "TEST_MARKER": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, script, tokenizer.path, output], env=environment, stderr=subprocess.DEVNULL
+    )
+    written = Path(f"{output}.partial", "shard-000000.tar")
+    deadline = time.monotonic() + 120
+    # Two workers and multiprocessing's resource tracker.
+    while len(marked(str(tmp_path))) < 4 or (is_working and not (written.is_file() and written.stat().st_size)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    semaphores = set(re.findall(r"/dev/shm/sem\.\S+", Path(f"/proc/{process.pid}/maps").read_text()))
+    assert semaphores
+    process.kill()
+    process.wait()
+    assert left_after(str(tmp_path)) == []
+    assert [path for path in semaphores if os.path.exists(path)] == []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
+import shutil
+import subprocess
 import sys
 import tarfile
 import urllib.parse
@@ -137,6 +140,76 @@ def test_a_redirection_to_http_is_followed(manifest: Manifest, server: FileServe
     file = shard_file(manifest, server)
     moved = RemoteFile(f"{server.url}/elsewhere.tar", file.max_bytes, file.sha256)
     assert content(moved) == (manifest.directory / SHARD).read_bytes()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of 127.0.0.1, signed by itself, trusted by this test, with its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed")
+    path, subject = tmp_path / "certificate.pem", ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    key = ["-newkey", "rsa:2048", "-nodes", "-days", "2", *subject, "-keyout", str(path), "-out", f"{path}.public"]
+    subprocess.run([openssl, "req", "-x509", *key], check=True, capture_output=True)
+    public = Path(f"{path}.public").read_text()
+    path.write_text(path.read_text() + public)
+    monkeypatch.setenv("SSL_CERT_FILE", f"{path}.public")
+    return path
+
+
+def test_https_is_followed_to_https_only(manifest: Manifest, server: FileServer, certificate: Path) -> None:
+    with file_server(manifest.directory, certificate) as safe:
+        file = shard_file(manifest, safe)
+        safe.faults["moved.tar"].extend([f"redirect:{safe.url}/{SHARD}", f"redirect:{server.url}/{SHARD}?sig=kept"])
+        moved = RemoteFile(f"{safe.url}/moved.tar", file.max_bytes, file.sha256)
+        assert content(moved) == content(file) == (manifest.directory / SHARD).read_bytes()
+        with pytest.raises(RemoteError, match=r"moved\.tar: it redirects to http://\S+, which is not https") as error:
+            content(moved)
+    assert not server.requests and "kept" not in str(error.value)
+
+
+def test_a_manifest_is_not_read_over_http_where_https_was_asked_for(
+    manifest: Manifest, server: FileServer, certificate: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with file_server(manifest.directory, certificate) as safe:
+        safe.faults["manifest.json"].append(f"redirect:{server.url}/manifest.json")
+        assert main(["data", "show", safe.url]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megatron-md: {safe.url}/manifest.json: it redirects to http://")
+    assert not server.requests
+
+
+def test_user_and_password_are_sent_to_their_server_only(manifest: Manifest, server: FileServer) -> None:
+    file = shard_file(manifest, server)
+    url = server.url.replace("://", "://user:p%40ss@")
+    expected = "Basic " + base64.b64encode(b"user:p@ss").decode()
+    server.faults["here.tar"].append(f"redirect:{server.url}/{SHARD}")
+    assert content(RemoteFile(f"{url}/here.tar", file.max_bytes, file.sha256))
+    assert server.authorization == {"here.tar": expected, SHARD: expected}
+    with file_server(manifest.directory) as other:
+        server.faults["there.tar"].append(f"redirect:{other.url}/{SHARD}")
+        assert content(RemoteFile(f"{url}/there.tar", file.max_bytes, file.sha256))
+        assert server.authorization["there.tar"] == expected and other.authorization == {SHARD: None}
+
+
+@pytest.mark.parametrize(
+    "fault", ["404", "redirect:ftp://other/file?sig=hidden", "redirect:http://a:hidden@127.0.0.1:1/"]
+)
+def test_no_error_tells_a_secret(
+    manifest: Manifest, server: FileServer, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.faults["manifest.json"].extend([fault] * remote.ATTEMPTS)
+    url = server.url.replace("://", "://user:hidden@")
+    with pytest.raises(RemoteError) as error:
+        load_manifest(url)
+    assert "hidden" not in str(error.value) and "https://***@" in str(error.value).replace("http:", "https:")
+    assert main(["data", "show", f"{url}?sig=hidden"]) == 2
+    assert "hidden" not in capsys.readouterr().err
+
+
+def test_a_record_of_a_url_is_no_url() -> None:
+    with pytest.raises(RemoteError, match="the secrets were left out"):
+        load_manifest("https://***@host/corpus")
 
 
 @pytest.mark.parametrize(

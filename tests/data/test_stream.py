@@ -6,12 +6,16 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
+import os
+import re
 import threading
 import time
 import tracemalloc
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,7 @@ import pytest
 from megatron_md.batch import BatchPosition, DamagedDocument
 from megatron_md.data.packing import RowOrder
 from megatron_md.data.shards import FORMAT, INDEX_DTYPE, Manifest, ShardError, ShardReader, content_hash, load_manifest
-from megatron_md.data.stream import Prefetcher, SequenceStream, micro_batches, validation_rows
+from megatron_md.data.stream import Prefetcher, Rows, SequenceStream, micro_batches, validation_rows
 from tests.data.small_corpus import EOS, PAD, WriteCorpus, random_documents
 
 L = 32
@@ -182,6 +186,36 @@ def test_damaged_document_is_named_when_a_row_needs_it(write_tokens: WriteCorpus
     assert damaged == 1
     unchecked = SequenceStream(manifest, seed=11, seq_length=9, verify=False)
     assert unchecked.rows(epoch).is_maskable_BL.sum() == 27
+
+
+def cut_and_read_on(manifest: Manifest, keep_going: bool) -> str | Rows:
+    """Cut the corpus' only shard in two while a stream reads it; the error, or all rows."""
+    shard = manifest.directory / manifest.shards[0].name
+    cut = SequenceStream(manifest, seed=11, seq_length=L, verify=False, keep_going=keep_going)
+    cut.rows([0])
+    os.truncate(shard, manifest.shards[0].bytes // 2)
+    try:
+        return cut.rows(range(cut.rows_per_epoch))
+    except ShardError as error:
+        return str(error)
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_damaged_as_any_other(write_tokens: WriteCorpus) -> None:
+    """In a process of its own, which a mapping of the file would end by a bus error."""
+    context = multiprocessing.get_context("spawn")
+    for keep_going in (False, True):
+        manifest = write_tokens(random_documents(2000), shard_tokens=10**6)
+        half = manifest.shards[0].bytes // 2
+        index = ShardReader(manifest, 0).index
+        lost = set(np.flatnonzero((index["offset"] + 2 * index["tokens"] > half) & (index["tokens"] > 0)).tolist())
+        assert 100 < len(lost) < 1900
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            found = pool.submit(cut_and_read_on, manifest, keep_going).result(timeout=120)
+        if keep_going:
+            assert isinstance(found, Rows) and {damaged.document for damaged in found.damaged} == lost
+        else:
+            end = rf"is damaged: the file ends at byte {half}; restore the shard$"
+            assert isinstance(found, str) and re.search(rf"shard-000000\.tar: document \d+ \(bytes .* {end}", found)
 
 
 def damage(manifest: Manifest, wanted: int, seed: int = 0) -> set[DamagedDocument]:

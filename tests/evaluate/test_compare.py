@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from megatron_md.cli import main
 from megatron_md.evaluate.compare import compare_runs, relative_difference
 
 
-def write(run: Path, losses: list[float], first: int = 1) -> Path:
+def write(run: Path, losses: list[Any], first: int = 1) -> Path:
     run.mkdir()
     records = [{"step": first + n, "tokens": n, "loss": loss, "lr": 0.1} for n, loss in enumerate(losses)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -35,7 +36,7 @@ def test_the_first_step_beyond_the_tolerance_is_named(tmp_path: Path, capsys: py
 
 
 def test_equal_runs(tmp_path: Path) -> None:
-    a, b = write(tmp_path / "a", [3.0, math.nan]), write(tmp_path / "b", [3.0, math.nan])
+    a, b = write(tmp_path / "a", [3.0, None]), write(tmp_path / "b", [3.0, None])
     assert main(["compare", str(a), str(b), "--rtol", "0"]) == 0
 
 

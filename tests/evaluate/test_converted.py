@@ -24,7 +24,8 @@ def scored(folder: Path) -> None:
     from megatron_md.diffusion.conditional import ConditionalEstimator
     from megatron_md.diffusion.sampler import SamplerConfig
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods, document_log_likelihoods
-    from megatron_md.evaluate.load import load_model, open_run
+    from megatron_md.evaluate.load import load_model
+    from megatron_md.evaluate.saved_run import open_run
     from megatron_md.evaluate.verify_conversion import reference_logits
     from megatron_md.train.inference import fill
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -144,6 +145,23 @@ def test_a_terminal_sees_the_steps_unless_it_shows_no_colours(trained: Path) -> 
     assert "step 3 of 3" in shown and "\x1b[" in shown and shown.count("def f(") >= 1
     (plain,) = run_ranks(on_terminal, 1, words, {"NO_COLOR": "1"})
     assert "\x1b[" not in plain and "step 3 of 3" not in plain and plain.count("def f(") == 1
+
+
+@pytest.mark.distributed
+def test_a_text_commands_no_terminal_but_a_file_has_it_as_it_is(trained: Path) -> None:
+    output = trained / "hostile.jsonl"
+    words = [str(trained / "run"), "--prompt", "a\x1b]0;b\x07\u202e", "--length", "6", "--device", "cpu"]
+    (shown,) = run_ranks(on_terminal, 1, [*words, "--output", str(output)], {"NO_COLOR": "1"})
+    assert r"a\x1b]0;b\x07\u202e" in shown and not {"\x1b", "\x07", "\u202e"} & set(shown)
+    (piped,) = run_ranks(in_pipe, 1, words)
+    assert piped.startswith("a\x1b]0;b\x07\u202e") and texts(output)[0]["prompt"] == "a\x1b]0;b\x07\u202e"
+
+
+def in_pipe(words: list[str]) -> str:
+    """What a pipe gets."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert generate(words) == [0]
+    return output.getvalue()
 
 
 @pytest.mark.distributed

@@ -8,14 +8,17 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_md.cli import main
+from megatron_md.commands.inspect import inspect
 from megatron_md.evaluate.plot import plot_run, read_metrics
+from tests.train.damaged_lines import DAMAGED
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     records = [{"step": n, "tokens": 1000 * n, "loss": 9 - n, "masked_ce": 8.5 - n} for n in range(1, 5)]
     records[3] |= {"val_nelbo": 4.2, "val_nelbo_stderr": 0.05}
-    records[1]["loss"] = float("nan")
+    records[1]["loss"] = None  # it was not finite
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return tmp_path
 
@@ -42,6 +45,14 @@ def test_picture_of_a_run_that_has_not_validated(run_dir: Path) -> None:
     assert "training objective" in text and "NELBO" not in text and "entropy" not in text.replace("cross-entropy", "")
 
 
+def test_a_title_is_no_formula_and_holds_no_control_character(run_dir: Path) -> None:
+    foreign = run_dir / "$\\frac$ \x1b[2J"
+    foreign.mkdir()
+    (run_dir / "metrics.jsonl").rename(foreign / "metrics.jsonl")
+    plot_run(foreign, run_dir / "loss.svg")
+    assert r"$\frac$ \x1b[2J" in texts(run_dir / "loss.svg")
+
+
 def test_png_is_written_whole(run_dir: Path) -> None:
     plot_run(run_dir, run_dir / "loss.png")
     data = (run_dir / "loss.png").read_bytes()
@@ -49,14 +60,23 @@ def test_png_is_written_whole(run_dir: Path) -> None:
     assert not list(run_dir.glob(".*"))
 
 
-def test_torn_last_line_is_left_out_and_a_damaged_one_refused(run_dir: Path) -> None:
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_line_is_told_and_left_out(damaged: bytes, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run_dir / "metrics.jsonl"
-    whole = path.read_text()
-    path.write_text(whole + '{"step": 5, "tok')
+    path.write_bytes(damaged + b"\n" + path.read_bytes())
     assert [record["step"] for record in read_metrics(run_dir)] == [1, 2, 3, 4]
-    path.write_text('{"step": \n' + whole)
-    with pytest.raises(ValueError, match="line 1 is damaged"):
-        read_metrics(run_dir)
+    assert capsys.readouterr().err == f"megatron-md: {path}: line 1 is damaged and left out\n"
+    assert main(["compare", str(run_dir), str(run_dir)]) == 0
+    (run_dir / "checkpoints").mkdir()
+    assert f"{path}: line 1 is damaged" in inspect(run_dir).notes
+
+
+def test_a_record_that_lacks_figures_is_drawn_where_it_has_them(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5}\n{"step": 6, "loss": 1.0, "val_nelbo": 1.0}\n{"step": 7, "tokens": "x", "loss": []}\n')
+    plot_run(run_dir, run_dir / "loss.svg")
+    assert "4.200 ± 0.050" in texts(run_dir / "loss.svg")
+    assert main(["compare", str(run_dir), str(run_dir)]) == 0
 
 
 def test_refusals(run_dir: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_replaying_the_changes_gives_the_canvas_of_every_step() -> None:
         for at, token, text, probability in change:
             assert probability in (0.125, 0.25, 0.375, 0.5)
             canvas[at] = token
-            assert text == WORDS[token].replace("\x1b", "\u241b")
+            assert text == WORDS[token].replace("\x1b", r"\x1b")
         assert canvas == [token or None for token in expected]
 
 

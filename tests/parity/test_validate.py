@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def reference() -> Reference:
     loss = [0.7 - 0.001 * step for step in range(50)]
-    return Reference(small(), loss, [1.0] * 50, reached_step=30, largest_gap=0.1, versions={})
+    return Reference(config=small(), loss=loss, grad_norm=[1.0] * 50, reached_step=30, largest_gap=0.1, versions={})
 
 
 def test_the_packages_record_is_the_first_run_of_the_ci_example() -> None:

@@ -10,25 +10,30 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
 import yaml
 
 from megatron_md.config import as_dict, load_config
+from megatron_md.processes import scratch_folder
 from tests.ranks import run_ranks
+from tests.test_processes import left_after
 from tests.train.test_trainer import config_for, metrics, pretrain, without_times, write_bigram_corpus
 
 
-def start(config_file: Path, *words: str) -> subprocess.Popen[str]:
+def start(
+    config_file: Path, *words: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[str]:
     """The command line itself, on two processes, as a terminal would start it."""
     command = [sys.executable, "-m", "megatron_md", "train", str(config_file), "--nproc-per-node", "2", *words]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     # `imports` finds modules beside the config.
-    environment["PYTHONPATH"] = os.pathsep.join([str(config_file.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    inherited["PYTHONPATH"] = os.pathsep.join([str(config_file.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**inherited, **environment})
 
 
 @pytest.fixture
@@ -88,6 +93,19 @@ def test_more_damage_than_tolerated_is_named_once_and_ends_the_run(config_file: 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed" and "damaged documents" in summary["error"]
     assert "damaged documents" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_shards_that_are_cut_during_training_end_the_run_by_their_names(config_file: Path, tmp_path: Path) -> None:
+    process = start(config_file, "data.max_quarantined=0")
+    wait_for_steps(tmp_path / "run", process, 3)
+    for shard in (tmp_path / "train").glob("*.tar"):
+        os.truncate(shard, 0)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "shard-00000" in error and "Traceback" not in error, error
+    told = error + (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "the file ends at byte 0" in told or "0 bytes instead of" in told
 
 
 @pytest.mark.slow
@@ -208,6 +226,38 @@ def test_kill_minus_nine_changes_nothing(kills: int, config_file: Path, tmp_path
     last = f"checkpoints/step_{20 * kills:08d}"
     hashes = tensors_of(tmp_path / "run" / last)
     assert len(hashes) > 10 and hashes == tensors_of(tmp_path / "whole" / last)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("seconds", [0.3, 2.0, 6.0])
+def test_a_launcher_that_is_killed_early_leaves_nothing(seconds: float, config_file: Path, tmp_path: Path) -> None:
+    environment = {"TEST_MARKER": str(tmp_path), "TMPDIR": str(tmp_path)}
+    process = start(config_file, environment=environment)
+    time.sleep(seconds)
+    process.kill()
+    assert left_after(str(tmp_path)) == []
+    process.communicate()
+    process = start(config_file, "train.steps=2", environment=environment)
+    assert process.communicate(timeout=120)[1] is not None and process.returncode == 0
+    assert list(tmp_path.glob("megatron_md_*")) == []
+
+
+@pytest.mark.distributed
+def test_workers_end_with_a_launcher_that_is_killed_as_they_start(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start(config_file, environment={"TEST_MARKER": str(tmp_path), "TMPDIR": str(tmp_path)})
+    deadline = time.monotonic() + 120
+    while len(workers_of(process)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert left_after(str(tmp_path)) == []
+    process.communicate()
+    (left,) = tmp_path.glob("megatron_md_*")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with scratch_folder():
+        assert not left.exists()
 
 
 @pytest.fixture

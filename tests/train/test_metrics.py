@@ -12,6 +12,7 @@ import pytest
 from megatron_md.train import metrics
 from megatron_md.train.metrics import Console, MetricsWriter, append_event, truncate_metrics, write_json
 from tests.small_run import variant
+from tests.train.damaged_lines import DAMAGED
 
 
 def test_metrics_are_cut_back_to_the_resumed_step_and_a_torn_line_goes(tmp_path: Path) -> None:
@@ -24,6 +25,54 @@ def test_metrics_are_cut_back_to_the_resumed_step_and_a_torn_line_goes(tmp_path:
     assert path.read_text() == ""
     truncate_metrics(tmp_path / "absent.jsonl", 3)
     assert not (tmp_path / "absent.jsonl").exists()
+
+
+def numbered(*steps: int) -> list[bytes]:
+    return [json.dumps({"step": step, "tokens": 8 * step, "loss": 1.0 / step}).encode() + b"\n" for step in steps]
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_line_is_kept_aside_and_costs_no_other(
+    damaged: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl.damaged"
+    aside.write_bytes(b"from before\n")
+    path.write_bytes(b"".join([*numbered(1, 2), damaged + b"\n", b"\n", *numbered(3, 4, 5), damaged]))
+    truncate_metrics(path, 4)
+    assert path.read_bytes() == b"".join(numbered(1, 2, 3, 4))
+    assert aside.read_bytes() == b"from before\n" + 2 * (damaged + b"\n")
+    told = f"megatron-md: {path}: lines 3, 8 are damaged and moved to metrics.jsonl.damaged\n"
+    assert capsys.readouterr().err == told
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["file"], event["lines"]) for event in events] == [
+        ("lines_damaged", "metrics.jsonl", [3, 8])
+    ]
+    truncate_metrics(path, 4)
+    assert capsys.readouterr().err == "" and aside.read_bytes().count(damaged) == 2
+
+
+def test_a_crash_between_the_two_files_loses_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, aside = tmp_path / "samples.jsonl", tmp_path / "samples.jsonl.damaged"
+    before = b"".join([*numbered(1), b"15\n", *numbered(2)])
+    path.write_bytes(before)
+    aside.write_bytes(b"5\n")
+    replace_file = metrics.replace_file
+
+    def crashing(target: Path, content: bytes) -> None:
+        if target == path:
+            raise KeyboardInterrupt
+        replace_file(target, content)
+
+    for _ in range(2):
+        monkeypatch.setattr(metrics, "replace_file", crashing)
+        with pytest.raises(KeyboardInterrupt):
+            truncate_metrics(path, 2)
+        assert path.read_bytes() == before and aside.read_bytes() == b"5\n15\n"
+    monkeypatch.setattr(metrics, "replace_file", replace_file)
+    truncate_metrics(path, 2)
+    assert path.read_bytes() == b"".join(numbered(1, 2)) and aside.read_bytes() == b"5\n15\n"
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:

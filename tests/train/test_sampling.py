@@ -92,10 +92,14 @@ def test_a_resumed_run_has_each_sample_once(trained: Path) -> None:
     assert run_ranks(pretrain, 1, whole) == [0]
     run_ranks(pretrain_and_die_after, 1, parts, 4)
     assert [line["step"] for line in samples(parts)] == [2, 2, 4, 4]  # the checkpoint is of step 3
-    with (Path(parts.run_dir) / "samples.jsonl").open("a") as file:
-        file.write('{"step"')
+    path = Path(parts.run_dir) / "samples.jsonl"
+    path.write_bytes(b'{"step": 2, "text": "\xff"}\n5\n' + path.read_bytes() + b'{"step"')
+    path.with_name("metrics.jsonl").write_bytes(b"null\n" + path.with_name("metrics.jsonl").read_bytes())
     assert run_ranks(pretrain, 1, parts) == [0]
     assert samples(parts) == samples(whole)
+    assert path.with_name("samples.jsonl.damaged").read_bytes() == b'{"step": 2, "text": "\xff"}\n5\n{"step"\n'
+    assert path.with_name("metrics.jsonl.damaged").read_bytes() == b"null\n"
+    assert without_times(metrics(path.parent)) == without_times(metrics(Path(whole.run_dir)))
 
 
 @pytest.mark.distributed
