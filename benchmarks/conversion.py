@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from megatron_md.checkpoint.bridge import moves
-from megatron_md.checkpoint.families import FAMILIES
-from megatron_md.checkpoint.hf_folder import plan_shards, write_folder
+from megatron_md.checkpoint.hf.families import FAMILIES
+from megatron_md.checkpoint.hf.folder import plan_shards, write_folder
+from megatron_md.checkpoint.hf.tensors import moves
 from megatron_md.config import ModelConfig
 
 TINY = dict(layers=4, hidden=256, heads=4, ffn=512, vocab=4099, max_length=512, tied=False)

@@ -25,7 +25,7 @@ from megatron_md.diffusion.nelbo import NelboReport, evaluate_nelbo
 from megatron_md.diffusion.scoring import ScoredRows, Scorer
 from megatron_md.evaluate.load import load_model
 from megatron_md.evaluate.rows import evaluation_rows
-from megatron_md.evaluate.saved_run import open_run
+from megatron_md.run.saved import open_run
 
 NAMES: tuple[EstimatorName, ...] = ("plain", "stratified_t", "exact", "complementary", "neyman")
 EPS = 1e-3

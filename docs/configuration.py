@@ -11,7 +11,7 @@ COMMAND = "python docs/configuration.py > docs/configuration.md"
 HEAD = f"""\
 # Configuration
 
-Generated; do not edit. After a change to `megatron_md/config.py`:
+Generated; do not edit. After a change to `megatron_md/config/__init__.py`:
 
 ```bash
 {COMMAND}

@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_md import __version__
-from megatron_md.exit_codes import EXIT_BAD_INPUT, EXIT_ERROR, RunFailedError, final, is_deliberate
+from megatron_md.errors import EXIT_BAD_INPUT, EXIT_ERROR, RunFailedError, final, is_deliberate
 from megatron_md.messages import guard_tracebacks, shown, tell
 
 # Name: (module with `add_arguments(parser)` and `run(args) -> int`, what it does). The module's EXAMPLES, if any, are
 # shown by --help.
 COMMANDS = {
     "train": ("megatron_md.commands.train", "pretrain a model, as one YAML file says"),
-    "tokenizer": ("megatron_md.data.tokenizer_commands", "train a tokenizer"),
+    "tokenizer": ("megatron_md.commands.tokenizer", "train a tokenizer"),
     "data": ("megatron_md.commands.data", "build, verify and show tokenised corpora"),
-    "generate": ("megatron_md.evaluate.generate", "write text with a trained model"),
+    "generate": ("megatron_md.commands.generate", "write text with a trained model"),
     "convert": ("megatron_md.commands.convert", "convert checkpoints between Hugging Face and Megatron"),
     "evaluate": (
         "megatron_md.commands.evaluate",

@@ -14,7 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megatron_md.pretrain", "megatron_md.checkpoint.manager", "torch.utils.tensorboard"])
+_CONTEXT.set_forkserver_preload(
+    ["megatron_md.run.pretrain", "megatron_md.checkpoint.manager", "torch.utils.tensorboard"]
+)
 
 
 class RankError(AssertionError):

@@ -141,9 +141,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         calls["launch"] = (args, keys)
         return 0
 
-    monkeypatch.setitem(sys.modules, "megatron_md.pretrain", types.SimpleNamespace(pretrain=pretrain))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "megatron_md.run.pretrain", types.SimpleNamespace(pretrain=pretrain))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "megatron_md.train.launch", types.SimpleNamespace(launch=launch))  # type: ignore[arg-type]
-    monkeypatch.setattr("megatron_md.checks.missing_files", lambda config: [])
+    monkeypatch.setattr("megatron_md.run.check.missing_files", lambda config: [])
     return calls
 
 
@@ -199,13 +199,13 @@ def test_faults_keep_their_traceback(
     def pretrain(config: Config) -> int:
         return int("no number")
 
-    monkeypatch.setattr(sys.modules["megatron_md.pretrain"], "pretrain", pretrain)
+    monkeypatch.setattr(sys.modules["megatron_md.run.pretrain"], "pretrain", pretrain)
     with pytest.raises(ValueError, match="invalid literal"):
         main("train", config_file)
 
 
 def test_deliberate_errors_are_those_raised_in_this_package() -> None:
-    from megatron_md.config_loader import read_yaml
+    from megatron_md.config.loader import read_yaml
 
     def caught(function: Any, *args: Any) -> ValueError:
         with pytest.raises(ValueError) as info:

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from megatron_md import cli
-from megatron_md.checks import check_config
 from megatron_md.config import Config, config_from_mapping
-from megatron_md.config_loader import keys_of, parse_yaml
+from megatron_md.config.loader import keys_of, parse_yaml
+from megatron_md.run.check import check_config
 from tests.data.small_corpus import made_up_code
 from tests.ranks import run_ranks
 
@@ -290,7 +290,7 @@ def test_versions_are_those_that_are_tested() -> None:
 
 
 def test_exit_codes_are_those_of_the_code() -> None:
-    from megatron_md import exit_codes
+    from megatron_md import errors as exit_codes
 
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)}
     assert codes == {

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_md import config_loader
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
 from megatron_md.config import Config
+from megatron_md.config import loader as config_loader
 from megatron_md.files import replace_file, sync
 from megatron_md.json_file import as_record, read_json
 from megatron_md.messages import redacted

@@ -24,8 +24,8 @@ from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.writer import CheckpointWrite, SaveError, raise_together
 from megatron_md.model.build import settled_parameters
 from megatron_md.train.bad_numbers import BadNumbersError
+from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.logs import logger
-from megatron_md.train.metrics import append_event
 from megatron_md.train.progress import Progress
 
 

@@ -20,7 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_md.checkpoint.state import named_parameters, optimizer_slices
-from megatron_md.exit_codes import RunFailedError
+from megatron_md.errors import RunFailedError
 from megatron_md.model.build import settled_parameters
 
 NAMED = 3

@@ -27,7 +27,7 @@ from megatron_md.checkpoint.directory import (
 from megatron_md.files import replace_file
 from megatron_md.json_file import as_record, read_json
 from megatron_md.train.bad_numbers import RECORD, BadNumbersError, Whole
-from megatron_md.train.metrics import append_event
+from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.progress import Progress
 
 FILE_NAME = "rollback.json"

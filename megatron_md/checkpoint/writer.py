@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_md.checkpoint.integrity import CheckpointError, FileRecord, digest_files, seal
 from megatron_md.checkpoint.storage import explained
-from megatron_md.exit_codes import RunFailedError
+from megatron_md.errors import RunFailedError
 from megatron_md.files import write_synced
 from megatron_md.model.initialize import sharded_tensors
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_md.messages import say, shown
 
 if TYPE_CHECKING:
-    from megatron_md.checkpoint.families import Family
+    from megatron_md.checkpoint.hf.families import Family
 
 EXAMPLES = """examples:
   megatron-md convert LLaDA-8B-Base runs/llada-8b --family llada --to megatron
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: bad input; nothing has been written then.
     """
-    from megatron_md.checkpoint.families import family_named
+    from megatron_md.checkpoint.hf.families import family_named
 
     family = family_named(args.family)
     if args.add_mask_token and args.to == "hf":
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
 def _to_megatron(args: argparse.Namespace, family: Family, source: Path, target: Path) -> None:
     import torch
 
-    from megatron_md.checkpoint.bridge import table
-    from megatron_md.checkpoint.conversion import import_folder, plan_import
-    from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
+    from megatron_md.checkpoint.hf.convert import import_folder, plan_import
+    from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
+    from megatron_md.checkpoint.hf.tensors import table
 
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     with HuggingFaceFolder(source) as folder:
@@ -87,8 +87,8 @@ def _to_megatron(args: argparse.Namespace, family: Family, source: Path, target:
 def _to_hf(args: argparse.Namespace, family: Family, source: Path, target: Path) -> None:
     import torch
 
-    from megatron_md.checkpoint.bridge import table
-    from megatron_md.checkpoint.conversion import open_export
+    from megatron_md.checkpoint.hf.convert import open_export
+    from megatron_md.checkpoint.hf.tensors import table
 
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     with open_export(source, family, dtype=dtype, trust=args.trust) as export:

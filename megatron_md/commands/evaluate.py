@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_md.arguments import add_model_arguments, positive
-from megatron_md.evaluate.saved_run import open_asked
+from megatron_md.commands.arguments import add_model_arguments, positive
+from megatron_md.run.saved import open_asked
 
 EXAMPLES = """examples:
   megatron-md evaluate runs/demo --nelbo corpus/valid
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
 
         result = evaluate_generative(args)
     if result is not None and args.json:
-        from megatron_md.train.metrics import write_json
+        from megatron_md.train.callbacks.metrics import write_json
 
         write_json(args.json, result)
     return 0

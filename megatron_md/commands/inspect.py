@@ -15,7 +15,7 @@ from typing import Any
 from megatron_md.checkpoint.directory import config_changes, is_bad, is_checkpoint_name, model_identity
 from megatron_md.checkpoint.integrity import MANIFEST_NAME, verify, verify_listing
 from megatron_md.config import load_config, to_yaml
-from megatron_md.config_loader import ConfigError, read_yaml
+from megatron_md.config.loader import ConfigError, read_yaml
 from megatron_md.json_file import LARGE, as_record, parse_json, read_json, read_regular
 from megatron_md.messages import redacted, say
 from megatron_md.train.records import damage, read_lines
@@ -40,7 +40,7 @@ _DEPENDS = {
     "megatron": "refused if model or optimizer change by it",
 }
 
-# That of `megatron_md.train.run_lock`, which needs torch.
+# That of `megatron_md.run.lock`, which needs torch.
 _LOCK_NAME = ".lock"
 
 Changes = dict[str, list[Any]]

@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_md import config_loader
-from megatron_md.arguments import positive
-from megatron_md.config_loader import ConfigError
+from megatron_md.commands.arguments import positive
+from megatron_md.config import loader as config_loader
+from megatron_md.config.loader import ConfigError
 from megatron_md.messages import say
 from megatron_md.parity.config import ParityConfig, check_parity, load_parity_config
 
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
         from megatron_md.train.launch import launch
 
         return launch(args.config, args.overrides, nproc_per_node=world, command=("parity", "run"))
-    from megatron_md.exit_codes import EXIT_DONE, EXIT_STOPPED
+    from megatron_md.errors import EXIT_DONE, EXIT_STOPPED
     from megatron_md.parity.experiment import run_experiment
 
     summary = run_experiment(config, handle_signals=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_md.arguments import positive
-from megatron_md.checks import (
+from megatron_md.commands.arguments import positive
+from megatron_md.config import Config, ConfigError, explain, load_config
+from megatron_md.messages import say, tell
+from megatron_md.run.check import (
     check_config,
     smallest_world,
     vocabulary,
 )
-from megatron_md.config import Config, ConfigError, explain, load_config
-from megatron_md.corpus_checks import corpus_problems, missing_files
-from megatron_md.estimates import report
-from megatron_md.messages import say, tell
+from megatron_md.run.check_corpora import corpus_problems, missing_files
+from megatron_md.run.estimate import report
 
 EXAMPLES = f"""examples:
   megatron-md train examples/tiny/demo.yaml --nproc-per-node 2
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         raise ConfigError([f"{args.config}: {line}" for line in error.lines]) from None
     if is_worker or (world == 1 and not args.max_restarts):
-        from megatron_md.pretrain import pretrain
+        from megatron_md.run.pretrain import pretrain
 
         return pretrain(config)
     from megatron_md.train.launch import launch

@@ -30,9 +30,9 @@ from megatron_md.evaluate.conditional import document_log_likelihoods
 from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import is_causal, load_model
 from megatron_md.evaluate.rows import evaluation_rows
-from megatron_md.evaluate.saved_run import SavedRun, open_asked
 from megatron_md.messages import say
 from megatron_md.parallel import World
+from megatron_md.run.saved import SavedRun, open_asked
 from megatron_md.train.inference import Inference, fill
 
 Tokens = list[int]

@@ -40,9 +40,9 @@ from megatron_md.evaluate.conditional import (
 )
 from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import is_causal, load_model
-from megatron_md.evaluate.saved_run import SavedRun, open_run
 from megatron_md.messages import shown
 from megatron_md.parallel import World
+from megatron_md.run.saved import SavedRun, open_run
 from megatron_md.train.inference import Inference, fill
 
 DEFAULT_LENGTH = 256  # the harness' own default for models that are not told

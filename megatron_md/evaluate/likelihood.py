@@ -20,8 +20,8 @@ from megatron_md.messages import redacted, say, shown
 if TYPE_CHECKING:
     from megatron_md.diffusion.nelbo import NelboReport, NelboTable
     from megatron_md.diffusion.scoring import ScoredRows
-    from megatron_md.evaluate.saved_run import SavedRun
     from megatron_md.parallel import World
+    from megatron_md.run.saved import SavedRun
 
 ROWS = 256  # scored unless told otherwise
 
@@ -36,7 +36,7 @@ def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
     from megatron_md import parallel
     from megatron_md.diffusion.nelbo import check_passes, difference
     from megatron_md.evaluate.rows import TextFiles, evaluation_rows
-    from megatron_md.evaluate.saved_run import open_asked
+    from megatron_md.run.saved import open_asked
 
     check_passes(args.passes, args.stderr, args.max_passes)
     runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]

@@ -12,10 +12,10 @@ from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.state import load_model as load_weights
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
-from megatron_md.evaluate.saved_run import SavedRun
 from megatron_md.model.build import build_model
 from megatron_md.parallel import World
 from megatron_md.plugins import import_plugins
+from megatron_md.run.saved import SavedRun
 from megatron_md.train.inference import Inference
 
 

@@ -93,7 +93,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
 
     from megatron_md import parallel
     from megatron_md.evaluate.harness import HarnessModel
-    from megatron_md.evaluate.saved_run import open_asked
+    from megatron_md.run.saved import open_asked
 
     settings = _settings(args)
     split = {key: getattr(args, key) for key in ("tensor", "pipeline", "device", "trust")}

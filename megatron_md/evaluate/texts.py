@@ -13,20 +13,20 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from megatron_md import parallel
+from megatron_md.commands.generate import sampler_config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import OnStep, Sample, SamplerStep, check_fits, infill
 from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.evaluate.canvas import LiveCanvas, can_stream
-from megatron_md.evaluate.generate import sampler_config
 from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import is_causal, load_model
 from megatron_md.evaluate.prompts import Prompt, batches, canvas_of, typed_prompts
-from megatron_md.evaluate.saved_run import SavedRun, open_asked
 from megatron_md.evaluate.trace import Recorder, trace_page
 from megatron_md.files import replace_file
 from megatron_md.messages import printable, tell
 from megatron_md.parallel import World
 from megatron_md.plugins import import_plugins
+from megatron_md.run.saved import SavedRun, open_asked
 from megatron_md.train.inference import fill
 
 TYPING_SECONDS = 7 * 86400.0  # how long other ranks wait for a line

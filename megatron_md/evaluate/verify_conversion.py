@@ -15,11 +15,11 @@ import psutil
 import torch
 
 from megatron_md import parallel
-from megatron_md.checkpoint.bridge import moves
 from megatron_md.checkpoint.directory import find_checkpoint
-from megatron_md.checkpoint.families import FAMILIES, Family
-from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
-from megatron_md.checkpoint.original import RUN_TOKENIZER
+from megatron_md.checkpoint.hf.families import FAMILIES, Family
+from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
+from megatron_md.checkpoint.hf.original import RUN_TOKENIZER
+from megatron_md.checkpoint.hf.tensors import moves
 from megatron_md.checkpoint.state import load_model
 from megatron_md.config import Config, ModelConfig, load_config
 from megatron_md.data.corpus import documents, texts

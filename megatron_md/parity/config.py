@@ -12,10 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_md import config_loader
-from megatron_md.checks import check_config
 from megatron_md.config import Config, ConfigError
-from megatron_md.config_sections import (
+from megatron_md.config import loader as config_loader
+from megatron_md.config.sections import (
     STRICT,
     DataConfig,
     Doc,
@@ -31,6 +30,7 @@ from megatron_md.config_sections import (
     TrainConfig,
     ValidationConfig,
 )
+from megatron_md.run.check import check_config
 
 VOCABULARY, MASK_TOKEN_ID = 3, 2  # the bits 0 and 1, and the mask token
 MOST_BITS = 62

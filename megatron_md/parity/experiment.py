@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import torch
 
-from megatron_md import config_loader, parallel
+from megatron_md import parallel
+from megatron_md.config import loader as config_loader
 from megatron_md.diffusion.objective import Objective, build_objective
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.diffusion.scoring import Scorer
@@ -26,8 +27,8 @@ from megatron_md.parity.task import ParityStream, ParityTask
 from megatron_md.parity.uniform_attention import LocalStopRequest, UniformAttentionStepper
 from megatron_md.plugins import import_plugins
 from megatron_md.train.callback import Callback
+from megatron_md.train.callbacks.metrics import MetricsWriter, environment, write_json
 from megatron_md.train.inference import Inference
-from megatron_md.train.metrics import MetricsWriter, environment, write_json
 from megatron_md.train.optimizer import build_optimizer
 from megatron_md.train.resilience import StopRequest
 from megatron_md.train.step import Stepper

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_md import config_loader
-from megatron_md.config_loader import ConfigError
+from megatron_md.config import loader as config_loader
+from megatron_md.config.loader import ConfigError
 from megatron_md.evaluate.plot import read_metrics
 from megatron_md.files import replace_file
 from megatron_md.json_file import read_json, read_regular

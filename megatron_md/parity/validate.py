@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megatron_md import config_loader
-from megatron_md.config_loader import ConfigError
+from megatron_md.config import loader as config_loader
+from megatron_md.config.loader import ConfigError
 from megatron_md.evaluate.compare import relative_difference
 from megatron_md.files import replace_file
 from megatron_md.json_file import as_record, read_json
@@ -149,7 +149,7 @@ def compare(reference: Reference, loss: list[float], grad_norm: list[float], rea
 
 def record_reference(config: ParityConfig, path: Path) -> None:
     """Train the first run of a sweep in this process and write its record."""
-    from megatron_md.train.metrics import environment
+    from megatron_md.train.callbacks.metrics import environment
 
     seeds = config.sweep.seeds or [config.seed]
     arms = list(config.sweep.arms.values()) or [[]]

@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from megatron_md.exit_codes import EXIT_ERROR, RunFailedError, hang_mark
+from megatron_md.errors import EXIT_ERROR, RunFailedError, hang_mark
 from megatron_md.parallel import ROUND_VARIABLE
 
 BACKEND = "megatron-md"

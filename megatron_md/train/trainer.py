@@ -14,11 +14,11 @@ from megatron_md.config import Config
 from megatron_md.data.stream import Prefetcher, RowStream, micro_batches
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback, Record
+from megatron_md.train.callbacks.watchdog import Watchdog
 from megatron_md.train.optimizer import learning_rate, set_hyperparameters
 from megatron_md.train.progress import Progress, row_length_at
 from megatron_md.train.resilience import StopRequest
 from megatron_md.train.step import Stepper
-from megatron_md.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import tokenizers
 import torch
 
-from megatron_md.checkpoint.bridge import moves
-from megatron_md.checkpoint.families import FAMILIES
-from megatron_md.checkpoint.hf_folder import plan_shards, write_folder
+from megatron_md.checkpoint.hf.families import FAMILIES
+from megatron_md.checkpoint.hf.folder import plan_shards, write_folder
+from megatron_md.checkpoint.hf.tensors import moves
 from megatron_md.config import ModelConfig
 
 FAMILY_NAMES = tuple(FAMILIES)

@@ -191,8 +191,8 @@ def die_in_the_second_return(config: Config, marker: Path, moment: str) -> None:
     """`kill -9` while a checkpoint is set aside."""
     import os
 
-    from megatron_md import pretrain
     from megatron_md.checkpoint import rollback
+    from megatron_md.run import pretrain
 
     if moment == "before the rename":
         rollback.set_aside_as_bad = lambda path: os._exit(9)

@@ -25,7 +25,7 @@ from megatron_md.checkpoint import safe_pickle
 from megatron_md.checkpoint.integrity import CheckpointError
 from megatron_md.checkpoint.safe_pickle import check, guarded
 from megatron_md.evaluate.load import _load
-from megatron_md.evaluate.saved_run import SavedRun
+from megatron_md.run.saved import SavedRun
 from tests.checkpoint.saved import SMALL, Call, hostile_pickles, save_checkpoint, write_index
 from tests.ranks import run_ranks
 from tests.small_run import small_run

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_md.checkpoint import bridge
+from megatron_md.checkpoint.hf import tensors as bridge
 from megatron_md.cli import main
 from tests.checkpoint.hf_models import contents, shape_of, write_byte_tokenizer, write_model
 from tests.data.small_corpus import made_up_code

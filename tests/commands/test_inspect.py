@@ -14,7 +14,7 @@ import pytest
 from megatron_md import cli
 from megatron_md.checkpoint.integrity import seal
 from megatron_md.config import config_from_mapping, to_yaml
-from megatron_md.train.run_lock import LOCK_NAME
+from megatron_md.run.lock import LOCK_NAME
 from tests.checkpoint.saved import write_index
 
 BASE: dict[str, Any] = {"model": {"preset": "tiny", "vocab": 300}, "train": {"steps": 200}}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from peer_vectors import vector
 
 from megatron_md.batch import BatchPosition, CleanBatch
 from megatron_md.diffusion import corruption
@@ -17,6 +16,7 @@ from megatron_md.diffusion.corruption import (
     uniforms,
 )
 from megatron_md.diffusion.schedule import parse_schedule
+from tests.diffusion.peer_vectors import vector
 
 GOLDEN_WORDS = [10328906019526824645, 14457629271906891161, 10037377057595801202]
 

@@ -19,14 +19,14 @@ TOKENS = [7, 11, 2, 40, 9, 30, 30, 12]
 def scored(folder: Path) -> None:
     """On a rank: log p of an answer and of a document, and greedy text."""
     from megatron_md import parallel
-    from megatron_md.checkpoint.families import FAMILIES
-    from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
+    from megatron_md.checkpoint.hf.families import FAMILIES
+    from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
     from megatron_md.diffusion.conditional import ConditionalEstimator
     from megatron_md.diffusion.sampler import SamplerConfig
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods, document_log_likelihoods
     from megatron_md.evaluate.load import load_model
-    from megatron_md.evaluate.saved_run import open_run
     from megatron_md.evaluate.verify_conversion import reference_logits
+    from megatron_md.run.saved import open_run
     from megatron_md.train.inference import fill
 
     def expected(tokens: list[int], first: int) -> float:

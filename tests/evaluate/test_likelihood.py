@@ -181,7 +181,7 @@ def test_bad_input_is_refused_by_name(run: Path) -> None:
 
 
 def test_layouts_that_do_not_fit_are_refused(run: Path) -> None:
-    from megatron_md.evaluate.saved_run import open_run
+    from megatron_md.run.saved import open_run
 
     for split, message in (
         ({"world_size": 3}, "parallel.tensor 3 does not divide model.heads"),

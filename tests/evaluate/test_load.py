@@ -13,7 +13,7 @@ from megatron_md.checkpoint.directory import FORMAT_VERSION
 from megatron_md.checkpoint.integrity import CheckpointError, seal
 from megatron_md.config import config_from_mapping, to_yaml
 from megatron_md.evaluate.load import is_causal
-from megatron_md.evaluate.saved_run import SavedRun, open_run
+from megatron_md.run.saved import SavedRun, open_run
 
 PLUGIN = """
 from pathlib import Path

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_md.checkpoint.families import FAMILIES
-from megatron_md.checkpoint.original import ORIGINAL
+from megatron_md.checkpoint.hf.families import FAMILIES
+from megatron_md.checkpoint.hf.original import ORIGINAL
+from tests.checkpoint.hf.test_convert import convert, export
 from tests.checkpoint.hf_models import FAMILY_NAMES, shape_of, write_byte_tokenizer, write_model
-from tests.checkpoint.test_conversion import convert, export
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")

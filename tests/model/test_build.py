@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_md import estimates
 from megatron_md.config import Config, config_from_mapping
 from megatron_md.model.build import apply_overrides, build_model, count_parameters, transformer_config
 from megatron_md.parallel import World
+from megatron_md.run import estimate as estimates
 
 LLADA_8B = 8_015_581_184
 

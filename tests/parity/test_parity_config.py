@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_md.config_loader import ConfigError
+from megatron_md.config.loader import ConfigError
 from megatron_md.parity.config import check_parity, load_parity_config, training_config
 from tests.parity.parity_config import small
 

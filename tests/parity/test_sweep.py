@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_md.config_loader import ConfigError, to_yaml
+from megatron_md.config.loader import ConfigError, to_yaml
 from megatron_md.parity import sweep
 from megatron_md.parity.config import ParityConfig
 from megatron_md.parity.sweep import (

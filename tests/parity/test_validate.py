@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_md.config_loader import ConfigError
+from megatron_md.config.loader import ConfigError
 from megatron_md.parity import validate
 from megatron_md.parity.config import ParityConfig, load_parity_config
 from megatron_md.parity.sweep import expand

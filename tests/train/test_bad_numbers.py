@@ -97,7 +97,7 @@ def pretrain_with(config: Config, factors: dict[int, float], leave_out: tuple[in
     """
     import torch
 
-    from megatron_md import pretrain
+    from megatron_md.run import pretrain
     from megatron_md.train.step import Stepper
 
     corrupt, update = Stepper.corrupt, Stepper._update
@@ -230,8 +230,8 @@ def die_at_rollback(config: Config, factors: dict[int, float], moment: str) -> N
     """`kill -9` at a moment of the return to a checkpoint."""
     import os
 
-    from megatron_md import pretrain
     from megatron_md.checkpoint import rollback
+    from megatron_md.run import pretrain
 
     if moment == "before it":
         rollback.agreed = lambda *args, **keys: os._exit(9)
@@ -291,7 +291,7 @@ def test_a_validation_that_is_not_a_number_does_not_end_the_run(tmp_path: Path) 
 
 
 def pretrain_with_bad_validation(config: Config) -> int:
-    from megatron_md.pretrain import pretrain
+    from megatron_md.run.pretrain import pretrain
     from megatron_md.train.step import Stepper
 
     original = Stepper.negative_log_likelihoods

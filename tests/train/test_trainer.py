@@ -62,8 +62,8 @@ def config_for(run_dir: Path, corpora: dict[str, str], **sections: dict[str, Any
 
 
 def pretrain(config: Config) -> int:
-    """`megatron_md.pretrain.pretrain`, imported in the rank's process."""
-    from megatron_md.pretrain import pretrain as run
+    """`megatron_md.run.pretrain.pretrain`, imported in the rank's process."""
+    from megatron_md.run.pretrain import pretrain as run
 
     return run(config)
 
@@ -121,7 +121,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path: Path, corpora
 
 def pretrain_and_die_after(config: Config, step: int) -> None:
     """A crash: an exception from a callback that comes after everything else in that step."""
-    from megatron_md.checkpoint.callback import Checkpointing
+    from megatron_md.checkpoint.saving import Checkpointing
 
     original = Checkpointing.after_step
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from megatron_md.checks import Layout, check_config, smallest_world, vocabulary
 from megatron_md.config import Config, ConfigError, config_from_mapping
-from megatron_md.corpus_checks import corpus_problems, missing_files
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import Document, documents, texts
 from megatron_md.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_md.run.check import Layout, check_config, smallest_world, vocabulary
+from megatron_md.run.check_corpora import corpus_problems, missing_files
 
 
 def config_of(folder: Path, **sections: Any) -> Config:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_md.checkpoint.conversion import plan_import
-from megatron_md.checkpoint.families import FAMILIES
-from megatron_md.checkpoint.hf_folder import INDEX_NAME, SINGLE_NAME, FolderError, HuggingFaceFolder, plan_shards
+from megatron_md.checkpoint.hf.convert import plan_import
+from megatron_md.checkpoint.hf.families import FAMILIES
+from megatron_md.checkpoint.hf.folder import INDEX_NAME, SINGLE_NAME, FolderError, HuggingFaceFolder, plan_shards
 from tests.checkpoint.hf_models import shape_of, write_model
 
 

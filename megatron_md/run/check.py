@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_md.config import Config
-from megatron_md.config_loader import ConfigError, nearest
-from megatron_md.corpus_checks import corpus_problems, missing_files
+from megatron_md.config.loader import ConfigError, nearest
 from megatron_md.data.cache import Cache
 from megatron_md.data.mixture import MixtureSchedule
 from megatron_md.data.shards import load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.plugins import import_plugins
+from megatron_md.run.check_corpora import corpus_problems, missing_files
 from megatron_md.train.progress import row_length_unit
 
 MOST_RANDOM_STEPS = 10_000_000  # each of them is drawn before a run starts: seconds for a million

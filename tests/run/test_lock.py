@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_md.parallel import World
-from megatron_md.train.run_lock import LOCK_NAME, _lock, only_job
+from megatron_md.run.lock import LOCK_NAME, _lock, only_job
 from tests.ranks import run_ranks
 
 HOLDER = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)\n"

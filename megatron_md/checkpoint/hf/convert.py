@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_md.checkpoint import original
-from megatron_md.checkpoint.bridge import Exporter, check_folder, import_slices
 from megatron_md.checkpoint.directory import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -26,9 +24,11 @@ from megatron_md.checkpoint.directory import (
     find_checkpoint,
     model_identity,
 )
-from megatron_md.checkpoint.families import Family, check_exportable
-from megatron_md.checkpoint.family_configs import MOST, UnsupportedConfigError
-from megatron_md.checkpoint.hf_folder import FolderError, HuggingFaceFolder, write_folder
+from megatron_md.checkpoint.hf import original
+from megatron_md.checkpoint.hf.configs import MOST, UnsupportedConfigError
+from megatron_md.checkpoint.hf.families import Family, check_exportable
+from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, write_folder
+from megatron_md.checkpoint.hf.tensors import Exporter, check_folder, import_slices
 from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors

@@ -98,8 +98,8 @@ def test_a_resumed_run_leaves_out_what_it_left_out_before(tmp_path: Path) -> Non
 
 
 def refusal(config: Config) -> str:
-    from megatron_md.exit_codes import PeerFailedError
-    from megatron_md.train.quarantine import QuarantineError
+    from megatron_md.errors import PeerFailedError
+    from megatron_md.train.callbacks.quarantine import QuarantineError
 
     with pytest.raises((QuarantineError, PeerFailedError)) as caught:
         pretrain(config)

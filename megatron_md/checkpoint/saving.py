@@ -13,8 +13,8 @@ from megatron_md.checkpoint.writer import SaveError
 from megatron_md.config import CheckpointConfig
 from megatron_md.messages import tell
 from megatron_md.train.callback import Callback, Record
+from megatron_md.train.callbacks.metrics import MetricsWriter, append_event
 from megatron_md.train.logs import logger
-from megatron_md.train.metrics import MetricsWriter, append_event
 from megatron_md.train.trainer import Trainer
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_md.train.watchdog import Watchdog, describe_hang
+from megatron_md.train.callbacks.watchdog import Watchdog, describe_hang
 from tests.ranks import RankError, run_ranks
 from tests.small_run import CONFIG
 

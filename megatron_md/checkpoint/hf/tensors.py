@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_md.checkpoint.families import Family, Rule, dimensions
-from megatron_md.checkpoint.hf_folder import FolderError, HuggingFaceFolder, StoredTensor
+from megatron_md.checkpoint.hf.families import Family, Rule, dimensions
+from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, StoredTensor
 from megatron_md.checkpoint.storage import Slice, TensorReader
 from megatron_md.config import ModelConfig
 

@@ -12,9 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_md import config_loader
-from megatron_md.config_loader import ConfigError
-from megatron_md.config_sections import (
+from megatron_md.config import loader as config_loader
+from megatron_md.config.loader import ConfigError
+from megatron_md.config.sections import (
     STRICT,
     BatchRampConfig,
     CheckpointConfig,

@@ -13,7 +13,7 @@ import torch
 from megatron_md.batch import CorruptedBatch
 from megatron_md.config import Config
 from megatron_md.diffusion.scoring import ScoredRows
-from megatron_md.train.validation import Validation
+from megatron_md.train.callbacks.validation import Validation
 from tests.ranks import run_ranks
 from tests.small_run import CONFIG, LENGTH, MASK, VOCAB, small_run, variant
 

@@ -54,7 +54,7 @@ def pretrain_with_clock(config: Config) -> int:
 
     import torch.distributed as dist
 
-    from megatron_md.checkpoint import callback
+    from megatron_md.checkpoint import saving as callback
 
     class Clock:
         now = 0.0

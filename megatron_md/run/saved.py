@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
-from megatron_md.checkpoint.families import FAMILIES
+from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.integrity import read_manifest
-from megatron_md.checks import check_split
 from megatron_md.config import Config, ParallelConfig, load_config
+from megatron_md.run.check import check_split
 
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_md.checks import check_config
 from megatron_md.config import Config, ConfigError
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.train import sampling
+from megatron_md.run.check import check_config
+from megatron_md.train.callbacks import sampling
 from tests.ranks import run_ranks
 from tests.train.test_trainer import metrics, pretrain, pretrain_and_die_after, without_times
 from tests.trained_run import run_config

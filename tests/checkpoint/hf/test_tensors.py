@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_md.checkpoint.bridge import merge, moves, split, table
-from megatron_md.checkpoint.families import FAMILIES, check_exportable, family_named
+from megatron_md.checkpoint.hf.families import FAMILIES, check_exportable, family_named
+from megatron_md.checkpoint.hf.tensors import merge, moves, split, table
 from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors
 from megatron_md.config import Config, ObjectiveConfig
 from tests.checkpoint.hf_models import FAMILY_NAMES, shape_of

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_md.checks import Layout
 from megatron_md.config import Config, ModelConfig, to_yaml
 from megatron_md.diffusion.schedule import parse_schedule
+from megatron_md.run.check import Layout
 from megatron_md.train.progress import Progress, batch_size_at
 
 

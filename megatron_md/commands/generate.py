@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_md.arguments import add_model_arguments, positive
+from megatron_md.commands.arguments import add_model_arguments, positive
 from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.evaluate.prompts import Prompt, read_prompts
-from megatron_md.evaluate.saved_run import open_asked
+from megatron_md.run.saved import open_asked
 
 EXAMPLES = """examples:
   megatron-md generate runs/demo --prompt 'def main(' --length 64

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md import config as configuration
-from megatron_md import estimates, parallel
-from megatron_md.checkpoint import original, rollback
-from megatron_md.checkpoint.callback import Checkpointing
+from megatron_md import parallel
+from megatron_md.checkpoint import rollback
 from megatron_md.checkpoint.directory import (
     checkpoint_name,
     config_changes,
@@ -18,7 +17,9 @@ from megatron_md.checkpoint.directory import (
     model_identity,
     named_checkpoints,
 )
+from megatron_md.checkpoint.hf import original
 from megatron_md.checkpoint.manager import CheckpointManager
+from megatron_md.checkpoint.saving import Checkpointing
 from megatron_md.config import Config
 from megatron_md.data.cache import Cache
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
@@ -28,27 +29,28 @@ from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.diffusion.scoring import ScoredRows
-from megatron_md.exit_codes import EXIT_DONE, EXIT_STOPPED, RunFailedError
+from megatron_md.errors import EXIT_DONE, EXIT_STOPPED, RunFailedError
 from megatron_md.json_file import read_json
 from megatron_md.messages import redacted, tell
 from megatron_md.model.build import build_model, wrap_data_parallel
 from megatron_md.parallel import World
 from megatron_md.plugins import import_plugins
+from megatron_md.run import estimate as estimates
+from megatron_md.run.lock import only_job
 from megatron_md.train.callback import Callback
+from megatron_md.train.callbacks.metrics import MetricsWriter, append_event, environment, write_json
+from megatron_md.train.callbacks.profile import Profiler
+from megatron_md.train.callbacks.quarantine import Quarantine
+from megatron_md.train.callbacks.sampling import Sampling
+from megatron_md.train.callbacks.validation import Validation
+from megatron_md.train.callbacks.watchdog import Watchdog
 from megatron_md.train.inference import Inference
 from megatron_md.train.logs import logger, open_rank_log
-from megatron_md.train.metrics import MetricsWriter, append_event, environment, write_json
 from megatron_md.train.optimizer import build_optimizer
-from megatron_md.train.profile import Profiler
 from megatron_md.train.progress import Progress
-from megatron_md.train.quarantine import Quarantine
 from megatron_md.train.resilience import StopRequest
-from megatron_md.train.run_lock import only_job
-from megatron_md.train.sampling import Sampling
 from megatron_md.train.step import Stepper
 from megatron_md.train.trainer import Trainer
-from megatron_md.train.validation import Validation
-from megatron_md.train.watchdog import Watchdog
 
 ENTROPY_TOKENS = 1_000_000_000  # a larger corpus is not read through just for its unigram entropy
 

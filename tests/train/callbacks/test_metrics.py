@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_md.train import metrics
-from megatron_md.train.metrics import Console, MetricsWriter, append_event, truncate_metrics, write_json
+from megatron_md.train.callbacks import metrics
+from megatron_md.train.callbacks.metrics import Console, MetricsWriter, append_event, truncate_metrics, write_json
 from tests.small_run import variant
 from tests.train.damaged_lines import DAMAGED
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_md.checkpoint.conversion import import_folder, open_export, plan_import
 from megatron_md.checkpoint.directory import checkpoint_name, latest_checkpoint
-from megatron_md.checkpoint.families import FAMILIES
-from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
+from megatron_md.checkpoint.hf.convert import import_folder, open_export, plan_import
+from megatron_md.checkpoint.hf.families import FAMILIES
+from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
 from megatron_md.checkpoint.storage import TensorReader
 from megatron_md.config import load_config
 from tests.checkpoint.hf_models import FAMILY_NAMES, contents, shape_of, write_model, write_tokenizer
@@ -163,7 +163,7 @@ def save_own(run_dir: Path) -> None:
     save_checkpoint(run_dir)
 
 
-WRITERS = ("megatron_md.checkpoint.conversion.seal", "megatron_md.checkpoint.hf_folder.write_synced")
+WRITERS = ("megatron_md.checkpoint.hf.convert.seal", "megatron_md.checkpoint.hf.folder.write_synced")
 
 
 def test_what_stops_a_conversion_leaves_nothing_that_looks_complete(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_md.checks import check_config
 from megatron_md.config import Config, config_from_mapping
-from megatron_md.estimates import (
+from megatron_md.run.check import check_config
+from megatron_md.run.estimate import (
     layers_per_stage,
     memory_per_rank,
     parameter_count,

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_md.checkpoint.bridge import special_tokens
-from megatron_md.checkpoint.families import Family
-from megatron_md.checkpoint.hf_folder import HuggingFaceFolder, plan_shards
+from megatron_md.checkpoint.hf.families import Family
+from megatron_md.checkpoint.hf.folder import HuggingFaceFolder, plan_shards
+from megatron_md.checkpoint.hf.tensors import special_tokens
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.tokenizer_json import CONFIG_NAME as NAMES_OF_TOKENS

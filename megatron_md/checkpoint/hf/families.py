@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from megatron_md.checkpoint.family_configs import (
+from megatron_md.checkpoint.hf.configs import (
     read_llada,
     read_llama_like,
     write_dream,

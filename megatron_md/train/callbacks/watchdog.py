@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from megatron_md.exit_codes import (
+from megatron_md.errors import (
     EXIT_BAD_INPUT,
     EXIT_ERROR,
     EXIT_PEER_FAILED,

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_md.checkpoint.original import ORIGINAL, hand_on
+from megatron_md.checkpoint.hf.original import ORIGINAL, hand_on
 from megatron_md.config import load_config, to_yaml
 from megatron_md.data.builder import Tokenised, Vocabulary, write_corpus
 from megatron_md.data.tokenizer import Tokenizer
+from tests.checkpoint.hf.test_convert import convert, export
 from tests.checkpoint.hf_models import contents, shape_of, write_byte_tokenizer, write_model, write_tokenizer
-from tests.checkpoint.test_conversion import convert, export
 from tests.ranks import run_ranks
 from tests.small_run import variant
 from tests.train.test_trainer import pretrain
