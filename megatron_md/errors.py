@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import linecache
 import os
-import traceback
 from pathlib import Path
 
 EXIT_DONE, EXIT_ERROR, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
@@ -13,6 +11,10 @@ EXIT_PEER_FAILED = 76
 
 # The launcher's wish to hear a worker's final exit code through a file: a code other than 0 would make it restart.
 VERDICT_VARIABLE = "MEGATRON_MD_VERDICT"
+
+
+class UserError(ValueError):
+    """Bad input: exit code 2, its lines once, no traceback."""
 
 
 class RunFailedError(Exception):
@@ -45,14 +47,3 @@ def hang_mark() -> Path | None:
     """The file by which the workers tell their launcher that they have hung; None where nobody asks."""
     path = os.environ.get(VERDICT_VARIABLE)
     return None if path is None else Path(path).with_name("hung")
-
-
-def is_deliberate(error: Exception) -> bool:
-    """Whether a `raise ValueError` in this package made the error: bad input. Others are faults, with a traceback."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not isinstance(error, ValueError) or not frames or os.environ.get("MEGATRON_MD_TRACEBACK"):
-        return False
-    frame, line = frames[-1]
-    module = str(frame.f_globals.get("__name__", ""))
-    statement = linecache.getline(frame.f_code.co_filename, line).strip()
-    return module.split(".")[0] == "megatron_md" and statement.startswith("raise ")

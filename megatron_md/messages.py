@@ -95,6 +95,12 @@ def tell(text: object, *, multiline: bool = False) -> None:
     _write(sys.stderr, text, multiline)
 
 
+def tell_error(error: Exception, speaker: str = "megatron-md") -> None:
+    """Print what an error says on stderr, behind who says it; one that has several `lines` needs as many."""
+    lines = getattr(error, "lines", None) or [str(error)]
+    tell("\n".join(shown(f"{speaker}: {line}") for line in lines), multiline=True)
+
+
 def say(text: object, *, multiline: bool = False) -> None:
     """Print an answer on stdout, as `shown`; newlines are escaped too unless it is meant to have several lines."""
     _write(sys.stdout, text, multiline)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_md.config import Config
+from megatron_md.errors import UserError
 
 # How often the job's workers have been started before these, as `megatron-md train` tells them.
 ROUND_VARIABLE = "MEGATRON_MD_ROUND"
@@ -55,15 +56,15 @@ def select_device(name: str) -> torch.device:
     """Device for `train.device`: auto takes this process's CUDA device where there is one.
 
     Raises:
-        ValueError: cuda is asked for and there is none, or there are more processes on this node than devices.
+        UserError: cuda is asked for and there is none, or there are more processes on this node than devices.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is cuda, but torch sees no CUDA device: use train.device=auto or cpu")
+        raise UserError("train.device is cuda, but torch sees no CUDA device: use train.device=auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= count > 1:
-        raise ValueError(f"this node has {count} CUDA devices and more processes than that: start one per device")
+        raise UserError(f"this node has {count} CUDA devices and more processes than that: start one per device")
     # A scheduler may show each process its own device only.
     return torch.device("cuda", local_rank if count > 1 else 0)
 
@@ -101,7 +102,7 @@ def initialize(config: Config) -> World:
     """Start torch.distributed and megatron-core's process groups for `config.parallel`; set all seeds.
 
     Raises:
-        ValueError: the device asked for is not there.
+        UserError: the device asked for is not there.
     """
     device = select_device(config.train.device)
     if device.type == "cpu":
@@ -120,7 +121,7 @@ def initialize(config: Config) -> World:
         from megatron.core import optimizer as core_optimizer
 
         if not core_optimizer.USING_PYTORCH_OPTIMIZER:
-            raise ValueError(
+            raise UserError(
                 "train.device is cpu, but megatron-core found Transformer Engine or apex, whose optimizer knows CUDA "
                 "only: run on a CUDA device, or in an environment without them"
             )

@@ -18,6 +18,7 @@ from typing import Any
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
 from megatron_md.config import Config
 from megatron_md.config import loader as config_loader
+from megatron_md.errors import UserError
 from megatron_md.files import replace_file, sync
 from megatron_md.json_file import as_record, read_json
 from megatron_md.messages import redacted
@@ -82,13 +83,13 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run: the one that `latest` names first, then the others, newest first.
 
     Raises:
-        ValueError: there are checkpoint directories, and none is complete.
+        UserError: there are checkpoint directories, and none is complete.
     """
     directory = run_dir / "checkpoints"
     found, latest = named_checkpoints(directory), _latest(directory)
     complete = [path for path in sorted(found.values(), key=lambda path: path.name != latest) if is_complete(path)]
     if found and not complete:
-        raise ValueError(f"{directory}: none of its {len(found)} checkpoints is complete; remove them to start anew")
+        raise UserError(f"{directory}: none of its {len(found)} checkpoints is complete; remove them to start anew")
     return complete
 
 
@@ -102,7 +103,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run: the one that `latest` names or, if it is gone, the newest there is.
 
     Raises:
-        ValueError: there are checkpoint directories, and none is complete.
+        UserError: there are checkpoint directories, and none is complete.
     """
     return next(iter(complete_checkpoints(run_dir)), None)
 
@@ -111,11 +112,11 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means: a checkpoint directory itself, or the newest one of a run.
 
     Raises:
-        ValueError: it is neither.
+        UserError: it is neither.
     """
     checkpoint = path if is_complete(path) else latest_checkpoint(path)
     if checkpoint is None:
-        raise ValueError(f"{path}: neither a run directory with a complete checkpoint nor a checkpoint")
+        raise UserError(f"{path}: neither a run directory with a complete checkpoint nor a checkpoint")
     return checkpoint
 
 
@@ -123,15 +124,15 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint records about itself: progress, layout, identity, optimizer, val_nelbo.
 
     Raises:
-        ValueError: the directory is not a complete checkpoint of this format.
+        UserError: the directory is not a complete checkpoint of this format.
     """
     path = checkpoint / RECORD_NAME
     record = {**_DEFAULTS, **read_json(path, f"not a complete checkpoint: {_WAY_OUT}")}
     for key, kind in _KINDS.items():
         if not isinstance(record.get(key), kind):
-            raise ValueError(f"{path}: {key} is missing or of a wrong type: not a complete checkpoint: {_WAY_OUT}")
+            raise UserError(f"{path}: {key} is missing or of a wrong type: not a complete checkpoint: {_WAY_OUT}")
     if record["format"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {record['format']} is not {FORMAT_VERSION}, which this version reads")
+        raise UserError(f"{path}: format {record['format']} is not {FORMAT_VERSION}, which this version reads")
     return record
 
 
@@ -139,7 +140,7 @@ def read_progress(checkpoint: Path) -> Progress:
     """The progress recorded in a checkpoint.
 
     Raises:
-        ValueError: the directory is not a complete checkpoint of this format.
+        UserError: the directory is not a complete checkpoint of this format.
     """
     where = f"{checkpoint / RECORD_NAME}: progress"
     return as_record(Progress, read_record(checkpoint)["progress"], where, f"not a complete checkpoint: {_WAY_OUT}")

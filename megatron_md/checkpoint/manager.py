@@ -22,6 +22,7 @@ from megatron_md.checkpoint import directory as names
 from megatron_md.checkpoint import state as states
 from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.writer import CheckpointWrite, SaveError, raise_together
+from megatron_md.errors import UserError
 from megatron_md.model.build import settled_parameters
 from megatron_md.train.bad_numbers import BadNumbersError
 from megatron_md.train.callbacks.metrics import append_event
@@ -213,7 +214,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: there are checkpoints, and every one is damaged.
-            ValueError: as `load`.
+            UserError: as `load`.
         """
         self.finish()
         # Rank 0 lists, so that all ranks try the same ones.
@@ -251,7 +252,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: it is damaged.
-            ValueError: it is incomplete, belongs to another run, or holds optimizer state of another kind.
+            UserError: it is incomplete, belongs to another run, or holds optimizer state of another kind.
         """
         self.finish()
         verify(checkpoint)
@@ -264,7 +265,7 @@ class CheckpointManager:
         states.allocate_optimizer(optimizer)
         needed = states.state_names(optimizer)
         if record["optimizer"] != needed:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint}: its optimizer state is {record['optimizer']}, this run's is {needed}: put "
                 "train.precision and megatron.optimizer back to what it was trained with"
             )
@@ -282,7 +283,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: it is damaged.
-            ValueError: its model has another shape, or another tokenizer.
+            UserError: its model has another shape, or another tokenizer.
         """
         verify(checkpoint)
         there = names.read_record(checkpoint)["identity"]
@@ -320,7 +321,7 @@ def _refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str,
     here = json.loads(json.dumps(here))
     lines = [f"{key}: {there.get(key)} there, {value} now" for key, value in here.items() if there.get(key) != value]
     if lines:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} belongs to another run ({'; '.join(lines)}): "
             "choose another run_dir, or put these keys back to what it was trained with"
         )

@@ -24,6 +24,7 @@ from megatron_md.checkpoint.directory import (
     read_progress,
     set_aside_as_bad,
 )
+from megatron_md.errors import UserError
 from megatron_md.files import replace_file
 from megatron_md.json_file import as_record, read_json
 from megatron_md.train.bad_numbers import RECORD, BadNumbersError, Whole
@@ -98,7 +99,7 @@ class Rollback:
         """The newest return of a run, if there was one.
 
         Raises:
-            ValueError: its file is damaged.
+            UserError: its file is damaged.
         """
         path = run_dir / FILE_NAME
         if not path.exists():
@@ -181,7 +182,7 @@ def finish(run_dir: Path) -> Rollback | None:
     """The run's newest return, carried out on disk where a crash has kept it from that; every rank calls this.
 
     Raises:
-        ValueError: on all ranks, as `Rollback.read` says.
+        UserError: on all ranks, as `Rollback.read` says.
     """
     answer: list[Rollback | str | None] = [None]
     if dist.get_rank() == 0:
@@ -191,7 +192,7 @@ def finish(run_dir: Path) -> Rollback | None:
             answer = [str(error)]
     dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], str):
-        raise ValueError(answer[0])
+        raise UserError(answer[0])
     return answer[0]
 
 

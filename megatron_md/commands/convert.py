@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_md.errors import UserError
 from megatron_md.messages import say, shown
 
 if TYPE_CHECKING:
@@ -44,18 +45,18 @@ def run(args: argparse.Namespace) -> int:
     """Convert.
 
     Raises:
-        ValueError: bad input; nothing has been written then.
+        UserError: bad input; nothing has been written then.
     """
     from megatron_md.checkpoint.hf.families import family_named
 
     family = family_named(args.family)
     if args.add_mask_token and args.to == "hf":
-        raise ValueError("--add-mask-token belongs to --to megatron")
+        raise UserError("--add-mask-token belongs to --to megatron")
     source, target = Path(args.source), Path(args.target)
     if not args.dry_run and target.exists():
-        raise ValueError(f"{target}: exists already; choose another folder, or remove it")
+        raise UserError(f"{target}: exists already; choose another folder, or remove it")
     if not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
+        raise UserError(f"{source}: no such file or folder")
     (_to_megatron if args.to == "megatron" else _to_hf)(args, family, source, target)
     if args.verify and not args.dry_run:
         from megatron_md.evaluate.verify_conversion import compare_logits

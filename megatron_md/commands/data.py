@@ -14,6 +14,7 @@ from megatron_md.data import commands
 from megatron_md.data.shards import Manifest, document_lengths, load_manifest, unigram_entropy
 from megatron_md.data.stream import WINDOW_SHARDS, Rows, SequenceStream
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.errors import UserError
 from megatron_md.messages import printable, shown
 
 BAR_WIDTH = 40
@@ -60,23 +61,23 @@ def run(args: argparse.Namespace) -> int:
     """Run the action that was asked for.
 
     Raises:
-        ValueError: bad input.
+        UserError: bad input.
     """
     if args.action != "show":
         return commands.run(args)
     for name in ("seq_length", "window_shards", "global_batch_size"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.seq_length > MAX_SEQ_LENGTH:
-        raise ValueError(f"--seq-length {args.seq_length}: at most {MAX_SEQ_LENGTH} tokens can be shown as a row")
+        raise UserError(f"--seq-length {args.seq_length}: at most {MAX_SEQ_LENGTH} tokens can be shown as a row")
     if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed}: must be at least 0 and below 2**63, as in a run")
+        raise UserError(f"--seed {args.seed}: must be at least 0 and below 2**63, as in a run")
     if args.masks and not args.row:
-        raise ValueError("--masks marks the tokens of rows: name them with --row G")
+        raise UserError("--masks marks the tokens of rows: name them with --row G")
     if min(args.row, default=0) < 0:
-        raise ValueError(f"--row {min(args.row)}: rows are numbered from 0")
+        raise UserError(f"--row {min(args.row)}: rows are numbered from 0")
     if max(args.row, default=0) >= 2**63:
-        raise ValueError(f"--row {max(args.row)}: must be below 2**63")
+        raise UserError(f"--row {max(args.row)}: must be below 2**63")
     console = Console(highlight=False, soft_wrap=True)
     for path in args.manifest:
         manifest = load_manifest(path)
@@ -125,7 +126,7 @@ def length_histogram(lengths: Int64Array) -> list[tuple[int, int, int]]:
 def _show_rows(console: Console, manifest: Manifest, args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
     if tokenizer is not None and tokenizer.sha256 != manifest.tokenizer_sha256:
-        raise ValueError(f"--tokenizer {args.tokenizer}: {manifest.location} was made with another one")
+        raise UserError(f"--tokenizer {args.tokenizer}: {manifest.location} was made with another one")
     stream = SequenceStream(
         manifest, seed=args.seed, seq_length=args.seq_length, window_shards=args.window_shards, keep_going=True
     )
@@ -152,7 +153,7 @@ def masks_of_row(
         mask_token_id: the mask token.
 
     Raises:
-        ValueError: the schedule is malformed.
+        UserError: the schedule is malformed.
     """
     from megatron_md.config import ObjectiveConfig
     from megatron_md.diffusion.objective import build_objective

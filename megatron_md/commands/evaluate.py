@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md.commands.arguments import add_model_arguments, positive
+from megatron_md.errors import UserError
 from megatron_md.run.saved import open_asked
 
 EXAMPLES = """examples:
@@ -121,14 +122,14 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, print, and write what was asked for.
 
     Raises:
-        ValueError: bad input, with the way out.
+        UserError: bad input, with the way out.
     """
     mode = _settle(args)
     for path in (args.json, getattr(args, "plot", None), getattr(args, "state", None)):
         if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: the folder {path.parent} does not exist")
+            raise UserError(f"{path}: the folder {path.parent} does not exist")
     if mode == "generative" and args.judge is None:
-        raise ValueError("--generative needs --judge RUN_AR: a causal run, such as an autoregressive baseline")
+        raise UserError("--generative needs --judge RUN_AR: a causal run, such as an autoregressive baseline")
     for run_path in (args.run_path, args.against, args.judge):
         if run_path is not None:
             open_asked(run_path, args)  # refuses what it can before torch is imported
@@ -156,11 +157,11 @@ def _settle(args: argparse.Namespace) -> str:
     """The mode, after its options got their defaults.
 
     Raises:
-        ValueError: not exactly one mode, or an option of another one.
+        UserError: not exactly one mode, or an option of another one.
     """
     modes = [mode for mode in DEFAULTS if getattr(args, mode)]
     if len(modes) != 1:
-        raise ValueError("give one of --nelbo DATA, --tasks NAMES and --generative; see megatron-md evaluate --help")
+        raise UserError("give one of --nelbo DATA, --tasks NAMES and --generative; see megatron-md evaluate --help")
     (mode,) = modes
     known = DEFAULTS[mode]
     for name in sorted({name for options in DEFAULTS.values() for name in options}):
@@ -168,7 +169,7 @@ def _settle(args: argparse.Namespace) -> str:
             setattr(args, name, known.get(name))
         elif name not in known:
             owners = " or ".join(f"--{owner}" for owner, options in DEFAULTS.items() if name in options)
-            raise ValueError(f"--{name.replace('_', '-')} belongs to {owners}, not to --{mode}")
+            raise UserError(f"--{name.replace('_', '-')} belongs to {owners}, not to --{mode}")
     if mode == "tasks":
         args.steps, args.temperature = _one(args.steps, "--steps"), _one(args.temperatures, "--temperature")
         args.seeds = args.seeds or [args.seed]
@@ -177,5 +178,5 @@ def _settle(args: argparse.Namespace) -> str:
 
 def _one(values: list[Any] | None, name: str) -> Any:
     if values is not None and len(values) != 1:
-        raise ValueError(f"{name}: tasks take one value, not {len(values)}")
+        raise UserError(f"{name}: tasks take one value, not {len(values)}")
     return values[0] if values else None

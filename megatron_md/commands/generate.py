@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_md.commands.arguments import add_model_arguments, positive
 from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.errors import UserError
 from megatron_md.evaluate.prompts import Prompt, read_prompts
 from megatron_md.run.saved import open_asked
 
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate, print, and write what was asked for.
 
     Raises:
-        ValueError: bad input, with the way out.
+        UserError: bad input, with the way out.
     """
     # Before torch is imported.
     for name, path in (("--output", args.output), ("--save-trace", args.save_trace)):
@@ -103,7 +104,7 @@ def sampler_config(args: argparse.Namespace, length: int, steps: int | None) -> 
     """How to generate, as the options say.
 
     Raises:
-        ValueError: they contradict each other.
+        UserError: they contradict each other.
     """
     return SamplerConfig(
         length=length,
@@ -124,9 +125,9 @@ def _check_place(name: str, path: Path | None) -> None:
     if path is None:
         return
     if path.is_dir():
-        raise ValueError(f"{name} {path} is a folder: name a file")
+        raise UserError(f"{name} {path} is a folder: name a file")
     if not path.parent.is_dir():
-        raise ValueError(f"{name} {path}: the folder {path.parent} does not exist")
+        raise UserError(f"{name} {path}: the folder {path.parent} does not exist")
 
 
 def _check_infill(args: argparse.Namespace) -> None:
@@ -134,16 +135,16 @@ def _check_infill(args: argparse.Namespace) -> None:
         args.length = DEFAULT_LENGTH if args.length is None else args.length
         return
     if args.prompt is None and args.prompts_file is None and not args.interactive:
-        raise ValueError("--infill needs a prompt with placeholders, such as --prompt 'x = [[5]]'")
+        raise UserError("--infill needs a prompt with placeholders, such as --prompt 'x = [[5]]'")
     for name in ("length", "block"):
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name} does not go with --infill: the prompt says what is open; leave --{name} out")
+            raise UserError(f"--{name} does not go with --infill: the prompt says what is open; leave --{name} out")
 
 
 def _check_strategy(args: argparse.Namespace) -> None:
     for name in ("threshold", "factor"):
         if getattr(args, name) is not None and args.strategy != name:
-            raise ValueError(f"--{name} belongs to --strategy {name}: ask for that, or leave --{name} out")
+            raise UserError(f"--{name} belongs to --strategy {name}: ask for that, or leave --{name} out")
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt] | None:
@@ -155,7 +156,7 @@ def _prompts(args: argparse.Namespace) -> list[Prompt] | None:
     for name in ("output", "save_trace"):
         path = getattr(args, name)
         if path is not None and path.resolve() == args.prompts_file.resolve():
-            raise ValueError(f"--{name.replace('_', '-')} {path} would replace the prompts: name another file")
+            raise UserError(f"--{name.replace('_', '-')} {path} would replace the prompts: name another file")
     return read_prompts(args.prompts_file)
 
 
@@ -163,6 +164,6 @@ def _check_trace(args: argparse.Namespace, prompts: list[Prompt] | None) -> None
     if args.save_trace is None:
         return
     if prompts is None or len(prompts) != 1 or args.samples != 1:
-        raise ValueError("--save-trace replays one text: give one prompt and --samples 1")
+        raise UserError("--save-trace replays one text: give one prompt and --samples 1")
     if args.output is not None and args.output.resolve() == args.save_trace.resolve():
-        raise ValueError(f"--output and --save-trace are both {args.output}: name two files")
+        raise UserError(f"--output and --save-trace are both {args.output}: name two files")

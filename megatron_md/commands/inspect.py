@@ -16,6 +16,7 @@ from megatron_md.checkpoint.directory import config_changes, is_bad, is_checkpoi
 from megatron_md.checkpoint.integrity import MANIFEST_NAME, verify, verify_listing
 from megatron_md.config import load_config, to_yaml
 from megatron_md.config.loader import ConfigError, read_yaml
+from megatron_md.errors import UserError
 from megatron_md.json_file import LARGE, as_record, parse_json, read_json, read_regular
 from megatron_md.messages import redacted, say
 from megatron_md.train.records import damage, read_lines
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     """Inspect and print.
 
     Raises:
-        ValueError: the path is no run and no checkpoint, or `--against` is no config.
+        UserError: the path is no run and no checkpoint, or `--against` is no config.
     """
     found = inspect(args.path, verified=args.verify)
     if args.against is not None:
@@ -159,10 +160,10 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
         verified: read every file of every checkpoint and compare hashes, not only names and sizes.
 
     Raises:
-        ValueError: it is neither.
+        UserError: it is neither.
     """
     if not path.is_dir():
-        raise ValueError(f"{path}: no such directory")
+        raise UserError(f"{path}: no such directory")
     found = Inspection(str(path))
     if _is_checkpoint(path):
         found.checkpoints = [_summarise(path, verified)]
@@ -170,7 +171,7 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
         return found
     directory = path / "checkpoints"
     if not directory.is_dir() and not (path / "config.yaml").is_file():
-        raise ValueError(f"{path}: neither a run (no config.yaml, no checkpoints/) nor a checkpoint (no progress.json)")
+        raise UserError(f"{path}: neither a run (no config.yaml, no checkpoints/) nor a checkpoint (no progress.json)")
     found.status = _read_json(path / "summary.json", found.notes)
     if found.status.get("status") == "running" and _is_free(path / _LOCK_NAME):
         found.notes.append("no job on this machine holds the run: it was killed, unless it runs on another machine")
@@ -199,12 +200,12 @@ def compare_config(found: Inspection, config_path: Path) -> None:
     """Sort the keys in which a config differs from the newest checkpoint's into what resuming makes of them.
 
     Raises:
-        ValueError: there is no checkpoint to compare with, or no such config.
+        UserError: there is no checkpoint to compare with, or no such config.
     """
     config = load_config(config_path)
     newest = newest_checkpoint(found)
     if newest is None:
-        raise ValueError(f"{found.path}: holds no checkpoint that {config_path} could resume")
+        raise UserError(f"{found.path}: holds no checkpoint that {config_path} could resume")
     checkpoint = Path(newest.path)
     there, here = model_identity(load_config(checkpoint / "config.yaml")), model_identity(config)
     differing = {key for key in here if there[key] != here[key]}

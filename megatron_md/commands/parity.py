@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the action that was asked for.
 
     Raises:
-        ValueError: bad input.
+        UserError: bad input.
     """
     return {"run": _run, "sweep": _sweep, "plot": _plot, "validate": _validate}[args.action](args)
 

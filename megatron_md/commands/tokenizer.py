@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_md.data.corpus import documents, texts
 from megatron_md.data.tokenizer import JSON_NAME, TRAINING_BYTES, Tokenizer, train_tokenizer
+from megatron_md.errors import UserError
 from megatron_md.messages import say
 
 EXAMPLES = """examples:
@@ -52,7 +53,7 @@ def _import(args: argparse.Namespace) -> int:
         args.tokenizer, mask_token=args.mask_token, eos_token=args.eos_token, pad_token=args.pad_token
     )
     if tokenizer.path.suffix != ".json":
-        raise ValueError(f"{tokenizer.path}: not a tokenizer.json; a SentencePiece model is used as it is")
+        raise UserError(f"{tokenizer.path}: not a tokenizer.json; a SentencePiece model is used as it is")
     target = Path(args.output) / JSON_NAME
     tokenizer.save(target)
     say(

@@ -17,6 +17,7 @@ import numpy as np
 from megatron_md.data.shards import Manifest, ShardReader, load_manifest
 from megatron_md.diffusion.ngrams import MIN_COUNT, By, NgramCounter, OrderCounts, Tokens, weights_of, weights_stderr
 from megatron_md.diffusion.theory import ngram_signal, optimal_mask_rate
+from megatron_md.errors import UserError
 from megatron_md.evaluate.plot import picture_format, plain, save_figure
 from megatron_md.files import replace_file
 from megatron_md.messages import say, shown, tell
@@ -77,7 +78,7 @@ class Prediction:
         """The prediction from a counter's figures.
 
         Raises:
-            ValueError: no n-gram recurs.
+            UserError: no n-gram recurs.
         """
         weights = {by: weights_of(counts, by) for by in get_args(By)}
         return cls(
@@ -102,27 +103,27 @@ def run(args: argparse.Namespace) -> int:
     """Read the corpus, print figures and windows, draw the picture.
 
     Raises:
-        ValueError: bad input, or a corpus too small to have recurring n-grams.
+        UserError: bad input, or a corpus too small to have recurring n-grams.
     """
     if args.max_tokens is not None and args.max_tokens < 1:
-        raise ValueError(f"--max-tokens {args.max_tokens}: must be at least 1")
+        raise UserError(f"--max-tokens {args.max_tokens}: must be at least 1")
     picture_format(args.output)
     if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist")
+        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist")
     manifests = [load_manifest(path) for path in args.manifest]
     first, *others = manifests
     for other in others:
         if other.tokenizer_sha256 != first.tokenizer_sha256:
-            raise ValueError(f"{first.location} and {other.location} were tokenised with different tokenizers")
+            raise UserError(f"{first.location} and {other.location} were tokenised with different tokenizers")
     name = shown(", ".join(manifest.location for manifest in manifests))
     available = sum(manifest.tokens for manifest in manifests)
     if not available:
-        raise ValueError(f"{name}: the corpus holds no tokens, only empty documents")
+        raise UserError(f"{name}: the corpus holds no tokens, only empty documents")
     start = time.perf_counter()
     tokens = min(args.max_tokens or available, available)
     predictions = predict(manifests, tokens)
     if not predictions:
-        raise ValueError(
+        raise UserError(
             f"{name}: no n-gram recurs often enough in {tokens} tokens: take a larger corpus or --max-tokens"
         )
     draw(predictions, name, args.output)
@@ -244,7 +245,7 @@ def draw(predictions: Sequence[Prediction], name: str, output: Path) -> None:
     """Draw Signal(t) with both windows shaded, and how t* moves with the size of the corpus.
 
     Raises:
-        ValueError: the picture's format is unknown.
+        UserError: the picture's format is unknown.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter

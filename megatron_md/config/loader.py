@@ -19,6 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_md.errors import UserError
 from megatron_md.json_file import read_regular
 from megatron_md.messages import redacted
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 Path_ = tuple[str, ...]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A bad config.
 
     Attributes:

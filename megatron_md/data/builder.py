@@ -28,6 +28,7 @@ from megatron_md.data.writer import (
     interrupted_build,
     write_corpus,
 )
+from megatron_md.errors import UserError
 from megatron_md.processes import die_with_parent
 
 BATCH_CHARACTERS = 1 << 18
@@ -64,7 +65,7 @@ def build_shards(
         on_progress: called after every batch of documents.
 
     Raises:
-        ValueError: as `write_corpus` and `interrupted_build`; also when the corpus is not the one of the interrupted
+        UserError: as `write_corpus` and `interrupted_build`; also when the corpus is not the one of the interrupted
             build, when the tokenizer does not keep the text of one of the documents that are checked (every 64th),
             or when documents that come as tokens do not fit it.
     """
@@ -108,7 +109,7 @@ def _result(future: Future[Batch]) -> Batch:
         return future.result()
     except ValueError as error:
         # The worker's traceback says nothing more than its one line.
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def _batches(corpus: Corpus, first: int) -> Iterator[tuple[int, list[Entry]]]:
@@ -161,7 +162,7 @@ def _take_tokens(tokenizer: Tokenizer, entry: TokenDocument, checksum: int) -> T
     if not tokens.size:
         return Rejection(entry.name, "empty", fingerprint=checksum)
     if int(tokens.min()) < 0 or int(tokens.max()) >= tokenizer.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{entry.name}: holds token {int(tokens.max())}, but {tokenizer.path} has {tokenizer.vocab_size}; "
             "give the tokenizer that it was made with"
         )

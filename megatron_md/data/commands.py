@@ -19,6 +19,7 @@ from megatron_md.data.resume import BuildProgress
 from megatron_md.data.shards import Manifest, load_manifest
 from megatron_md.data.verify import verify
 from megatron_md.data.writer import SHARD_TOKENS
+from megatron_md.errors import UserError
 from megatron_md.messages import say, tell
 
 LINE_SECONDS = 10.0
@@ -95,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     if not args.output:
-        raise ValueError("--output is missing: the folder to create")
+        raise UserError("--output is missing: the folder to create")
     for name in ("workers", "shard_tokens", "max_document_bytes"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     inputs = [path if path == EMBEDDED or path.startswith(HUB) else Path(path).resolve().name for path in args.input]
     reading = Reading(args.text_key, args.max_document_bytes)
     start = time.perf_counter()
@@ -118,7 +119,7 @@ def _build(args: argparse.Namespace) -> int:
 
 def _index(args: argparse.Namespace) -> int:
     if args.action == "build" and args.output is not None:
-        raise ValueError("--index takes no --output: the tars are indexed where they are")
+        raise UserError("--index takes no --output: the tars are indexed where they are")
     codes = [0]
     for folder in args.input:
         start = time.perf_counter()

@@ -34,6 +34,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache
 from megatron_md.data.remote import RemoteFile
+from megatron_md.errors import UserError
 from megatron_md.json_file import parse_json, read_regular
 from megatron_md.messages import redacted
 
@@ -51,10 +52,8 @@ Count = Annotated[int, Field(ge=0, lt=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard or its index is damaged; the message names the file and, where known, the document."""
-
-    of_one_rank = True  # other ranks read other documents
 
 
 class DamagedDocumentError(ShardError):
@@ -174,7 +173,7 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
         cache: where the shards of a remote corpus are kept while they are used.
 
     Raises:
-        ValueError: it is missing, malformed or contradicts itself, or (a `ShardError`) a shard is missing or cut,
+        UserError: it is missing, malformed or contradicts itself, or (a `ShardError`) a shard is missing or cut,
             or (a `RemoteError`) it cannot be fetched.
     """
     file: str | Path
@@ -185,7 +184,7 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
     path = Path(path)
     file = path / MANIFEST_NAME if path.is_dir() else path
     if not file.exists():
-        raise ValueError(f"{file}: no such manifest; build shards with `megatron-md data build`")
+        raise UserError(f"{file}: no such manifest; build shards with `megatron-md data build`")
     data = read_regular(file, "build the shards again", most_bytes=MAX_MANIFEST_BYTES)
     manifest = _parse_manifest(file, data, file.parent, None)
     if check_files:
@@ -203,7 +202,7 @@ def _fetch_manifest(url: str) -> tuple[str, bytes]:
 def _parse_manifest(file: str | Path, data: bytes, directory: Path, origin: Remote | None) -> Manifest:
     content = parse_json(data, file, "build the shards again")
     if not isinstance(content, dict) or content.get("format") != FORMAT or PLACES & content.keys():
-        raise ValueError(f"{file}: not a manifest of {FORMAT}")
+        raise UserError(f"{file}: not a manifest of {FORMAT}")
     sha256 = content_hash(content)
     try:
         # The bytes themselves, as writing a large manifest anew would take as long as reading it.
@@ -212,14 +211,14 @@ def _parse_manifest(file: str | Path, data: bytes, directory: Path, origin: Remo
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"{file}: {key}: {problem['msg']}; build the shards again") from error
+        raise UserError(f"{file}: {key}: {problem['msg']}; build the shards again") from error
     _check_consistent(file, manifest, sha256)
     return replace(manifest, remote=origin)
 
 
 def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None:
     if sha256 != manifest.sha256:
-        raise ValueError(
+        raise UserError(
             f"{file}: its content does not match its own hash: it was edited or cut; build the shards again"
         )
     names = [name for shard in manifest.shards for name in (shard.name, shard.index)]
@@ -227,15 +226,15 @@ def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None
         # By hand: pathlib takes seconds for the shards of a trillion tokens.
         is_bad = not name.strip("./") or name.startswith("/") or "\\" in name or "\0" in name
         if is_bad or ".." in name.split("/"):
-            raise ValueError(f"{file}: shard name {name!r} must be relative and beneath the manifest")
+            raise UserError(f"{file}: shard name {name!r} must be relative and beneath the manifest")
     if len(set(names)) < len(names):
-        raise ValueError(f"{file}: a shard is named twice")
+        raise UserError(f"{file}: a shard is named twice")
     for key in ("documents", "tokens"):
         if sum(getattr(shard, key) for shard in manifest.shards) != getattr(manifest, key):
-            raise ValueError(f"{file}: {key} is not the sum over the shards")
+            raise UserError(f"{file}: {key} is not the sum over the shards")
     for key in ("eos_id", "mask_id", "pad_id"):
         if getattr(manifest, key) >= manifest.vocab_size:
-            raise ValueError(f"{file}: {key} lies outside the vocabulary of {manifest.vocab_size}")
+            raise UserError(f"{file}: {key} lies outside the vocabulary of {manifest.vocab_size}")
 
 
 def _check_size(manifest: Manifest, shard: Shard) -> None:
@@ -397,7 +396,7 @@ def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
         for block in ShardReader(manifest, number).blocks():
             found = np.bincount(block, minlength=manifest.vocab_size)
             if len(found) > manifest.vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"{manifest.location}: a token lies outside the vocabulary; check it with `data verify`"
                 )
             counts += found

@@ -20,6 +20,7 @@ from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, DamagedDocum
 from megatron_md.data.cache import WindowFetcher
 from megatron_md.data.packing import Piece, RowOrder, Span, WindowLayout
 from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader, load_manifest
+from megatron_md.errors import UserError
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ class SequenceStream:
             keep_going: a damaged document becomes a gap in its rows (padding, not maskable) instead of an error.
 
         Raises:
-            ValueError: the corpus is missing or malformed.
+            UserError: the corpus is missing or malformed.
         """
         self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
         self.seq_length = seq_length
@@ -272,11 +273,11 @@ def micro_batches(
     global batch sees the same rows. Under `length`, all rows are cut to their first `length` tokens.
 
     Raises:
-        ValueError: the global batch does not divide into micro-batches of this size over the ranks.
+        UserError: the global batch does not divide into micro-batches of this size over the ranks.
     """
     rows_per_round = micro_batch_size * data_size
     if position.global_batch_size % rows_per_round:
-        raise ValueError(
+        raise UserError(
             f"train.global_batch_size {position.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{micro_batch_size} x data-parallel size {data_size}"
         )
@@ -331,7 +332,7 @@ class Prefetcher(Generic[T]):
 
     def __next__(self) -> T:
         if self._stop.is_set():
-            raise ValueError("the prefetcher is closed")
+            raise UserError("the prefetcher is closed")
         if self._thread is None:
             return next(self._items)
         if self._end is None:

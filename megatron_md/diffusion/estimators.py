@@ -37,6 +37,7 @@ from megatron_md.diffusion.corruption import (
     stratified_uniforms,
     uniforms,
 )
+from megatron_md.errors import UserError
 
 EstimatorName = Literal["exact", "complementary", "neyman", "stratified_t", "plain", "autoregressive"]
 
@@ -94,13 +95,13 @@ class Estimator:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(EstimatorName):
-            raise ValueError(f"unknown estimator {self.name!r} (known: {', '.join(get_args(EstimatorName))})")
+            raise UserError(f"unknown estimator {self.name!r} (known: {', '.join(get_args(EstimatorName))})")
         if not 0.0 < self.min_mask_rate < 1.0:
-            raise ValueError(f"min_mask_rate must be in (0, 1), got {self.min_mask_rate}")
+            raise UserError(f"min_mask_rate must be in (0, 1), got {self.min_mask_rate}")
         if (self.name == "neyman") != bool(self.density):
-            raise ValueError("a density belongs to the estimator neyman, which needs one (from a pilot pass)")
+            raise UserError("a density belongs to the estimator neyman, which needs one (from a pilot pass)")
         if not all(0.0 < value < np.inf for value in self.density):
-            raise ValueError(f"the density must be positive in every bin, got {self.density}")
+            raise UserError(f"the density must be positive in every bin, got {self.density}")
 
     @property
     def draws(self) -> int:
@@ -222,7 +223,7 @@ def neyman_density(
         floor: share of a uniform density mixed in, which bounds the weights by 1/floor.
 
     Raises:
-        ValueError: there are fewer than two draws in every bin.
+        UserError: there are fewer than two draws in every bin.
     """
     bin_X = np.clip(np.ceil(rates_X * bins - 1e-9).astype(np.int64) - 1, 0, bins - 1)
     spread_K = np.full(bins, np.nan)
@@ -232,7 +233,7 @@ def neyman_density(
             mean = np.average(values, weights=weights)
             spread_K[k] = np.sqrt(np.average((values - mean) ** 2, weights=weights))
     if np.isnan(spread_K).all():
-        raise ValueError(f"{len(values_X)} pilot draws are too few for {bins} bins of the mask rate")
+        raise UserError(f"{len(values_X)} pilot draws are too few for {bins} bins of the mask rate")
     mean_spread = float(np.nanmean(spread_K))
     # A spread of rounding errors says nothing.
     is_spread = mean_spread > 1e-9 * float(np.abs(values_X).mean())

@@ -27,6 +27,7 @@ from megatron_md.diffusion.corruption import FloatArray
 from megatron_md.diffusion.estimators import Estimator, Plan, neyman_density
 from megatron_md.diffusion.nelbo_error import CurvePoint, curve, mask_stderr, total_stderr, weighted_mean
 from megatron_md.diffusion.scoring import ScoredRows, Scorer
+from megatron_md.errors import UserError
 
 _MICRO_BATCHES_AT_ONCE = 16
 
@@ -123,16 +124,16 @@ class NelboTable:
         """Go on from `state()` of an evaluation of the same rows.
 
         Raises:
-            ValueError: it belongs to other rows or another estimator.
+            UserError: it belongs to other rows or another estimator.
         """
         if state["rows"] != self.fingerprint:
-            raise ValueError("the saved evaluation scored other rows; start it anew")
+            raise UserError("the saved evaluation scored other rows; start it anew")
         own = {**asdict(self.estimator), "density": list(self.estimator.density)}
         if state["estimator"] != own:
-            raise ValueError(f"the saved evaluation used {state['estimator']}, not {own}; start it anew")
+            raise UserError(f"the saved evaluation used {state['estimator']}, not {own}; start it anew")
         shape = self.estimator.draws, len(self.maskable_R)
         if any(len(rows) != shape[0] or any(len(row) != shape[1] for row in rows) for rows in state["passes"]):
-            raise ValueError(f"the saved evaluation holds passes of another shape than {shape}; start it anew")
+            raise UserError(f"the saved evaluation holds passes of another shape than {shape}; start it anew")
         self.sums = [np.array(rows, dtype=np.float64) for rows in state["passes"]]
 
     def _plans(self) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -149,14 +150,14 @@ class NelboTable:
 
     def _complete_sums(self) -> FloatArray:
         if self.passes == 0:
-            raise ValueError("no pass over the rows is complete")
+            raise UserError("no pass over the rows is complete")
         return np.stack(self.sums[: self.passes])
 
     def values_PR(self) -> FloatArray:
         """Value per token of each row in each complete pass.
 
         Raises:
-            ValueError: there is none.
+            UserError: there is none.
         """
         return np.asarray((self._complete_sums() * self._plans()[1]).sum(axis=1))
 
@@ -180,10 +181,10 @@ class NelboTable:
         """The density for the estimator `neyman`, this table being the pilot; see `estimators.neyman_density`.
 
         Raises:
-            ValueError: the pilot is not one of `exact`.
+            UserError: the pilot is not one of `exact`.
         """
         if self.estimator.name != "exact":
-            raise ValueError(f"a pilot for neyman must use the estimator exact, not {self.estimator.name}")
+            raise UserError(f"a pilot for neyman must use the estimator exact, not {self.estimator.name}")
         values_PR, (rate_PDR, _, _) = self.values_PR(), self._plans()
         tokens_PR = np.broadcast_to(self.maskable_R, values_PR.shape)
         return neyman_density(values_PR.ravel(), rate_PDR[:, 0].ravel(), tokens_PR.ravel(), bins=bins)
@@ -192,7 +193,7 @@ class NelboTable:
         """The estimate from the complete passes.
 
         Raises:
-            ValueError: there is none.
+            UserError: there is none.
         """
         values_PR = self.values_PR()
         nelbo, tokens = weighted_mean(values_PR, self.maskable_R), int(self.maskable_R.sum())
@@ -245,12 +246,12 @@ def evaluate_nelbo(
         may_be_infinite: accept a model that gives a token no chance, or gives no number.
 
     Raises:
-        ValueError: the estimator does not fit the model, a number is out of range, the state is of another run, or the
+        UserError: the estimator does not fit the model, a number is out of range, the state is of another run, or the
             model's cross-entropy is not finite.
     """
     if scorer.causal != estimator.causal:
         right = "'autoregressive'" if scorer.causal else "one for a denoiser, such as 'exact'"
-        raise ValueError(f"estimator {estimator.name!r} does not fit this model; choose {right}")
+        raise UserError(f"estimator {estimator.name!r} does not fit this model; choose {right}")
     check_passes(passes, stderr, max_passes)
     table = NelboTable(rows, estimator)
     if state is not None:
@@ -270,12 +271,12 @@ def check_passes(passes: int, stderr: float | None, max_passes: int) -> None:
     """Check how often the rows are to be scored.
 
     Raises:
-        ValueError: a number is out of range.
+        UserError: a number is out of range.
     """
     if passes < 1 or max_passes < passes:
-        raise ValueError(f"passes must be at least 1 and at most max_passes {max_passes}, got {passes}")
+        raise UserError(f"passes must be at least 1 and at most max_passes {max_passes}, got {passes}")
     if stderr is not None and not stderr > 0.0:
-        raise ValueError(f"stderr must be positive, got {stderr}")
+        raise UserError(f"stderr must be positive, got {stderr}")
 
 
 def _is_wanted(table: NelboTable, number: int, stderr: float | None, max_passes: int) -> bool:
@@ -288,7 +289,7 @@ def _is_wanted(table: NelboTable, number: int, stderr: float | None, max_passes:
 def _check_finite(sums_DC: FloatArray, index_C: Int64Array) -> None:
     is_bad_C = ~np.isfinite(sums_DC).all(axis=0)
     if is_bad_C.any():
-        raise ValueError(
+        raise UserError(
             f"row {int(index_C[is_bad_C.argmax()])}: the model's cross-entropy is not finite; its weights are damaged, "
             "or the row holds a token that the model never predicts"
         )
@@ -326,13 +327,13 @@ def difference(first: NelboTable, second: NelboTable) -> NelboDifference:
     A causal model's exact values are set against every pass of the other.
 
     Raises:
-        ValueError: the tables have other rows, or draw other masks.
+        UserError: the tables have other rows, or draw other masks.
     """
     if first.fingerprint != second.fingerprint:
-        raise ValueError("the two models were evaluated on different rows; use the same data and row length")
+        raise UserError("the two models were evaluated on different rows; use the same data and row length")
     masked = [table for table in (first, second) if not table.estimator.causal]
     if len(masked) == 2 and first.estimator != second.estimator:
-        raise ValueError("the two models were evaluated with different estimators or seeds; use the same for both")
+        raise UserError("the two models were evaluated with different estimators or seeds; use the same for both")
     passes = min((table.passes for table in masked), default=1)
     one, two = (t.values_PR()[: 1 if t.estimator.causal else passes] for t in (first, second))
     values_PR, maskable_R = one - two, first.maskable_R

@@ -27,6 +27,7 @@ from megatron_md.diffusion.corruption import (
 from megatron_md.diffusion.registry import Registry
 from megatron_md.diffusion.schedule import MaskSchedule, parse_schedule
 from megatron_md.diffusion.weighting import Normalise, Weighting
+from megatron_md.errors import UserError
 
 Metrics = dict[str, tuple[float | torch.Tensor, float]]
 
@@ -91,7 +92,7 @@ def build_objective(
     """The objective that the config names, given an `ObjectiveContext` and `config.options` as keywords.
 
     Raises:
-        ValueError: unknown name, options that the objective does not take, or a combination that makes no sense.
+        UserError: unknown name, options that the objective does not take, or a combination that makes no sense.
     """
     factory = _registry.get(config.name)
     schedule = parse_schedule(config.mask_schedule)
@@ -99,7 +100,7 @@ def build_objective(
     try:
         inspect.signature(factory).bind(context, **config.options)
     except TypeError as error:
-        raise ValueError(f"objective.options of {config.name!r}: {error}") from None
+        raise UserError(f"objective.options of {config.name!r}: {error}") from None
     return factory(context, **config.options)
 
 
@@ -127,7 +128,7 @@ class MaskedDiffusion:
         """Build from the config.
 
         Raises:
-            ValueError: see `Weighting`.
+            UserError: see `Weighting`.
         """
         config = context.config
         self.schedule = context.schedule

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
+from megatron_md.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -26,13 +28,13 @@ class Registry(Generic[T]):
         """Decorator that adds a thing as `name`.
 
         Raises:
-            ValueError: the name belongs to another thing already.
+            UserError: the name belongs to another thing already.
         """
 
         def add(thing: T) -> T:
             known = self._things.get(name)
             if known is not None and _origin(known) != _origin(thing):
-                raise ValueError(f"{self.kind} {name!r} is registered already, by {_origin(known)}")
+                raise UserError(f"{self.kind} {name!r} is registered already, by {_origin(known)}")
             self._things[name] = thing
             return thing
 
@@ -42,11 +44,11 @@ class Registry(Generic[T]):
         """The thing called `name`.
 
         Raises:
-            ValueError: there is none; the message suggests the nearest name.
+            UserError: there is none; the message suggests the nearest name.
         """
         if name not in self._things:
             known = ", ".join(sorted(self._things))
-            raise ValueError(f"unknown {self.kind} {name!r}{nearest(name, self._things)} (known: {known})")
+            raise UserError(f"unknown {self.kind} {name!r}{nearest(name, self._things)} (known: {known})")
         return self._things[name]
 
     def names(self) -> list[str]:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_md.errors import UserError
+
 EosHandling = Literal["keep", "stop", "suppress"]
 # The strategies of megatron_md.diffusion.unmasking.
 BUILT_IN = (
@@ -49,11 +51,11 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         for key, value in (("length", self.length), ("steps", self.total_steps), ("block", self.block_size)):
             if value < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
+                raise UserError(f"{key} must be at least 1, got {value}")
         self._check_division()
         self._check_numbers()
         if self.eos not in get_args(EosHandling):
-            raise ValueError(f"eos must be one of {', '.join(get_args(EosHandling))}, got {self.eos!r}")
+            raise UserError(f"eos must be one of {', '.join(get_args(EosHandling))}, got {self.eos!r}")
         if self.strategy not in BUILT_IN:
             from megatron_md.diffusion.unmasking import strategies
 
@@ -61,35 +63,35 @@ class SamplerConfig:
 
     def _check_division(self) -> None:
         if self.block_size > self.length:
-            raise ValueError(
+            raise UserError(
                 f"block {self.block_size} is longer than length {self.length}; make it at most {self.length}"
             )
         if self.length % self.block_size:
-            raise ValueError(f"length {self.length} is not a multiple of block {self.block_size}")
+            raise UserError(f"length {self.length} is not a multiple of block {self.block_size}")
         if self.total_steps % self.blocks:
-            raise ValueError(
+            raise UserError(
                 f"steps {self.total_steps} is not a multiple of the {self.blocks} blocks (length {self.length} / block "
                 f"{self.block_size})"
             )
         if self.strategy == "first_hitting" and self.total_steps != self.length:
-            raise ValueError(
+            raise UserError(
                 f"first_hitting commits one token per step: steps must be the length {self.length}, got "
                 f"{self.total_steps}"
             )
 
     def _check_numbers(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
+            raise UserError(f"temperature must be 0 or a positive number, got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_p < 1.0 and self.temperature == 0.0:
-            raise ValueError(f"top_p {self.top_p} changes nothing at temperature 0; set a temperature or top_p 1")
+            raise UserError(f"top_p {self.top_p} changes nothing at temperature 0; set a temperature or top_p 1")
         if not 0.0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance must be 0 or a positive number, got {self.guidance}")
+            raise UserError(f"guidance must be 0 or a positive number, got {self.guidance}")
         if not 0.0 < self.threshold <= 1.0:
-            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+            raise UserError(f"threshold must be in (0, 1], got {self.threshold}")
         if not 0.0 < self.factor < math.inf:
-            raise ValueError(f"factor must be a positive number, got {self.factor}")
+            raise UserError(f"factor must be a positive number, got {self.factor}")
 
     @property
     def total_steps(self) -> int:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, CorruptedBatch, Int32Array, Int64Array
+from megatron_md.errors import UserError
 
 
 class Scorer(Protocol):
@@ -64,7 +65,7 @@ class ScoredRows:
 
     def __post_init__(self) -> None:
         if not self.is_maskable_RL.any():
-            raise ValueError("the rows hold no token to score (only padding or quarantined tokens)")
+            raise UserError("the rows hold no token to score (only padding or quarantined tokens)")
 
     @property
     def maskable_R(self) -> Int64Array:

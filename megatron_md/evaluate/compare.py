@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_md.errors import UserError
 from megatron_md.evaluate.plot import read_metrics
 from megatron_md.messages import say
 
@@ -56,12 +57,12 @@ def compare_runs(run_a: str | Path, run_b: str | Path, *, rtol: float) -> dict[s
         rtol: relative tolerance.
 
     Raises:
-        ValueError: a run has no metrics, or they share no step.
+        UserError: a run has no metrics, or they share no step.
     """
     a, b = ({record["step"]: record for record in read_metrics(Path(run))} for run in (run_a, run_b))
     shared = sorted(a.keys() & b.keys())
     if not shared:
-        raise ValueError(f"{run_a} and {run_b} share no logged step: nothing to compare")
+        raise UserError(f"{run_a} and {run_b} share no logged step: nothing to compare")
     found = {key: _compare(key, [(step, a[step], b[step]) for step in shared], rtol) for key in KEYS}
     return {key: difference for key, difference in found.items() if difference is not None}
 

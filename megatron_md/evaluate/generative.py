@@ -26,6 +26,7 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
 from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.diffusion.scoring import Scorer
+from megatron_md.errors import UserError
 from megatron_md.evaluate.conditional import document_log_likelihoods
 from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import is_causal, load_model
@@ -151,12 +152,12 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
     """Sample with every setting, judge and print; the figures on the main rank, None elsewhere.
 
     Raises:
-        ValueError: bad input, with the way out.
+        UserError: bad input, with the way out.
     """
     saved, judge = (open_asked(path, args) for path in (args.run_path, args.judge))
     tokenizer, judge_words = Tokenizer(saved.tokenizer), Tokenizer(judge.tokenizer)
     if not is_causal(judge, mask_token_id=judge_words.mask_token_id):
-        raise ValueError(f"--judge {args.judge}: is not causal, so that it has no exact perplexity; give a causal run")
+        raise UserError(f"--judge {args.judge}: is not causal, so that it has no exact perplexity; give a causal run")
     train = replace(saved.config.train, micro_batch_size=args.micro_batch_size)
     saved, judge = (replace(run, config=replace(run.config, train=train)) for run in (saved, judge))
     settings = _settings(args, saved, causal=is_causal(saved, mask_token_id=tokenizer.mask_token_id))
@@ -197,7 +198,7 @@ def _settings(args: argparse.Namespace, saved: SavedRun, *, causal: bool) -> lis
     context = saved.config.model.max_length or saved.config.data.seq_length
     length = args.length or saved.config.data.seq_length
     if length > context:
-        raise ValueError(f"--length {length} exceeds the {context} positions of {saved.checkpoint}")
+        raise UserError(f"--length {length} exceeds the {context} positions of {saved.checkpoint}")
     steps = [length] if causal or not args.steps else args.steps
     return [
         SamplerConfig(
@@ -225,7 +226,7 @@ def _reference(args: argparse.Namespace, config: Config, tokenizer: Tokenizer, l
     # A row that is not full has less to vary in.
     is_full_R = rows.is_maskable_RL[:, 1:].all(axis=1)
     if not is_full_R.any():
-        raise ValueError(
+        raise UserError(
             f"{' '.join(data)}: holds less than the {length} tokens of a sample; give --reference more text"
         )
     found: list[Tokens] = rows.tokens_RL[is_full_R].tolist()

@@ -32,6 +32,7 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
 from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.diffusion.unmasking import strategies
+from megatron_md.errors import UserError
 from megatron_md.evaluate.conditional import (
     AnswerLikelihood,
     Question,
@@ -78,12 +79,12 @@ class HarnessSettings:
         """The estimator of log p(answer | prompt).
 
         Raises:
-            ValueError: there is none of that name, or it takes no such number of draws.
+            UserError: there is none of that name, or it takes no such number of draws.
         """
         if self.method not in ("monte_carlo", "left_to_right"):
-            raise ValueError(f"method {self.method!r}: unknown; use monte_carlo or left_to_right")
+            raise UserError(f"method {self.method!r}: unknown; use monte_carlo or left_to_right")
         if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
+            raise UserError(f"draws must be at least 1, got {self.draws}")
         name: Any = "autoregressive" if causal else self.method
         return ConditionalEstimator(name, draws=self.draws, minibatch=math.gcd(self.draws, 16), seed=self.seed)
 
@@ -91,12 +92,12 @@ class HarnessSettings:
         """The sampler for a request's generation arguments.
 
         Raises:
-            ValueError: no canvas of that kind can be filled, or it leaves no room for a prompt.
+            UserError: no canvas of that kind can be filled, or it leaves no room for a prompt.
         """
         length = self.length or int(request.get("max_gen_toks", DEFAULT_LENGTH))
         length += -length % (self.block or 1)
         if length >= max_length:
-            raise ValueError(
+            raise UserError(
                 f"{length} tokens to generate leave no room for a prompt in the model's {max_length} positions; "
                 "give a smaller --length"
             )
@@ -153,7 +154,7 @@ class HarnessModel(TemplateLM):
             settings: of `HarnessSettings`.
 
         Raises:
-            ValueError: bad input, with the way out.
+            UserError: bad input, with the way out.
         """
         super().__init__()
         kind: Any = "cpu" if device == "cpu" else "auto"  # the harness says cuda:0 to all
@@ -162,7 +163,7 @@ class HarnessModel(TemplateLM):
         unknown = sorted(settings.keys() - HarnessSettings.__dataclass_fields__.keys())
         if unknown:
             known = ", ".join(HarnessSettings.__dataclass_fields__)
-            raise ValueError(f"model_args: unknown {', '.join(unknown)} (known: run, tensor, pipeline, trust, {known})")
+            raise UserError(f"model_args: unknown {', '.join(unknown)} (known: run, tensor, pipeline, trust, {known})")
         self.settings = HarnessSettings(**settings)
         train = replace(saved.config.train, micro_batch_size=int(batch_size))
         self.run: SavedRun = replace(saved, config=replace(saved.config, train=train))
@@ -209,7 +210,7 @@ class HarnessModel(TemplateLM):
         continuation (LAMBADA's accuracy wants it); it is False elsewhere.
 
         Raises:
-            ValueError: a continuation is longer than the context.
+            UserError: a continuation is longer than the context.
         """
         pairs = [self._encode(*request.args) for request in requests]
         questions = [
@@ -254,7 +255,7 @@ class HarnessModel(TemplateLM):
         """Fill a canvas behind each context; the text ends at an `<eos>` or before the first stop string.
 
         Raises:
-            ValueError: no canvas of the wanted kind fits behind a prompt.
+            UserError: no canvas of the wanted kind fits behind a prompt.
         """
         batches: dict[tuple[int, SamplerConfig], list[int]] = defaultdict(list)
         prompts = []

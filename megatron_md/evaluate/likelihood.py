@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.errors import UserError
 from megatron_md.files import replace_file
 from megatron_md.json_file import LARGE, as_record, read_json
 from megatron_md.messages import redacted, say, shown
@@ -30,7 +31,7 @@ def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
     """Evaluate and print; the figures on the main rank, None elsewhere.
 
     Raises:
-        ValueError: bad input, with the way out.
+        UserError: bad input, with the way out.
     """
     _check(args)
     from megatron_md import parallel
@@ -42,7 +43,7 @@ def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
     runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]
     tokenizers = [Tokenizer(saved.tokenizer) for saved in runs]
     if len({tokenizer.sha256 for tokenizer in tokenizers}) > 1:
-        raise ValueError(f"{args.against}: has another tokenizer than {args.run_path}, so that tokens do not compare")
+        raise UserError(f"{args.against}: has another tokenizer than {args.run_path}, so that tokens do not compare")
     files = TextFiles(detokenizer=args.detokenizer, lines=args.lines, words=args.words)
     rows = evaluation_rows(args.nelbo, [saved.config for saved in runs], tokenizers[0], count=_count(args), files=files)
     with parallel.session(runs[0].config) as world:
@@ -77,7 +78,7 @@ def _check(args: argparse.Namespace) -> None:
 
         picture_format(args.plot)
     if args.state is not None and args.against is not None:
-        raise ValueError("--state keeps one run's table; leave out --against")
+        raise UserError("--state keeps one run's table; leave out --against")
 
 
 def _table(
@@ -194,7 +195,7 @@ def plot_ce_by_rate(reports: dict[str, NelboReport], output: Path) -> None:
     """Draw each model's cross-entropy per masked token by the mask rate, with error bars of one standard error.
 
     Raises:
-        ValueError: the picture's format is unknown.
+        UserError: the picture's format is unknown.
     """
     from matplotlib.figure import Figure
 

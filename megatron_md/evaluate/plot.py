@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_md.errors import UserError
 from megatron_md.files import replacing
 from megatron_md.json_file import read_json
 from megatron_md.messages import say, shown, tell
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw the losses and say where the picture is.
 
     Raises:
-        ValueError: the directory holds no metrics.
+        UserError: the directory holds no metrics.
     """
     output = args.output or args.run_dir / "loss.png"
     plot_run(args.run_dir, output)
@@ -39,17 +40,17 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of RUN/metrics.jsonl; damaged lines are told on stderr and left out.
 
     Raises:
-        ValueError: there is no such file, or it holds no record.
+        UserError: there is no such file, or it holds no record.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; is {run_dir} the directory of a run that has trained?")
+        raise UserError(f"{path}: no such file; is {run_dir} the directory of a run that has trained?")
     lines = read_lines(path)
     if problem := damage(path, lines):
         tell(f"megatron-md: {problem} and left out")
     records = [line.record for line in lines if line.record is not None]
     if not records:
-        raise ValueError(f"{path}: no step has been logged yet")
+        raise UserError(f"{path}: no step has been logged yet")
     return records
 
 
@@ -70,7 +71,7 @@ def plot_run(run_dir: Path, output: Path) -> None:
     RUN/summary.json, where it is recorded).
 
     Raises:
-        ValueError: the directory holds no metrics, or the picture's format is unknown.
+        UserError: the directory holds no metrics, or the picture's format is unknown.
     """
     records = read_metrics(run_dir)
     from matplotlib.figure import Figure
@@ -129,13 +130,13 @@ def picture_format(output: Path) -> str:
     """The picture format that a file's name asks for.
 
     Raises:
-        ValueError: it is none that can be drawn.
+        UserError: it is none that can be drawn.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
     kind = output.suffix.removeprefix(".").lower()
     if kind not in FigureCanvasBase.get_supported_filetypes():
-        raise ValueError(f"{output}: no picture format {kind!r}; use .png, .svg or .pdf")
+        raise UserError(f"{output}: no picture format {kind!r}; use .png, .svg or .pdf")
     return kind
 
 

@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.optional import optional_package
+from megatron_md.errors import UserError
 from megatron_md.messages import say
 
 if TYPE_CHECKING:
@@ -45,13 +46,13 @@ def flip_rate(answers: Sequence[Answers]) -> FlipRate:
     """Compare the answers of several seeds, each by the question's number.
 
     Raises:
-        ValueError: fewer than two seeds, or they answer different questions, or none.
+        UserError: fewer than two seeds, or they answer different questions, or none.
     """
     if len(answers) < 2:
-        raise ValueError("a flip rate needs two seeds at least")
+        raise UserError("a flip rate needs two seeds at least")
     questions = answers[0].keys()
     if not questions or any(given.keys() != questions for given in answers):
-        raise ValueError("the seeds have not answered the same questions, one at least")
+        raise UserError("the seeds have not answered the same questions, one at least")
     pairs = [fmean(one[q] != other[q] for q in questions) for one, other in combinations(answers, 2)]
     changed = fmean(any(given[q] != answers[0][q] for given in answers) for q in questions)
     return FlipRate(fmean(pairs), changed, len(questions))
@@ -81,7 +82,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
     """Run the tasks, once for each seed; the figures on the main rank, None elsewhere.
 
     Raises:
-        ValueError: bad input, with the way out.
+        UserError: bad input, with the way out.
     """
     _check(args)
     _quieten()
@@ -161,11 +162,11 @@ def _quieten() -> None:
 
 def _check(args: argparse.Namespace) -> None:
     if args.limit is not None and not args.limit > 0.0:
-        raise ValueError(f"--limit {args.limit:g}: must be positive, a number of questions or a share below 1")
+        raise UserError(f"--limit {args.limit:g}: must be positive, a number of questions or a share below 1")
     if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise ValueError(f"--num-fewshot {args.num_fewshot}: must be 0 at least")
+        raise UserError(f"--num-fewshot {args.num_fewshot}: must be 0 at least")
     if len(set(args.seeds)) < len(args.seeds):
-        raise ValueError(f"--seeds {','.join(map(str, args.seeds))}: one is there twice")
+        raise UserError(f"--seeds {','.join(map(str, args.seeds))}: one is there twice")
 
 
 def summary(per_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -236,12 +237,12 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
     """The harness' index of tasks; its own 14,000 are left out where the folder has all that are asked for.
 
     Raises:
-        ValueError: no names, no such folder, or no such task.
+        UserError: no names, no such folder, or no such task.
     """
     if not names:
-        raise ValueError("--tasks: give names of tasks, such as arc_easy,hellaswag")
+        raise UserError("--tasks: give names of tasks, such as arc_easy,hellaswag")
     if include_path is not None and not include_path.is_dir():
-        raise ValueError(f"--include-path {include_path}: no such folder")
+        raise UserError(f"--include-path {include_path}: no such folder")
     from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else str(include_path)
@@ -254,7 +255,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--tasks {name}: unknown to lm-eval{hint} (`lm-eval ls tasks` lists them)")
+            raise UserError(f"--tasks {name}: unknown to lm-eval{hint} (`lm-eval ls tasks` lists them)")
     return manager
 
 
@@ -262,7 +263,7 @@ def _load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
     """The tasks with their data, which the harness may download.
 
     Raises:
-        ValueError: they cannot be had.
+        UserError: they cannot be had.
     """
     tasks: list[Any] = []
     leaves: set[str] = set()
@@ -271,10 +272,10 @@ def _load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
             loaded = manager.load([name])
         except Exception as error:
             line = next(iter(str(error).splitlines()), "")
-            raise ValueError(f"--tasks {name}: cannot be loaded ({type(error).__name__}: {line})") from error
+            raise UserError(f"--tasks {name}: cannot be loaded ({type(error).__name__}: {line})") from error
         again = sorted(leaves & loaded["tasks"].keys())
         if again:
-            raise ValueError(f"--tasks {name}: {again[0]} is part of another one that is asked for; leave one out")
+            raise UserError(f"--tasks {name}: {again[0]} is part of another one that is asked for; leave one out")
         leaves |= loaded["tasks"].keys()
         tasks += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     return tasks

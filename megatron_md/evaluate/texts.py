@@ -17,6 +17,7 @@ from megatron_md.commands.generate import sampler_config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import OnStep, Sample, SamplerStep, check_fits, infill
 from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.errors import UserError
 from megatron_md.evaluate.canvas import LiveCanvas, can_stream
 from megatron_md.evaluate.generation import shared
 from megatron_md.evaluate.load import is_causal, load_model
@@ -77,7 +78,7 @@ class Requests:
         """Check the options against the run.
 
         Raises:
-            ValueError: they do not fit each other or the run.
+            UserError: they do not fit each other or the run.
         """
         self._args, self._tokenizer = args, tokenizer
         self._right_shift = saved.config.objective.right_shift
@@ -93,7 +94,7 @@ class Requests:
             }
             given = next((name for name, value in options.items() if value), None)
             if given:
-                raise ValueError(
+                raise UserError(
                     f"{saved.checkpoint}: a causal model writes one token after the other; leave --{given} out"
                 )
         self._config = sampler_config(
@@ -104,19 +105,19 @@ class Requests:
         """The request for a prompt.
 
         Raises:
-            ValueError: it does not fit into the context or has nothing to fill in; the message says which prompt.
+            UserError: it does not fit into the context or has nothing to fill in; the message says which prompt.
         """
         try:
             return self._filled_in(prompt) if self._args.infill else self._continued(prompt)
         except ValueError as error:
-            raise ValueError(f"{prompt.where}: {error}") from error
+            raise UserError(f"{prompt.where}: {error}") from error
 
     def _continued(self, prompt: Prompt) -> Request:
         tokens = self._tokenizer.encode(prompt.text).tolist()
         if self._right_shift and not tokens:
             tokens = [self._tokenizer.eos_token_id]  # nothing predicts a row's first token
         elif self._config.guidance and not tokens:
-            raise ValueError("--guidance needs a prompt to do without; give one or leave it out")
+            raise UserError("--guidance needs a prompt to do without; give one or leave it out")
         check_fits(len(tokens), self._config.length, self._context)
         return Request(prompt, tuple(tokens), self._config)
 
@@ -124,13 +125,13 @@ class Requests:
         mask = self._tokenizer.mask_token_id
         canvas = canvas_of(prompt.text, self._tokenizer)
         if len(canvas) > self._context:
-            raise ValueError(
+            raise UserError(
                 f"its {len(canvas)} tokens exceed the model's {self._context} positions; shorten it or its placeholders"
             )
         if self._right_shift and canvas[0] == mask:
-            raise ValueError("this model predicts a token from those before it; let the prompt begin with a text")
+            raise UserError("this model predicts a token from those before it; let the prompt begin with a text")
         if self._config.guidance and set(canvas) == {mask}:
-            raise ValueError("--guidance needs given text to do without; give some or leave it out")
+            raise UserError("--guidance needs given text to do without; give some or leave it out")
         steps = self._args.steps
         if steps is None and self._config.strategy != "first_hitting":
             steps = canvas.count(mask)
@@ -141,7 +142,7 @@ def write_texts(args: argparse.Namespace, prompts: list[Prompt] | None) -> None:
     """Generate, print, and write `--output` and `--save-trace`; prompts are typed where None are given.
 
     Raises:
-        ValueError: bad input, with the way out.
+        UserError: bad input, with the way out.
     """
     saved = open_asked(args.run_path, args)
     if args.trust:

@@ -36,7 +36,7 @@ def reference_model(folder: HuggingFaceFolder, family: Family, dtype: torch.dtyp
     """The `transformers` model with a folder's weights, in evaluation mode.
 
     Raises:
-        ValueError: `transformers` is not installed.
+        UserError: `transformers` is not installed.
     """
     transformers = optional_package("transformers", "--verify", "convert")
     twin = FAMILIES[REFERENCE.get(family.name, family.name)]
@@ -107,7 +107,7 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterato
     """Lines with the largest difference of the logits, for fp32 and bf16, each attention and each of `inputs`.
 
     Raises:
-        ValueError: one of the two cannot be opened.
+        UserError: one of the two cannot be opened.
     """
     checkpoint = find_checkpoint(run_path)
     saved = load_config(checkpoint / "config.yaml")

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_md import cpu
 from megatron_md.config import Config, ParallelConfig
+from megatron_md.errors import UserError
 from megatron_md.model.head import Prediction, PredictionLoss, masked_cross_entropy, select_hidden
 from megatron_md.model.initialize import initialize_weights
 from megatron_md.model.spec import block_spec, use_transformer_engine
@@ -101,14 +102,14 @@ def apply_overrides(fields: dict[str, Any], overrides: dict[str, Any], target: t
     """Merge a user's `megatron.*` keys into the fields of one of megatron-core's dataclasses.
 
     Raises:
-        ValueError: a key is not a field of `target`, or another key of ours decides it.
+        UserError: a key is not a field of `target`, or another key of ours decides it.
     """
     known = {f.name for f in dataclasses.fields(target)}
     for key in overrides:
         if key not in known:
-            raise ValueError(f"megatron.{section}.{key}: megatron-core's {target.__name__} has no such field")
+            raise UserError(f"megatron.{section}.{key}: megatron-core's {target.__name__} has no such field")
         if key in RESERVED:
-            raise ValueError(f"megatron.{section}.{key}: set {RESERVED[key]} instead")
+            raise UserError(f"megatron.{section}.{key}: set {RESERVED[key]} instead")
     return {**fields, **overrides}
 
 
@@ -116,7 +117,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     """megatron-core's transformer configuration for a run.
 
     Raises:
-        ValueError: an unknown field under `megatron.transformer`.
+        UserError: an unknown field under `megatron.transformer`.
     """
     model = config.model
     bf16 = config.train.precision == "bf16"
@@ -163,7 +164,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     try:
         core = TransformerConfig(**fields)
     except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"megatron-core refuses this model: {error}") from error
+        raise UserError(f"megatron-core refuses this model: {error}") from error
     if device.type == "cpu":
         cpu.assert_safe_transformer_config(core)
     return core

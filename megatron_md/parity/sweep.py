@@ -27,6 +27,7 @@ from rich.text import Text
 
 from megatron_md.config import loader as config_loader
 from megatron_md.config.loader import ConfigError
+from megatron_md.errors import UserError
 from megatron_md.evaluate.plot import read_metrics
 from megatron_md.files import replace_file
 from megatron_md.json_file import read_json, read_regular
@@ -255,11 +256,11 @@ def read_csv(directory: Path) -> list[dict[str, str]]:
     """The lines of DIRECTORY/parity.csv.
 
     Raises:
-        ValueError: there is no such file.
+        UserError: there is no such file.
     """
     path = directory / CSV_NAME
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; make it with `megatron-md parity sweep`")
+        raise UserError(f"{path}: no such file; make it with `megatron-md parity sweep`")
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

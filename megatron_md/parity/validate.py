@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_md.config import loader as config_loader
 from megatron_md.config.loader import ConfigError
+from megatron_md.errors import UserError
 from megatron_md.evaluate.compare import relative_difference
 from megatron_md.files import replace_file
 from megatron_md.json_file import as_record, read_json
@@ -132,11 +133,11 @@ def compare(reference: Reference, loss: list[float], grad_norm: list[float], rea
     """Set a run against the record.
 
     Raises:
-        ValueError: the record holds another number of steps.
+        UserError: the record holds another number of steps.
     """
     steps = {len(loss), len(grad_norm), len(reference.loss), len(reference.grad_norm)}
     if len(steps) > 1 or not loss:
-        raise ValueError(
+        raise UserError(
             f"the record holds {len(reference.loss)} steps of the curve, the run {len(loss)}: record it anew"
         )
     losses = [relative_difference(*pair) for pair in zip(loss, reference.loss, strict=True)]

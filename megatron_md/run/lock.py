@@ -13,6 +13,7 @@ from typing import IO
 
 import torch.distributed as dist
 
+from megatron_md.errors import UserError
 from megatron_md.messages import tell
 from megatron_md.parallel import World
 from megatron_md.train.logs import logger
@@ -36,7 +37,7 @@ def only_job(run_dir: Path, world: World, *, wait_seconds: float | None = None) 
         wait_seconds: how long the holder of the lock is given to end; by default, what it may need.
 
     Raises:
-        ValueError: on all ranks: another job holds the lock, or the directory cannot be written.
+        UserError: on all ranks: another job holds the lock, or the directory cannot be written.
     """
     if wait_seconds is None:
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -53,7 +54,7 @@ def only_job(run_dir: Path, world: World, *, wait_seconds: float | None = None) 
     verdict = [problem]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0] is not None:
-        raise ValueError(verdict[0])
+        raise UserError(verdict[0])
     try:
         yield
     finally:

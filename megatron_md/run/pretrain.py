@@ -29,7 +29,7 @@ from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.diffusion.scoring import ScoredRows
-from megatron_md.errors import EXIT_DONE, EXIT_STOPPED, RunFailedError
+from megatron_md.errors import EXIT_DONE, EXIT_STOPPED, RunFailedError, UserError
 from megatron_md.json_file import read_json
 from megatron_md.messages import redacted, tell
 from megatron_md.model.build import build_model, wrap_data_parallel
@@ -62,7 +62,7 @@ def pretrain(config: Config) -> int:
         The exit code: 0 when all steps are done, 75 when the run was asked to stop and has saved.
 
     Raises:
-        ValueError: bad input that only a started run can notice, such as a device that is not there.
+        UserError: bad input that only a started run can notice, such as a device that is not there.
     """
     import_plugins(config)
     cache = Cache.of(config.data)
@@ -150,7 +150,7 @@ class Run:
         A run without a checkpoint starts from `checkpoint.load`, if that is set.
 
         Raises:
-            ValueError: there are checkpoints and `checkpoint.resume` is never, or none of them can be read.
+            UserError: there are checkpoints and `checkpoint.resume` is never, or none of them can be read.
         """
         returned = rollback.finish(self.directory)
         loaded = self._load_newest()
@@ -173,7 +173,7 @@ class Run:
 
     def _load_newest(self) -> tuple[Path, Progress] | None:
         if self.config.checkpoint.resume == "never" and named_checkpoints(self.directory / "checkpoints"):
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} holds checkpoints and checkpoint.resume is never: "
                 "choose another run_dir, remove it, or set checkpoint.resume=auto"
             )

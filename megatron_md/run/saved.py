@@ -12,6 +12,7 @@ from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
 from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.integrity import read_manifest
 from megatron_md.config import Config, ParallelConfig, load_config
+from megatron_md.errors import UserError
 from megatron_md.run.check import check_split
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -58,13 +59,13 @@ def open_run(
         trust: see `SavedRun`.
 
     Raises:
-        ValueError: there is none (the message says what was looked for), or the model cannot be split so.
+        UserError: there is none (the message says what was looked for), or the model cannot be split so.
         CheckpointError: it has no manifest and is not trusted.
     """
     path = Path(path)
     checkpoint = path if (path / "progress.json").is_file() else latest_checkpoint(path)
     if checkpoint is None:
-        raise ValueError(_no_run(path))
+        raise UserError(_no_run(path))
     if not trust:
         read_manifest(checkpoint)
     config = load_config(checkpoint / "config.yaml", [])
@@ -77,7 +78,7 @@ def open_run(
     copies = [checkpoint.parent.parent / "tokenizer.model", Path(config.data.tokenizer or "")]
     tokenizer = next((file for file in copies if file.is_file()), None)
     if tokenizer is None:
-        raise ValueError(f"{path}: its tokenizer is not there (looked for {copies[0]} and {copies[1]})")
+        raise UserError(f"{path}: its tokenizer is not there (looked for {copies[0]} and {copies[1]})")
     return SavedRun(checkpoint, config, read_progress(checkpoint).step, tokenizer, trust)
 
 
@@ -106,5 +107,5 @@ def _layout(world_size: int, tensor: int | None, pipeline: int) -> ParallelConfi
     size = (tensor or 1) * pipeline
     if world_size % size:
         split = f"--tensor {tensor or 1} x --pipeline {pipeline}"
-        raise ValueError(f"{split} does not divide the {world_size} processes: start a multiple of {size}")
+        raise UserError(f"{split} does not divide the {world_size} processes: start a multiple of {size}")
     return ParallelConfig(tensor=tensor or world_size // pipeline, pipeline=pipeline, distributed_optimizer=False)

@@ -112,7 +112,7 @@ def fill(
     Where nothing predicts a row's first token (`right_shift`) an `<eos>` stands for an empty prompt.
 
     Raises:
-        ValueError: as for `sampler.sample`.
+        UserError: as for `sampler.sample`.
     """
     if denoiser.right_shift:
         prompts_BP = [prompt or [eos_token_id] for prompt in prompts_BP]

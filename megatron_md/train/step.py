@@ -23,6 +23,7 @@ from megatron_md.batch import CleanBatch, CorruptedBatch, RightShift
 from megatron_md.config import Config
 from megatron_md.diffusion.annealing import hidden_pairs
 from megatron_md.diffusion.objective import Objective
+from megatron_md.errors import UserError
 from megatron_md.model.attention import additive_mask, packed_documents
 from megatron_md.model.head import Prediction, PredictionLoss
 from megatron_md.parallel import World, sum_over_ranks
@@ -136,7 +137,7 @@ class Stepper(ForwardPass):
         self.clip_grad = config.optimizer.clip_grad
         self.seed, self.attention_annealing = config.seed, config.objective.attention_annealing
         if objective.causal and self.attention_annealing:
-            raise ValueError(
+            raise UserError(
                 f"objective.attention_annealing: attention of {objective.name} is always causal; set it to 0"
             )
         core = chunks[0].config

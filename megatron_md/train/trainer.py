@@ -11,6 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_md.batch import CorruptedBatch, DamagedDocument
 from megatron_md.config import Config
+from megatron_md.data.shards import ShardError
 from megatron_md.data.stream import Prefetcher, RowStream, micro_batches
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback, Record
@@ -161,14 +162,17 @@ class Trainer:
         progress = self.progress
         while progress.step < self.config.train.steps:
             position = progress.batch_position(self.config)
-            rows = micro_batches(
-                self.stream,
-                position,
-                self.config.train.micro_batch_size,
-                data_rank=self.world.data_rank,
-                data_size=self.world.data_size,
-                length=row_length_at(self.config, progress.next_sample_index),
-            )
+            try:
+                rows = micro_batches(
+                    self.stream,
+                    position,
+                    self.config.train.micro_batch_size,
+                    data_rank=self.world.data_rank,
+                    data_size=self.world.data_size,
+                    length=row_length_at(self.config, progress.next_sample_index),
+                )
+            except ShardError as error:  # other ranks read other documents
+                raise ShardError(f"rank {self.world.rank}: {error}") from error
             damaged = frozenset().union(*(batch.damaged for batch in rows))
             yield PreparedBatch(self.stepper.corrupt(rows), damaged)
             progress = progress.after(self.config)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_md.config import ModelConfig
+from megatron_md.errors import UserError
 
 # The published modelling code, which `auto_map` points at; it is neither shipped nor run here.
 LLADA_CODE = "GSAI-ML/LLaDA-8B-Base"
@@ -14,7 +15,7 @@ MOST, MOST_LAYERS = 10**9, 10_000  # of any size of a model
 DREAM_CODE = "Dream-org/Dream-v0-Base-7B"
 
 
-class UnsupportedConfigError(ValueError):
+class UnsupportedConfigError(UserError):
     """A `config.json` asks for something that our model does not have."""
 
 

@@ -33,6 +33,7 @@ from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors
 from megatron_md.config import Config, DataConfig, ModelConfig, ObjectiveConfig, load_config, to_yaml
+from megatron_md.errors import UserError
 from megatron_md.files import sync, write_synced
 from megatron_md.json_file import LARGE, read_json, read_regular
 from megatron_md.train.progress import Progress
@@ -66,12 +67,12 @@ def plan_import(
     """Check a folder against its family and plan how its tensors become ours.
 
     Raises:
-        ValueError: the config is not supported, or the tensors are not those of the config.
+        UserError: the config is not supported, or the tensors are not those of the config.
     """
     try:
         model = family.read_config(folder.config)
     except (UnsupportedConfigError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder.path / 'config.json'}: not a {family.name} model that is supported: {error}"
         ) from None
     check_folder(folder, family, model)
@@ -82,7 +83,7 @@ def plan_import(
     rows = 0
     if add_mask_token:
         if not files[0].is_file():
-            raise ValueError(f"{files[0]}: missing; a mask token is added to the tokenizer and the weights together")
+            raise UserError(f"{files[0]}: missing; a mask token is added to the tokenizer and the weights together")
         tokenizer, token = _with_mask_token(files[0])
         rows = max(0, token + 1 - model.vocab)
         sizes = {key: model.vocab + rows for key in ("vocab_size", "embedding_size") if key in folder.config}
@@ -98,13 +99,13 @@ def _with_mask_token(path: Path) -> tuple[bytes, int]:
         added = content["added_tokens"]
         ids = [*content["model"]["vocab"].values(), *(token["id"] for token in added)]
         if any(token["content"] == MASK_TOKEN for token in added):
-            raise ValueError(f"{path}: has the token {MASK_TOKEN} already; leave out --add-mask-token")
+            raise UserError(f"{path}: has the token {MASK_TOKEN} already; leave out --add-mask-token")
         if not all(type(id) is int and 0 <= id < MOST for id in ids):
-            raise ValueError(f"{path}: an id of its tokens is no whole number from 0 to {MOST - 1}; download it again")
+            raise UserError(f"{path}: an id of its tokens is no whole number from 0 to {MOST - 1}; download it again")
         token = {"id": max(ids) + 1, "content": MASK_TOKEN, "special": True}
         added.append({**token, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)})
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a tokenizer.json of a kind that a token can be added to") from error
+        raise UserError(f"{path}: not a tokenizer.json of a kind that a token can be added to") from error
     return json.dumps(content, ensure_ascii=False, indent=2).encode(), int(str(token["id"]))
 
 
@@ -143,7 +144,7 @@ def import_folder(
         advance: called for every slice that is made.
 
     Raises:
-        ValueError: the target exists, or the disk is full.
+        UserError: the target exists, or the disk is full.
     """
     config = run_config(plan, family, target)
     identity = {**model_identity(config), "objective is causal": family.causal}
@@ -193,7 +194,7 @@ class Export:
         """Write the folder, calling `advance` for every tensor.
 
         Raises:
-            ValueError: the target exists, or the disk is full.
+            UserError: the target exists, or the disk is full.
         """
 
         def read(name: str) -> torch.Tensor:
@@ -219,13 +220,13 @@ def open_export(
     Where the run was converted from a folder with the same tensors, config, tokenizer and the cut into files are those.
 
     Raises:
-        ValueError: no complete checkpoint, or a model that the family cannot express.
+        UserError: no complete checkpoint, or a model that the family cannot express.
     """
     checkpoint = source if trust and (source / RECORD_NAME).is_file() else find_checkpoint(source)
     verify(checkpoint, trust=trust)
     config = load_config(checkpoint / CONFIG_NAME)
     if config.model.vocab is None:
-        raise ValueError(f"{checkpoint / CONFIG_NAME}: model.vocab is missing")
+        raise UserError(f"{checkpoint / CONFIG_NAME}: model.vocab is missing")
     check_exportable(config, family)
     with guarded(checkpoint):
         exporter = Exporter(TensorReader(checkpoint), family, config.model, dtype=dtype)

@@ -19,6 +19,7 @@ from megatron_md.checkpoint.hf.configs import (
     write_llama_like,
 )
 from megatron_md.config import Config, ModelConfig
+from megatron_md.errors import UserError
 
 Layout = Literal["plain", "qkv", "gate_up"]
 
@@ -208,10 +209,10 @@ def family_named(name: str) -> Family:
     """The family of this name.
 
     Raises:
-        ValueError: there is none; names those there are.
+        UserError: there is none; names those there are.
     """
     if name not in FAMILIES:
-        raise ValueError(f"--family {name}: unknown; known are {', '.join(FAMILIES)}")
+        raise UserError(f"--family {name}: unknown; known are {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -219,16 +220,16 @@ def check_exportable(config: Config, family: Family) -> None:
     """Check that a family can express a run's model, and that its code would use the logits as the run did.
 
     Raises:
-        ValueError: it cannot, or would not; names the key.
+        UserError: it cannot, or would not; names the key.
     """
     model, objective = config.model, config.objective
     if not family.causal and objective.name == "autoregressive":
-        raise ValueError(
+        raise UserError(
             f"objective.name is autoregressive, and {family.name} is no causal model; export as a causal one"
         )
     if not family.causal and objective.right_shift != family.right_shift:
         where = "the next position's" if family.right_shift else "that position's"
-        raise ValueError(
+        raise UserError(
             f"objective.right_shift is {objective.right_shift}, and the code of {family.name} takes the output at a "
             f"position for {where}; export as another family"
         )
@@ -238,6 +239,6 @@ def check_exportable(config: Config, family: Family) -> None:
     for key, wanted in ours.items():
         if wanted != has[key]:
             fitting = "qwen2 or dream" if model.qkv_bias else "qwen3" if model.qk_norm else "llada or llama"
-            raise ValueError(f"model.{key} is {wanted}, which {family.name} cannot express; export as {fitting}")
+            raise UserError(f"model.{key} is {wanted}, which {family.name} cannot express; export as {fitting}")
     if model.position != "rope":
-        raise ValueError(f"model.position is {model.position}: no family has it; only rope can be exported")
+        raise UserError(f"model.position is {model.position}: no family has it; only rope can be exported")

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.optional import optional_package
+from megatron_md.errors import UserError
 from megatron_md.files import sync, write_synced
 from megatron_md.json_file import LARGE, read_json
 
@@ -31,7 +32,7 @@ COMPANIONS = (
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-class FolderError(ValueError):
+class FolderError(UserError):
     """A folder is not what it should be; the message names the file."""
 
 

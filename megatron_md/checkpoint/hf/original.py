@@ -19,6 +19,7 @@ from megatron_md.checkpoint.hf.tensors import special_tokens
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.tokenizer_json import CONFIG_NAME as NAMES_OF_TOKENS
+from megatron_md.errors import UserError
 from megatron_md.json_file import LARGE, as_record, read_json
 
 ORIGINAL = "huggingface"
@@ -86,7 +87,7 @@ def surroundings(run: Path, config: Config, family: Family, sizes: Mapping[str, 
         sizes: bytes of each tensor by its name.
 
     Raises:
-        ValueError: what the run keeps of the original is damaged.
+        UserError: what the run keeps of the original is damaged.
     """
     original = run / ORIGINAL
     if original.is_dir() and _has_same_tokenizer(run, original):
@@ -111,7 +112,7 @@ def _read(original: Path) -> tuple[str, dict[str, list[str]], dict[str, Any]]:
     record = read_json(original / _RECORD, way_out, most_bytes=LARGE)
     source = as_record(_Source, record, original / _RECORD, way_out)
     if any(Path(name).name != name for name in source.shards):
-        raise ValueError(f"{original / _RECORD}: names files of other folders; {way_out}")
+        raise UserError(f"{original / _RECORD}: names files of other folders; {way_out}")
     return source.family, source.shards, read_json(original / "config.json", way_out)
 
 

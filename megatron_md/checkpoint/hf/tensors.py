@@ -14,6 +14,7 @@ from megatron_md.checkpoint.hf.families import Family, Rule, dimensions
 from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, StoredTensor
 from megatron_md.checkpoint.storage import Slice, TensorReader
 from megatron_md.config import ModelConfig
+from megatron_md.errors import UserError
 
 # Buffers that some releases saved beside the weights; they follow from the config.
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
@@ -177,7 +178,7 @@ class Exporter:
         """Plan an export.
 
         Raises:
-            ValueError: the checkpoint lacks a tensor of its config, or one has another shape.
+            UserError: the checkpoint lacks a tensor of its config, or one has another shape.
         """
         self._reader, self._dtype = reader, dtype
         self._groups = model.kv_heads or model.heads
@@ -192,13 +193,13 @@ class Exporter:
 
     def _check(self, move: Move, model: ModelConfig) -> torch.dtype:
         if move.rule.ours not in self._reader.tensors:
-            raise ValueError(f"the checkpoint has no {move.rule.ours}, which its config says it has")
+            raise UserError(f"the checkpoint has no {move.rule.ours}, which its config says it has")
         shape, dtype = self._reader.tensors[move.rule.ours]
         own = shape if move.layer is None else shape[1:]
         # Rows beyond the vocabulary are the padding of a tensor-parallel layout.
         is_padded = "vocab" in move.rule.shapes[0] and own[0] >= move.shape[0] and own[1:] == move.shape[1:]
         if (own != move.shape and not is_padded) or (move.layer is not None and shape[0] != model.layers):
-            raise ValueError(f"the checkpoint's {move.rule.ours} has shape {list(shape)}, not that of its config")
+            raise UserError(f"the checkpoint's {move.rule.ours} has shape {list(shape)}, not that of its config")
         return dtype
 
     def read(self, name: str) -> torch.Tensor:

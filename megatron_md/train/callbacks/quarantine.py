@@ -9,13 +9,14 @@ import torch.distributed as dist
 
 from megatron_md.batch import DamagedDocument
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
+from megatron_md.errors import UserError
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.trainer import Trainer
 
 NAMED = 3
 
 
-class QuarantineError(ValueError):
+class QuarantineError(UserError):
     """More documents are damaged than the config tolerates."""
 
 

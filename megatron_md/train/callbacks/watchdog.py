@@ -30,11 +30,11 @@ from megatron_md.errors import (
     EXIT_PEER_FAILED,
     PeerFailedError,
     RunFailedError,
+    UserError,
     final,
     hang_mark,
-    is_deliberate,
 )
-from megatron_md.messages import tell
+from megatron_md.messages import tell, tell_error
 from megatron_md.parallel import World
 from megatron_md.train.bounded_store import BoundedStore, SilentStoreError
 from megatron_md.train.logs import rank_log
@@ -163,13 +163,13 @@ class Watchdog:
         """This rank's main thread has raised.
 
         Raises:
-            PeerFailedError: because another rank has failed before.
+            PeerFailedError: because another rank has failed before, or this one's bad input has been told.
         """
         lost = _is_communication(error)
         deadline = time.monotonic() + CONTACT
         while lost and self._verdict() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        verdict = self._verdict() or self._claim("bad input" if is_deliberate(error) else "failure")
+        verdict = self._verdict() or self._claim("bad input" if isinstance(error, UserError) else "failure")
         if verdict["kind"] == "hang":
             self._thread.join()  # it reports, and ends the process
         if verdict["rank"] != self.world.rank:
@@ -183,10 +183,11 @@ class Watchdog:
             line = str(error).splitlines()[0]
             tell(f"megatron-md: rank {self.world.rank} lost contact with another one ({line})")
             raise PeerFailedError from error
-        error.is_first = True  # type: ignore[attr-defined]
         self.on_failure(f"{text}: {type(error).__name__}: {error}")
-        if verdict["kind"] == "failure":
-            tell(f"megatron-md: {text}:")
+        if isinstance(error, UserError):
+            tell_error(error)
+            raise PeerFailedError(final(EXIT_BAD_INPUT)) from error
+        tell(f"megatron-md: {text}:")
 
     def _follow(self, verdict: Verdict) -> None:
         """Another rank has spoken."""
