@@ -24,6 +24,7 @@ from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.writer import CheckpointWrite, SaveError, raise_together
 from megatron_md.errors import UserError
 from megatron_md.model.build import settled_parameters
+from megatron_md.together import on_main, together
 from megatron_md.train.bad_numbers import BadNumbersError
 from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.logs import logger
@@ -218,18 +219,8 @@ class CheckpointManager:
         """
         self.finish()
         # Rank 0 lists, so that all ranks try the same ones.
-        found: list[Any] = [None, None]
-        if dist.get_rank() == 0:
-            try:
-                found = [names.complete_checkpoints(self.run_dir), None]
-            except (OSError, ValueError) as error:
-                found = [None, str(error)]
-        dist.broadcast_object_list(found)
-        checkpoints, problem = found
-        if problem is not None:
-            raise CheckpointError(problem)
         damages = []
-        for checkpoint in checkpoints:
+        for checkpoint in on_main(lambda: names.complete_checkpoints(self.run_dir)):
             try:
                 verify(checkpoint)
             except CheckpointError as error:
@@ -308,8 +299,7 @@ def _refuse_poison(chunks: list[Any], optimizer: MegatronOptimizer, step: int) -
     found = states.names_of_not_finite(chunks, optimizer)
     if not _on_any_rank(bool(found)):
         return
-    by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(by_rank, found)
+    by_rank = together(lambda: found)
     lines = [f"{tensors[0]} on rank {rank}" for rank, tensors in enumerate(by_rank) if tensors]
     count = sum(map(len, by_rank))
     raise PoisonedError(

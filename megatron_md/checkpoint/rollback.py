@@ -14,8 +14,6 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_md.checkpoint.directory import (
     checkpoint_name,
     discard,
@@ -24,9 +22,9 @@ from megatron_md.checkpoint.directory import (
     read_progress,
     set_aside_as_bad,
 )
-from megatron_md.errors import UserError
 from megatron_md.files import replace_file
 from megatron_md.json_file import as_record, read_json
+from megatron_md.together import on_main
 from megatron_md.train.bad_numbers import RECORD, BadNumbersError, Whole
 from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.progress import Progress
@@ -163,19 +161,14 @@ def agreed(run_dir: Path, progress: Progress, *, max_rollbacks: int, poisoned: s
     Raises:
         BadNumbersError: on all ranks, as `Rollback.due` says.
     """
-    answer: list[Rollback | str] = [""]
-    if dist.get_rank() == 0:
-        try:
-            rollback = Rollback.due(run_dir, progress, max_rollbacks=max_rollbacks, poisoned=poisoned)
-            replace_file(run_dir / FILE_NAME, json.dumps(asdict(rollback)) + "\n")
-            rollback.discard_newer(run_dir)
-            answer = [rollback]
-        except BadNumbersError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], str):
-        raise BadNumbersError(answer[0])
-    return answer[0]
+
+    def decide() -> Rollback:
+        rollback = Rollback.due(run_dir, progress, max_rollbacks=max_rollbacks, poisoned=poisoned)
+        replace_file(run_dir / FILE_NAME, json.dumps(asdict(rollback)) + "\n")
+        rollback.discard_newer(run_dir)
+        return rollback
+
+    return on_main(decide)
 
 
 def finish(run_dir: Path) -> Rollback | None:
@@ -184,16 +177,7 @@ def finish(run_dir: Path) -> Rollback | None:
     Raises:
         UserError: on all ranks, as `Rollback.read` says.
     """
-    answer: list[Rollback | str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [_finished(run_dir)]
-        except ValueError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], str):
-        raise UserError(answer[0])
-    return answer[0]
+    return on_main(lambda: _finished(run_dir))
 
 
 def _finished(run_dir: Path) -> Rollback | None:

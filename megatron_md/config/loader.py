@@ -38,6 +38,9 @@ class ConfigError(UserError):
         self.lines = list(lines)
         super().__init__("\n".join(self.lines))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.lines,)
+
 
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars of its core schema (`3e-3` is a number, `1:30` and `no` are text) and no duplicate keys.

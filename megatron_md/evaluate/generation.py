@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch.distributed as dist
-
 from megatron_md.parallel import World
+from megatron_md.together import together
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -19,9 +18,7 @@ def shared(world: World, jobs: Sequence[Job], work: Callable[[Job], Result]) -> 
     The ranks of one share call `work` on the same jobs in the same order.
     """
     mine = {number: work(jobs[number]) for number in range(world.data_rank, len(jobs), world.data_size)}
-    if world.data_size > 1:
-        parts: list[dict[int, Result] | None] = [None] * world.size
-        dist.all_gather_object(parts, mine)
-        for part in parts:
-            mine |= part or {}
-    return [mine[number] for number in range(len(jobs))]
+    found: dict[int, Result] = {}
+    for part in together(lambda: mine) if world.data_size > 1 else [mine]:
+        found |= part
+    return [found[number] for number in range(len(jobs))]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_md.errors import UserError
 from megatron_md.messages import say
+from megatron_md.together import on_main
 
 if TYPE_CHECKING:
     from megatron_md.data.tokenizer import Tokenizer
@@ -71,18 +72,14 @@ def _from_json(line: str, where: str) -> str:
 
 def typed_prompts(world: World) -> Iterator[Prompt]:
     """What the main rank reads from standard input, line by line up to an empty one or the end; every rank gets it."""
-    import torch.distributed as dist
-
     if world.is_main and hasattr(sys.stdin, "reconfigure"):
         # What is not UTF-8 is refused by the tokenizer, on every rank.
         sys.stdin.reconfigure(errors="surrogateescape")
     for number in range(1, sys.maxsize):
-        line = [_typed_line() if world.is_main else ""]
-        if world.size > 1:
-            dist.broadcast_object_list(line, src=0, device=world.device)
-        if not line[0]:
+        line = on_main(_typed_line)
+        if not line:
             return
-        yield Prompt(line[0], f"line {number}")
+        yield Prompt(line, f"line {number}")
 
 
 def _typed_line() -> str:

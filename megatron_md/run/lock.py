@@ -7,15 +7,14 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
-
-import torch.distributed as dist
 
 from megatron_md.errors import UserError
 from megatron_md.messages import tell
 from megatron_md.parallel import World
+from megatron_md.together import on_main
 from megatron_md.train.logs import logger
 
 LOCK_NAME = ".lock"
@@ -43,23 +42,22 @@ def only_job(run_dir: Path, world: World, *, wait_seconds: float | None = None) 
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         is_one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         wait_seconds = RESTART_WAIT_SECONDS if is_restart and is_one_node else WAIT_SECONDS
-    file, problem = None, None
-    if world.is_main:
-        try:
-            file = _lock(run_dir, wait_seconds)
-        except BlockingIOError:
-            problem = f"{run_dir}: another job trains in this run directory: stop it, or choose another run_dir"
-        except OSError as error:
-            problem = f"{run_dir}: run_dir cannot be written ({error.strerror or error}): choose another one"
-    verdict = [problem]
-    dist.broadcast_object_list(verdict, src=0)
-    if verdict[0] is not None:
-        raise UserError(verdict[0])
-    try:
+    with ExitStack() as held:
+
+        def hold() -> None:
+            try:
+                held.enter_context(_lock(run_dir, wait_seconds))
+            except BlockingIOError:
+                raise UserError(
+                    f"{run_dir}: another job trains in this run directory: stop it, or choose another run_dir"
+                ) from None
+            except OSError as error:
+                raise UserError(
+                    f"{run_dir}: run_dir cannot be written ({error.strerror or error}): choose another one"
+                ) from None
+
+        on_main(hold)
         yield
-    finally:
-        if file is not None:
-            file.close()
 
 
 def _lock(run_dir: Path, wait_seconds: float) -> IO[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_md.batch import DamagedDocument
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
 from megatron_md.errors import UserError
+from megatron_md.together import together
 from megatron_md.train.callback import Callback, Record
 from megatron_md.train.trainer import Trainer
 
@@ -44,9 +44,7 @@ class Quarantine(Callback):
         dist.all_reduce(count)
         if count.item():
             # Rare, so that it may be slow: every rank learns every other's documents.
-            found: list[set[DamagedDocument]] = [set() for _ in range(dist.get_world_size())]
-            dist.all_gather_object(found, new)
-            self.ledger.add(set().union(*found), trainer.progress.step)
+            self.ledger.add(set().union(*together(lambda: new)), trainer.progress.step)
             if trainer.world.is_main:
                 self.ledger.write(self.path)
         record["quarantined"] = len(self.ledger)

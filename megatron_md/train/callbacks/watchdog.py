@@ -36,6 +36,7 @@ from megatron_md.errors import (
 )
 from megatron_md.messages import tell, tell_error
 from megatron_md.parallel import World
+from megatron_md.together import on_main
 from megatron_md.train.bounded_store import BoundedStore, SilentStoreError
 from megatron_md.train.logs import rank_log
 
@@ -83,12 +84,11 @@ class Watchdog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = path.open("a")
         if self.world.size > 1:
-            token = [uuid.uuid4().hex]
-            dist.broadcast_object_list(token, src=0)
+            token = on_main(lambda: uuid.uuid4().hex)
             # A connection of its own: the main thread may be blocked in the other one.
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
-            self._store = BoundedStore(dist.PrefixStore(f"megatron_md/{token[0]}", store), CONTACT)
+            self._store = BoundedStore(dist.PrefixStore(f"megatron_md/{token}", store), CONTACT)
         self._thread.start()
         return self
 
