@@ -170,9 +170,7 @@ def measure_memory(args: argparse.Namespace, folder: Path) -> None:
             samples.append((memory.rss / 1e6, memory.uss / 1e6))
     print(f"memory over {args.memory} epochs ({rows * args.seq_length / 1e9:.2f}G tokens), {len(samples)} samples:")
     quarter = len(samples) // 4
-    for name, values in zip(
-        ("resident", "of it not shared"), zip(*samples, strict=True), strict=True
-    ):
+    for name, values in zip(("resident", "of it not shared"), zip(*samples, strict=True), strict=True):
         parts = [values[first : first + quarter] for first in range(0, 4 * quarter, quarter)]
         print(f"  {name}: largest in each quarter " + ", ".join(f"{max(part):.0f}" for part in parts) + " MB")
 
