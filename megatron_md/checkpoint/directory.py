@@ -7,6 +7,7 @@ step_00000100/ is complete or absent: it is written under a temporary name, seal
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import shutil
@@ -168,6 +169,8 @@ def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, float) and not math.isfinite(value):
+        value = str(value)  # which equals itself, and which JSON knows
     if not isinstance(value, dict) or not value:
         return {prefix: value} if prefix else {}
     found: dict[str, Any] = {}

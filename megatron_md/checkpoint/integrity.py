@@ -162,7 +162,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
         if content["format"] != MANIFEST_FORMAT:
-            raise CheckpointError(f"{path}: format {content['format']!r} is not {MANIFEST_FORMAT}")
+            raise CheckpointError(f"{path}: format {str(content['format'])[:40]!r} is not {MANIFEST_FORMAT}")
         records = {name: FileRecord(**record) for name, record in content["files"].items()}
         is_intact = all(map(is_plain_name, records)) and text == _manifest_text(records)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -141,9 +141,10 @@ def names_of_not_finite(chunks: list[Any], optimizer: MegatronOptimizer) -> list
     for piece in optimizer_slices(optimizer):
         held += [(f"{kind} of {names[id(piece.parameter)]}", values) for kind, values in piece.tensors.items()]
     held = [(name, values) for name, values in held if values.numel() and values.is_floating_point()]
-    # The largest magnitude is NaN where any number is, and does not overflow as a sum of squares would.
-    largest = torch.stack([torch.linalg.vector_norm(values, math.inf, dtype=torch.float32) for _, values in held])
-    return [name for (name, _), is_finite in zip(held, largest.isfinite().tolist(), strict=True) if not is_finite]
+    # Both ends are NaN where any number is, and cannot overflow as a norm can.
+    ends = torch.stack([torch.stack(values.aminmax()).double() for _, values in held])
+    are_finite = ends.isfinite().all(dim=1).tolist()
+    return [name for (name, _), is_finite in zip(held, are_finite, strict=True) if not is_finite]
 
 
 def state_names(optimizer: MegatronOptimizer) -> list[str]:

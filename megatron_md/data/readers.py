@@ -136,20 +136,24 @@ def _read_tar(name: str, path: Path, stream: BinaryIO, reading: Reading) -> Iter
 
 def _read_parquet(name: str, path: Path, reading: Reading) -> Iterator[Entry]:
     """Rows of a Parquet file, a few at a time."""
-    parquet = optional_package("pyarrow.parquet", str(path))
+    arrow, parquet = optional_package("pyarrow", str(path)), optional_package("pyarrow.parquet", str(path))
     try:
         file = parquet.ParquetFile(path, page_checksum_verification=True)
-    except (OSError, ValueError) as error:
+        types = {field.name: field.type for field in file.schema_arrow}
+        columns = [file.metadata.schema.column(number).path for number in range(file.metadata.num_columns)]
+    except (OSError, ValueError, arrow.ArrowException) as error:
         raise InputError(f"{path}: not a readable Parquet file ({_one_line(error)}); restore it") from error
     with file:
-        columns = [file.metadata.schema.column(number).path for number in range(file.metadata.num_columns)]
         if reading.text_key not in columns:
             raise UserError(f"{path}: no column {reading.text_key!r}; it has {', '.join(columns)}: say --text-key")
+        kind = types.get(reading.text_key)
+        if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view", "null"):
+            raise InputError(f"{path}: column {reading.text_key!r} holds {kind}, not text: say --text-key")
         yield from _parquet_rows(name, path, file, columns.index(reading.text_key), reading)
 
 
 def _parquet_rows(name: str, path: Path, file: Any, column: int, reading: Reading) -> Iterator[Entry]:
-    number = 0
+    number, arrow = 0, optional_package("pyarrow", str(path))
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).column(column).total_uncompressed_size
         if size > LARGEST_ROW_GROUP:
@@ -158,7 +162,7 @@ def _parquet_rows(name: str, path: Path, file: Any, column: int, reading: Readin
         while True:
             try:
                 batch = next(rows, None)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, arrow.ArrowException) as error:
                 raise InputError(
                     f"{path}: row group {group} is damaged after row {number} ({_one_line(error)}); restore the file"
                 ) from error

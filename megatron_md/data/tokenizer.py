@@ -17,6 +17,7 @@ from megatron_md.data.entries import Document
 from megatron_md.data.tokenizer_json import JsonTokenizer
 from megatron_md.errors import UserError
 from megatron_md.files import replacing
+from megatron_md.json_file import LARGE, read_regular
 
 JSON_NAME = "tokenizer.json"
 MASK, EOS, PAD, UNKNOWN = "<mask>", "<eos>", "<pad>", "<unk>"
@@ -80,9 +81,9 @@ class Tokenizer:
         self.path = Path(path)
         if (self.path / JSON_NAME).is_file():
             self.path /= JSON_NAME
-        if not self.path.is_file():
+        if not self.path.exists():
             raise UserError(f"{path}: no such tokenizer file; train one with `megatron-md tokenizer train`")
-        data = self.path.read_bytes()
+        data = read_regular(self.path, "train one with `megatron-md tokenizer train`", most_bytes=LARGE)
         tokens = {"mask_token": mask_token, "eos_token": eos_token, "pad_token": pad_token}
         self._model: TokenizerModel
         # By content, since a run keeps its copy under one name, whatever the kind.
@@ -163,8 +164,9 @@ class _SentencePiece:
         sentencepiece.set_min_log_level(2)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except RuntimeError as error:
-            raise UserError(f"{path}: not a SentencePiece model") from error
+            pieces = [self._processor.id_to_piece(id) for id in range(self._processor.vocab_size())]
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not a SentencePiece model, or one whose pieces are not UTF-8") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.mask_token_id = self._special(tokens["mask_token"] or MASK)
         own_eos, own_pad = self._processor.eos_id(), self._processor.pad_id()
@@ -175,7 +177,7 @@ class _SentencePiece:
         if tokens["pad_token"]:
             self.pad_token_id = self._special(tokens["pad_token"])
         self.special_names: dict[int, str] = {
-            id: self._processor.id_to_piece(id) for id in range(self.vocab_size) if self._processor.is_control(id)
+            id: piece for id, piece in enumerate(pieces) if self._processor.is_control(id)
         }
         self._space_piece_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def verify(manifest: Manifest) -> list[str]:
             reader = ShardReader(manifest, number)
         except ShardError as error:
             path, index = manifest.directory / shard.name, read_index(manifest, shard)
-            problems.append(f"{error}{_structure(path, index) if path.is_file() and index is not None else ''}")
+            problems.append(f"{error}{_structure(path, index) if os.path.isfile(path) and index is not None else ''}")
             continue
         except RemoteError as error:
             problems.append(str(error))

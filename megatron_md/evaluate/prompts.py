@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Hashable, Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.errors import UserError
+from megatron_md.json_file import LARGE, parse_json, read_regular
 from megatron_md.messages import say
 from megatron_md.together import on_main
 
@@ -43,10 +43,11 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if not path.is_file():
         raise UserError(f"--prompts-file {path}: no such file")
+    data = read_regular(path, "give a smaller file", most_bytes=LARGE)
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        at = path.read_bytes()[: error.start].count(b"\n") + 1
+        at = data[: error.start].count(b"\n") + 1
         raise UserError(f"{path} line {at}: not UTF-8; write the prompts in UTF-8") from error
     prompts = []
     for number, line in enumerate(lines, start=1):
@@ -60,10 +61,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _from_json(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at character {error.colno})") from error
+    record = parse_json(line, where, 'write {"prompt": "..."} on each line')
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
         raise UserError(f'{where}: no text under "prompt"; write {{"prompt": "..."}} on each line')

@@ -82,11 +82,14 @@ def read_reference(path: Path) -> Reference:
     if not path.exists():
         raise ConfigError([f"{path}: no such file"])
     way_out = "is no record of `megatron-md parity validate --record`"
-    record = read_json(path, way_out)
-    config = record.pop("config", None)
-    if not isinstance(config, dict):
-        raise ConfigError([f"{path}: holds no config, so it {way_out}"])
-    figures = as_record(_Figures, record, path, way_out)
+    try:
+        record = read_json(path, way_out)
+        config = record.pop("config", None)
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: holds no config, so it {way_out}")
+        figures = as_record(_Figures, record, path, way_out)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
     return Reference(config=config_loader.validate(ParityConfig, config, str(path)), **vars(figures))
 
 

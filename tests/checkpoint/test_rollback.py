@@ -27,7 +27,11 @@ def test_a_damaged_file_is_named_with_the_way_out(content: bytes, tmp_path: Path
     path = write_return(tmp_path, content)
     with pytest.raises(ValueError, match="restore or remove it") as refusal:
         Rollback.read(tmp_path)
-    assert str(refusal.value).startswith(f"{path} is damaged (") and "\n" not in str(refusal.value)
+    assert (
+        str(refusal.value).startswith(f"{path}: ")
+        and "it is damaged" in str(refusal.value)
+        and "\n" not in str(refusal.value)
+    )
 
 
 def test_only_what_does_not_know_of_the_return_goes(tmp_path: Path) -> None:

@@ -27,5 +27,5 @@ def test_no_file_is_an_empty_ledger_and_a_bad_line_is_named(tmp_path: Path) -> N
     assert not len(QuarantineLedger.read(tmp_path / "none"))
     for bad in ["{", "[]", '{"step": 1}', '{"corpus": "a"}']:
         (tmp_path / "bad").write_text(QuarantineLedger().text() + bad)
-        with pytest.raises(ValueError, match="bad, line 1: no line of a quarantine ledger"):
+        with pytest.raises(ValueError, match=r"bad, line 1: .*no line of a quarantine ledger"):
             QuarantineLedger.read(tmp_path / "bad")

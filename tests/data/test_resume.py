@@ -98,7 +98,7 @@ def test_changed_input_and_settings_are_refused(
     with pytest.raises(ValueError, match=r"shard-000001\.tar: missing or changed"):
         build(corpus, tokenizer, tmp_path / "out")
     (tmp_path / "out.partial" / "progress.json").write_text("{")
-    with pytest.raises(ValueError, match=r"progress\.json: malformed; delete .*out\.partial"):
+    with pytest.raises(ValueError, match=r"progress\.json: malformed JSON .*; delete .*out\.partial"):
         build(corpus, tokenizer, tmp_path / "out")
 
 

@@ -42,7 +42,7 @@ def test_json_lines_may_hold_any_text(tmp_path: Path) -> None:
         ("a.txt", None, "no such file"),
         ("a.txt", " \n\n", "holds no prompt"),
         ("a.txt", b"good\n\n\xff", "line 3: not UTF-8"),
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', "line 2: not JSON"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', "line 2: malformed JSON"),
         ("a.jsonl", '\n{"text": "x"}', 'line 2: no text under "prompt"'),
         ("a.jsonl", '{"prompt": 3}', 'line 1: no text under "prompt"'),
         ("a.jsonl", '["x"]', 'line 1: no text under "prompt"'),

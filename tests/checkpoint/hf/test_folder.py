@@ -78,7 +78,7 @@ def test_another_family_and_unsupported_configs_are_refused(folder: Path, tmp_pa
     path.write_text("[]")
     assert "not a JSON object" in refusal(folder)
     path.write_text("{")
-    assert "config.json: not JSON" in refusal(folder)
+    assert "config.json: malformed JSON" in refusal(folder)
     path.unlink()
     assert "config.json: cannot be read" in refusal(folder)
     with pytest.raises(FolderError, match="no such folder"):
