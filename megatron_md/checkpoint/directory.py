@@ -160,6 +160,18 @@ def model_identity(config: Config) -> dict[str, Any]:
     return {f"model.{key}": value for key, value in content.items()}
 
 
+def resume_contract(config: Config, stream: dict[str, Any], *, tokenizer: str, causal: bool) -> dict[str, Any]:
+    """What a checkpoint and the run that goes on from it must agree on: JSON values by name.
+
+    Args:
+        config: of the run.
+        stream: `RowStream.state` of the rows that the checkpoint has seen.
+        tokenizer: hash of the tokenizer that the corpora were made with.
+        causal: the objective's attention.
+    """
+    return {**stream, **model_identity(config), "tokenizer": tokenizer, "objective is causal": causal}
+
+
 def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any]]:
     """Keys in which a config differs from the checkpoint's: [value there, value now] by dotted name."""
     then = _flat(redacted(config_loader.read_yaml(str(checkpoint / CONFIG_NAME))))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import time
 
-import torch
-import torch.distributed as dist
-
 from megatron_md.checkpoint import replicas
 from megatron_md.checkpoint.manager import CheckpointManager, PoisonedError, Saved
 from megatron_md.checkpoint.writer import SaveError
 from megatron_md.config import CheckpointConfig
 from megatron_md.messages import tell
-from megatron_md.train.callback import Callback, Record
+from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.callbacks.metrics import MetricsWriter, append_event
 from megatron_md.train.logs import logger
 from megatron_md.train.trainer import Trainer
@@ -35,7 +32,12 @@ class Checkpointing(Callback):
             self.saved_step = trainer.progress.step
         self._newest_save = time.monotonic()
 
-    def after_step(self, trainer: Trainer, record: Record) -> None:
+    def vote(self, trainer: Trainer) -> float:
+        """Whether `checkpoint.every_minutes` have gone by, on rank 0's clock."""
+        minutes = (time.monotonic() - self._newest_save) / 60.0
+        return float(trainer.world.is_main and 0.0 < self.keys.every_minutes <= minutes)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Complete what has been written in the background; compare replicas and save where it is due.
 
         Raises:
@@ -44,14 +46,12 @@ class Checkpointing(Callback):
             SaveError: on all ranks, if a save has failed and `checkpoint.on_error` is stop.
         """
         step = trainer.progress.step
-        if "val_nelbo" in record:
-            self._nelbo = step, record["val_nelbo"]
+        if "val_nelbo" in result.record:
+            self._nelbo = step, result.record["val_nelbo"]
         self._finish(trainer, wait=False)
         every = self.keys.every_steps
-        # Every rank asks, whatever the step: the question is collective.
-        is_time = self._is_time(trainer)
         compare_every = trainer.config.train.check_replicas_every or 0
-        if is_time or (every and step % every == 0):
+        if result.votes[self] or (every and step % every == 0):
             self._save(trainer, in_background=self.keys.asynchronous)
         elif compare_every and step % compare_every == 0:
             self._compare(trainer)
@@ -82,15 +82,6 @@ class Checkpointing(Callback):
             # What is being written was compared when its save began.
             self._finish(trainer, wait=True)
             raise
-
-    def _is_time(self, trainer: Trainer) -> bool:
-        """The clock of rank 0, known to all."""
-        if not self.keys.every_minutes:
-            return False
-        minutes = (time.monotonic() - self._newest_save) / 60.0
-        flag = torch.tensor([float(minutes >= self.keys.every_minutes)], device=trainer.world.device)
-        dist.broadcast(flag, src=0)
-        return bool(flag.item())
 
     def _save(self, trainer: Trainer, *, in_background: bool, is_last: bool = False) -> None:
         self._finish(trainer, wait=True)

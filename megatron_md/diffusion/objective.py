@@ -39,10 +39,12 @@ class Objective(Protocol):
     Attributes:
         name: its name in the config.
         causal: whether the denoiser must attend to the left only.
+        metric_names: what `reduce` gives, in the order in which ranks send it to each other.
     """
 
     name: str
     causal: bool
+    metric_names: tuple[str, ...]
 
     def corrupt(self, batch: CleanBatch) -> CorruptedBatch:
         """The micro-batch as the model sees it; a pure function of the seed and the rows' numbers."""
@@ -104,8 +106,11 @@ def build_objective(
     return factory(context, **config.options)
 
 
+MEAN_METRICS = ("masked_ce", "mean_mask_rate")
+
+
 def mean_metrics(nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
-    """The metrics that every objective reports: `masked_ce` in nats and `mean_mask_rate`."""
+    """`MEAN_METRICS`, which every objective reports: the cross-entropy in nats, and t."""
     return {
         "masked_ce": (nll_M.sum(dtype=torch.float64), float(len(corrupted.targets_M))),
         "mean_mask_rate": (float(corrupted.mask_rate_B.sum(dtype=np.float64)), float(len(corrupted.mask_rate_B))),
@@ -122,6 +127,7 @@ class MaskedDiffusion:
 
     name: str = "masked_diffusion"
     causal: bool = False
+    metric_names: tuple[str, ...] = MEAN_METRICS
     default_normalise: ClassVar[Normalise] = "maskable"
 
     def __init__(self, context: ObjectiveContext) -> None:
@@ -187,6 +193,7 @@ class Autoregressive:
 
     name: str = "autoregressive"
     causal: bool = True
+    metric_names: tuple[str, ...] = MEAN_METRICS
 
     def __init__(self, context: ObjectiveContext) -> None:
         """Build from the config; the mask schedule, `weight` and `importance` do not matter."""

@@ -16,7 +16,7 @@ from megatron_md.batch import Int64Array
 from megatron_md.diffusion.scoring import ScoredRows, Scorer
 from megatron_md.parity.config import MASK_TOKEN_ID
 from megatron_md.parity.objective import supervise_label
-from megatron_md.train.callback import Callback, Record
+from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.trainer import Trainer
 
 MEMORISED_AT, CHANCE_BELOW = 0.99, 0.58  # train accuracy that counts as learnt; validation accuracy near chance
@@ -108,18 +108,18 @@ class AccuracyReport(Callback):
     learning: Learning = field(default_factory=Learning)
     is_at_goal: bool = False
 
-    def after_step(self, trainer: Trainer, record: Record) -> None:
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Measure where it is due."""
         step = trainer.progress.step
         # All batches have one size, so this is the progress that the step's mask rates were drawn at.
-        record["signal_probability"] = self.signal_probability((step - 1) / self.last_step)
+        result.record["signal_probability"] = self.signal_probability((step - 1) / self.last_step)
         if step % self.every and step != self.last_step:
             return
-        record["train_accuracy"], record["train_label_ce"] = self.train.run()
-        record["valid_accuracy"], record["valid_label_ce"] = self.valid.run()
-        record["weight_norm"] = weight_norm(trainer.stepper.chunks)
+        result.record["train_accuracy"], result.record["train_label_ce"] = self.train.run()
+        result.record["valid_accuracy"], result.record["valid_label_ce"] = self.valid.run()
+        result.record["weight_norm"] = weight_norm(trainer.stepper.chunks)
         goal = MEMORISED_AT if self.stop_at is None else self.stop_at
-        self.learning.add(step, record["train_accuracy"], record["valid_accuracy"], goal)
-        if self.stop_at is not None and record["valid_accuracy"] >= self.stop_at:
-            trainer.stopped_by = f"validation accuracy {record['valid_accuracy']:.3f}"
+        self.learning.add(step, result.record["train_accuracy"], result.record["valid_accuracy"], goal)
+        if self.stop_at is not None and result.record["valid_accuracy"] >= self.stop_at:
+            trainer.stopped_by = f"validation accuracy {result.record['valid_accuracy']:.3f}"
             self.is_at_goal = True

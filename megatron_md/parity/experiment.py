@@ -24,7 +24,7 @@ from megatron_md.parity.accuracy import AccuracyReport, LabelEvaluator
 from megatron_md.parity.config import DIRECT, MASK_TOKEN_ID, ParityConfig, training_config
 from megatron_md.parity.objective import ReportByRegime
 from megatron_md.parity.task import ParityStream, ParityTask
-from megatron_md.parity.uniform_attention import LocalStopRequest, UniformAttentionStepper
+from megatron_md.parity.uniform_attention import UniformAttentionStepper
 from megatron_md.plugins import import_plugins
 from megatron_md.train.callback import Callback
 from megatron_md.train.callbacks.metrics import MetricsWriter, environment, write_json
@@ -55,8 +55,7 @@ def run_experiment(
     task = ParityTask.of(config)
     objective = build_objective(config.objective, seed=config.seed, mask_token_id=MASK_TOKEN_ID)
     reported = ReportByRegime(objective, task.signal_positions, MASK_TOKEN_ID)
-    stop_request = LocalStopRequest if config.denoiser == "uniform_attention" else StopRequest
-    stop = stop_request() if handle_signals else None
+    stop = StopRequest() if handle_signals else None
     with _model(config, reported) as (world, stepper, scorer):
         accuracy = _accuracy_report(config, task, scorer)
         metrics = MetricsWriter(training, directory, flops_per_token=0.0, peak_flops=None)

@@ -122,8 +122,8 @@ def train_recorded(config: ParityConfig) -> tuple[dict[str, Any], list[float], l
         def __init__(self) -> None:
             self.records: list[tuple[float, float]] = []
 
-        def after_step(self, trainer: Any, record: dict[str, Any]) -> None:
-            self.records.append((record["loss"], record["grad_norm"]))
+        def after_step(self, trainer: Any, result: Any) -> None:
+            self.records.append((result.record["loss"], result.record["grad_norm"]))
 
     curve = Curve()
     with scratch_folder() as folder:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -26,7 +27,7 @@ from megatron_md.diffusion.objective import Objective
 from megatron_md.errors import UserError
 from megatron_md.model.attention import additive_mask, packed_documents
 from megatron_md.model.head import Prediction, PredictionLoss
-from megatron_md.parallel import World, sum_over_ranks
+from megatron_md.parallel import World
 from megatron_md.train.bad_numbers import not_finite
 
 
@@ -37,19 +38,16 @@ class StepReport:
     Attributes:
         loss: the training objective in nats per counted token.
         grad_norm: global gradient norm before clipping.
-        fault: why the update was left out, else None.
+        fault: why the update was left out, else None; weights and optimizer state are as they were then.
         metrics: the objective's own means (`masked_ce`, `mean_mask_rate`, ...).
+        votes: sums over all ranks of what each had to say.
     """
 
     loss: float
     grad_norm: float
     fault: str | None
     metrics: dict[str, float]
-
-    @property
-    def skipped(self) -> bool:
-        """The update was left out: weights and optimizer state are as they were."""
-        return self.fault is not None
+    votes: list[float]
 
 
 Judge = Callable[[float, float], str | None]
@@ -157,13 +155,16 @@ class Stepper(ForwardPass):
             for batch in batches
         ]
 
-    def train(self, batches: Sequence[CorruptedBatch], judge: Judge | None = None) -> StepReport:
+    def train(
+        self, batches: Sequence[CorruptedBatch], judge: Judge = not_finite, votes: Sequence[float] = ()
+    ) -> StepReport:
         """One optimizer step on this rank's micro-batches of a global batch.
 
         Args:
             batches: the micro-batches.
             judge: from loss and gradient norm, why the update must be left out, or None to make it; the same function
-                on every rank. By default numbers that are not finite are a reason.
+                on every rank.
+            votes: this rank's, as many as every other's; they travel with the step's figures.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -171,24 +172,11 @@ class Stepper(ForwardPass):
         outputs = self.predict(batches, forward_only=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        loss, metrics = self._reduce(batches, outputs)
-        loss, grad_norm = self._agreed(loss, grad_norm)
-        fault = (judge or not_finite)(loss, grad_norm)
-        if fault is None:
-            self._update(grad_norm)
-        return StepReport(loss, grad_norm, fault, metrics)
-
-    def _agreed(self, *figures: float) -> list[float]:
-        """Rank 0's figures, given to all; NaN where any rank's is not finite.
-
-        They should be equal already. A last bit that differs, or one device that computes wrongly, must not make some
-        ranks update and others not.
-        """
-        is_main = self.world.is_main
-        local = [[float(not math.isfinite(x)), x if is_main and math.isfinite(x) else 0.0] for x in figures]
-        table = torch.tensor(local, dtype=torch.float64, device=self.world.device)
-        dist.all_reduce(table)
-        return [math.nan if bad else value for bad, value in table.tolist()]
+        report = self._agreed(batches, outputs, grad_norm, votes)
+        report = replace(report, fault=judge(report.loss, report.grad_norm))
+        if report.fault is None:
+            self._update(report.grad_norm)
+        return report
 
     def _update(self, grad_norm: float) -> None:
         if self.clip_grad > 0.0:
@@ -198,15 +186,18 @@ class Stepper(ForwardPass):
                     clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
 
-    def _reduce(
-        self, batches: Sequence[CorruptedBatch], outputs: list[PredictionLoss]
-    ) -> tuple[float, dict[str, float]]:
-        """Loss and metrics of the global batch: sums over micro-batches and ranks, divided by global counts."""
-        device = self.world.device
-        # Every stage knows the names; only the last one has the values.
-        names = sorted(self.objective.reduce(torch.zeros(len(batches[0].targets_M), device=device), batches[0]))
-        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
-        if self.world.is_last_stage:
+    def _agreed(
+        self, batches: Sequence[CorruptedBatch], outputs: list[PredictionLoss], grad_norm: float, votes: Sequence[float]
+    ) -> StepReport:
+        """The step's figures, in one sum over all ranks: a last bit that differs must not make some ranks update.
+
+        Loss and metrics are sums over micro-batches and ranks, divided by global counts. The gradient norm is rank 0's,
+        and not a number where any rank's is not: one device that computes wrongly is enough.
+        """
+        names = self.objective.metric_names
+        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.world.device)
+        # Of a replica's last pipeline stage one rank speaks; the others have the same figures, or none.
+        if self.world.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0:
             for batch, output in zip(batches, outputs, strict=True):
                 pairs = self.objective.reduce(output.nll_M, batch)
                 sums[0] += output.loss
@@ -214,9 +205,18 @@ class Stepper(ForwardPass):
                 for number, name in enumerate(names):
                     sums[2 + 2 * number] += pairs[name][0]
                     sums[3 + 2 * number] += pairs[name][1]
-        loss_sum, count, *pairs_flat = sum_over_ranks(sums, self.world).tolist()
-        metrics = {
-            name: pairs_flat[2 * i] / pairs_flat[2 * i + 1] if pairs_flat[2 * i + 1] else math.nan
-            for i, name in enumerate(names)
-        }
-        return loss_sum / max(count, 1.0), metrics
+        is_finite = math.isfinite(grad_norm)
+        own = [grad_norm if is_finite and self.world.is_main else 0.0, float(not is_finite), *votes]
+        table = torch.cat((sums, torch.tensor(own, dtype=torch.float64).to(self.world.device)))
+        dist.all_reduce(table)
+        figures = table.tolist()
+        loss_sum, count = figures[:2]
+        means = zip(names, figures[2 : len(sums) : 2], figures[3 : len(sums) : 2], strict=True)
+        norm, bad, *counted = figures[len(sums) :]
+        return StepReport(
+            loss=loss_sum / max(count, 1.0),
+            grad_norm=math.nan if bad else norm,
+            fault=None,
+            metrics={name: total / number if number else math.nan for name, total, number in means},
+            votes=counted,
+        )

@@ -18,7 +18,7 @@ import torch
 from megatron_md.config import Config
 from megatron_md.files import append, replace_file
 from megatron_md.messages import redacted, tell
-from megatron_md.train.callback import Callback, Record
+from megatron_md.train.callback import Callback, Record, StepResult
 from megatron_md.train.logs import logger
 from megatron_md.train.records import damage, read_lines
 from megatron_md.train.trainer import Trainer
@@ -130,8 +130,9 @@ class MetricsWriter(Callback):
         if self.config.log.wandb_project:
             self._wandb = _start_wandb(self.config.log.wandb_project, self.run_dir)
 
-    def after_step(self, trainer: Trainer, record: Record) -> None:
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Add this step to the running figures and, when a line is due, write it."""
+        record = result.record
         self.seconds += record["step_seconds"]
         self.total_seconds += record["step_seconds"]
         self.data_seconds += record["data_seconds"]
@@ -139,12 +140,12 @@ class MetricsWriter(Callback):
         record["save_seconds"] = self.save_seconds
         step = trainer.progress.step
         due = step % self.every == 0 or step == self.config.train.steps or "val_nelbo" in record
-        if trainer.fault is not None and trainer.world.is_main:
-            details = {"reason": trainer.fault, "rows": trainer.rows}
+        if result.fault is not None and trainer.world.is_main:
+            details = {"reason": result.fault, "rows": result.rows}
             append_event(
                 self.run_dir, "skipped", step=step, loss=record["loss"], grad_norm=record["grad_norm"], **details
             )
-            logger.warning("step %d leaves out its update, rows %d to %d: %s", step, *trainer.rows, trainer.fault)
+            logger.warning("step %d leaves out its update, rows %d to %d: %s", step, *result.rows, result.fault)
         if due:
             record["tokens_per_second"] = (trainer.progress.tokens - self.last_tokens) / max(self.seconds, 1e-9)
             record["data_seconds"] = self.data_seconds

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_md.config import ProfileConfig
-from megatron_md.train.callback import Callback, Record
+from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.trainer import Trainer
 
 
@@ -24,7 +24,7 @@ class Profiler(Callback):
         """Start at once where the window opens with this process's first step."""
         self._start_if_due(trainer)
 
-    def after_step(self, trainer: Trainer, record: Record) -> None:
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Stop behind the window's last step; start before its first."""
         if self._profiler is not None and trainer.progress.step >= self.keys.start + self.keys.steps:
             self._stop(trainer)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
 from megatron_md.errors import UserError
 from megatron_md.together import together
-from megatron_md.train.callback import Callback, Record
+from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.trainer import Trainer
 
 NAMED = 3
@@ -33,21 +30,20 @@ class Quarantine(Callback):
         if trainer.world.is_main and (len(self.ledger) or self.path.exists()):
             self.ledger.write(self.path)
 
-    def after_step(self, trainer: Trainer, record: Record) -> None:
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Add what any rank has met in this step.
 
         Raises:
             QuarantineError: on all ranks at once, when the ledger holds more than `data.max_quarantined` documents.
         """
-        new = {document for document in trainer.damaged if document not in self.ledger}
-        count = torch.tensor([float(len(new))], device=trainer.world.device)
-        dist.all_reduce(count)
-        if count.item():
+        if result.is_damaged:
             # Rare, so that it may be slow: every rank learns every other's documents.
-            self.ledger.add(set().union(*together(lambda: new)), trainer.progress.step)
-            if trainer.world.is_main:
+            met = set().union(*together(lambda: result.damaged))
+            new = {document for document in met if document not in self.ledger}
+            self.ledger.add(new, trainer.progress.step)
+            if new and trainer.world.is_main:
                 self.ledger.write(self.path)
-        record["quarantined"] = len(self.ledger)
+        result.record["quarantined"] = len(self.ledger)
         if len(self.ledger) > self.max_quarantined:
             newest = [f"{entry.shard} document {entry.document}" for entry in list(self.ledger)[-NAMED:]]
             raise QuarantineError(

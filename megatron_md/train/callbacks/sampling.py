@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.sampler import SamplerStep
 from megatron_md.files import append
 from megatron_md.messages import tell
-from megatron_md.train.callback import Callback, Record
+from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.callbacks.metrics import MetricsWriter, truncate_metrics
 from megatron_md.train.inference import Inference, fill
 from megatron_md.train.sample_requests import sample_requests
@@ -21,11 +21,18 @@ from megatron_md.train.trainer import Trainer
 class Sampling(Callback):
     """Continues the prompts every `sampling.every_steps` steps and after the last one; training does not notice."""
 
-    def __init__(self, config: Config, denoiser: Inference, tokenizer: Tokenizer, metrics: MetricsWriter) -> None:
-        """Raises what `sample_requests` does."""
+    def __init__(
+        self,
+        config: Config,
+        denoiser: Inference,
+        tokenizer: Tokenizer,
+        metrics: MetricsWriter,
+        alive: Callable[[int], None],
+    ) -> None:
+        """Raises what `sample_requests` does; `alive` hears the run's step at every step of a sampler."""
         self.every, self.last_step = config.sampling.every_steps, config.train.steps
         self.path = Path(config.run_dir) / "samples.jsonl"
-        self.denoiser, self.tokenizer, self.metrics = denoiser, tokenizer, metrics
+        self.denoiser, self.tokenizer, self.metrics, self.alive = denoiser, tokenizer, metrics, alive
         self.may_be_lost = config.checkpoint.on_error == "continue"
         self.requests = sample_requests(config, tokenizer)
 
@@ -34,34 +41,30 @@ class Sampling(Callback):
         if trainer.world.is_main:
             truncate_metrics(self.path, trainer.progress.step)
 
-    def after_step(self, trainer: Trainer, record: Record) -> None:
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Sample where it is due; every rank takes part, the main one writes."""
         step = trainer.progress.step
         if step % self.every and step != self.last_step:
             return
 
-        def alive(_: SamplerStep) -> None:
-            if trainer.watchdog is not None:
-                trainer.watchdog.alive(step)
-
         for request in self.requests:
             start = time.perf_counter()
-            result = fill(
+            sample = fill(
                 self.denoiser,
                 [request.tokens],
                 request.config,
                 mask_token_id=self.tokenizer.mask_token_id,
                 eos_token_id=self.tokenizer.eos_token_id,
-                on_step=alive,
+                on_step=lambda _: self.alive(step),
             )
             if trainer.world.is_main:
-                text = self.tokenizer.decode(result.tokens_BL[0, -request.config.length :].tolist())
+                text = self.tokenizer.decode(sample.tokens_BL[0, -request.config.length :].tolist())
                 line = {
                     "step": step,
                     "prompt": request.prompt,
                     "text": text,
                     "seed": request.config.seed,
-                    "forward_passes": result.forward_passes,
+                    "forward_passes": sample.forward_passes,
                     "seconds": time.perf_counter() - start,
                 }
                 self._write(json.dumps(line) + "\n")

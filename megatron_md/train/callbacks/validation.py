@@ -8,7 +8,7 @@ from megatron_md.config import Config
 from megatron_md.diffusion.estimators import Estimator, EstimatorName
 from megatron_md.diffusion.nelbo import NelboTable, evaluate_nelbo
 from megatron_md.diffusion.scoring import ScoredRows, Scorer
-from megatron_md.train.callback import Callback, Record
+from megatron_md.train.callback import Callback, Record, StepResult
 from megatron_md.train.trainer import Trainer
 
 
@@ -37,12 +37,12 @@ class Validation(Callback):
         self.scorer, self.rows, self.mask_token_id = scorer, rows, mask_token_id
         self.newest: Record = {}
 
-    def after_step(self, trainer: Trainer, record: Record) -> None:
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Validate where it is due and add the figures to the record."""
         step = trainer.progress.step
         if step == self.last_step or (self.keys.every_steps and step % self.keys.every_steps == 0):
             self.newest = self.validate()
-            record.update(self.newest)
+            result.record.update(self.newest)
 
     def validate(self) -> Record:
         """The exact-count NELBO of a denoiser, or the exact cross-entropy of a causal model; equal on all ranks."""

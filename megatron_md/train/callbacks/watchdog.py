@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +38,9 @@ from megatron_md.messages import tell, tell_error
 from megatron_md.parallel import World
 from megatron_md.together import on_main
 from megatron_md.train.bounded_store import BoundedStore, SilentStoreError
+from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.logs import rank_log
+from megatron_md.train.trainer import Trainer
 
 logger = logging.getLogger("megatron_md")
 
@@ -49,8 +51,8 @@ COMMUNICATION = ("gloo", "nccl", "connection closed", "connection reset", "broke
 Verdict = dict[str, Any]
 
 
-class Watchdog:
-    """A context around a rank's whole work; `alive` arms it against hangs, `disarm` ends that.
+class Watchdog(Callback):
+    """A context around a rank's whole work; as a callback it hears what goes on, and `disarm` ends its wait.
 
     Of several errors the first one is let through; the ranks that fail as its consequence raise `PeerFailedError`.
     """
@@ -102,6 +104,22 @@ class Watchdog:
         finally:
             self._ended.set()
             self._thread.join(1.0)
+
+    def between(self, callbacks: Iterable[Callback]) -> list[Callback]:
+        """The callbacks with this one around each, so that none of them alone may take longer than a step may."""
+        return [self, *(either for callback in callbacks for either in (callback, self))]
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Wait for signs of life from here on."""
+        self.alive(trainer.progress.step)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Take the step for a sign of life."""
+        self.alive(trainer.progress.step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Take what the other callbacks do at the end for signs of life."""
+        self.alive(trainer.progress.step)
 
     def alive(self, step: int) -> None:
         """Something has been done at this step: start waiting anew."""
