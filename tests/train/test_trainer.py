@@ -267,3 +267,40 @@ def test_golden_curve(tmp_path: Path, corpora: dict[str, str]) -> None:
 
 def golden_config(run_dir: Path, corpora: dict[str, str]) -> Config:
     return config_for(run_dir, corpora, train={"steps": 60}, optimizer={"lr": 1e-2}, validation={"sequences": 0})
+
+
+def collectives(config: Config) -> int:
+    """How many collectives this package itself asks for in a whole run."""
+    import sys
+
+    import torch.distributed as dist
+
+    asked = 0
+
+    def counting(collective: Any) -> Any:
+        def call(*words: Any, **keys: Any) -> Any:
+            nonlocal asked
+            asked += str(sys._getframe(1).f_globals["__name__"]).startswith("megatron_md.")
+            return collective(*words, **keys)
+
+        return call
+
+    for name in ("all_reduce", "broadcast", "broadcast_object_list", "all_gather_object", "barrier"):
+        setattr(dist, name, counting(getattr(dist, name)))
+    assert pretrain(config) == 0
+    return asked
+
+
+@pytest.mark.distributed
+def test_a_step_asks_for_one_collective(tmp_path: Path, corpora: dict[str, str]) -> None:
+    def count(steps: int) -> int:
+        config = config_for(
+            tmp_path / str(steps),
+            corpora,
+            train={"steps": steps},
+            validation={"every_steps": 0, "sequences": 0},
+            checkpoint={"every_steps": 0, "every_minutes": 60.0},
+        )
+        return run_ranks(collectives, 2, config)[0]
+
+    assert count(7) - count(2) == 5
