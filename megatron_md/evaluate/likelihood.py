@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.evaluate.saved_run import SavedRun, open_asked
 from megatron_md.files import replace_file
 from megatron_md.json_file import LARGE, as_record, read_json
 from megatron_md.messages import redacted, say, shown
 
 if TYPE_CHECKING:
     from megatron_md.evaluate.nelbo import EvaluationRows, NelboReport, NelboTable
-    from megatron_md.evaluate.saved_run import SavedRun
     from megatron_md.parallel import World
 
 ROWS = 256  # scored unless told otherwise
@@ -32,13 +32,13 @@ def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
         ValueError: bad input, with the way out.
     """
     _check(args)
+    runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]
+
     from megatron_md import parallel
     from megatron_md.evaluate.nelbo import check_passes, difference
     from megatron_md.evaluate.rows import TextFiles, evaluation_rows
-    from megatron_md.evaluate.saved_run import open_asked
 
     check_passes(args.passes, args.stderr, args.max_passes)
-    runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]
     tokenizers = [Tokenizer(saved.tokenizer) for saved in runs]
     if len({tokenizer.sha256 for tokenizer in tokenizers}) > 1:
         raise ValueError(f"{args.against}: has another tokenizer than {args.run_path}, so that tokens do not compare")

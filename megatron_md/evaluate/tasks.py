@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.data.optional import optional_package
+from megatron_md.evaluate.saved_run import open_asked
 from megatron_md.messages import say
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     _check(args)
     _quieten()
+    saved = open_asked(args.run_path, args)
     optional_package("lm_eval", "--tasks", "eval")
     names = [name for name in args.tasks.split(",") if name]
     manager = _task_manager(names, args.include_path)
@@ -93,11 +95,9 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
 
     from megatron_md import parallel
     from megatron_md.evaluate.harness import HarnessModel
-    from megatron_md.evaluate.saved_run import open_asked
 
     settings = _settings(args)
     split = {key: getattr(args, key) for key in ("tensor", "pipeline", "device", "trust")}
-    saved = open_asked(args.run_path, args)
     with parallel.session(saved.config) as world:
         model = HarnessModel(args.run_path, batch_size=args.micro_batch_size, world=world, **split, **asdict(settings))
         per_seed: dict[int, dict[str, Any]] = {}
