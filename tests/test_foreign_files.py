@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from megatron_md.checkpoint.directory import config_changes, read_progress, read_record
 from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.rollback import Rollback
+from megatron_md.cli import main
 from megatron_md.commands import train
 from megatron_md.commands.inspect import inspect
 from megatron_md.commands.inspect_text import show
@@ -246,3 +248,53 @@ def test_what_is_no_file_is_not_waited_for(name: str, kind: str, run_dir: Path) 
         said = "\n".join(inspect(run_dir).notes)
     problem = "is a directory" if kind == "folder" else "is not a regular file"
     assert name == "events.jsonl" or (said is not None and f"{path}: {problem}" in said)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (BOMB, "line 5: more than 20000 values, with what the aliases stand for"),
+        ("model: &a {layers: *a}", "line 1: *a holds itself"),
+        ("seed: !!int x", 'line 1: "x" is no int that is read here'),
+        ("seed: !!timestamp x", "line 1: could not determine a constructor for the tag 'tag:yaml.org,2002:timestamp'"),
+        ("seed: " + "9" * 5000, f'line 1: "{"9" * 76}... is no int that is read here'),
+        ('run_dir: "\\ud800"', 'line 1: "\\ud800" holds half a surrogate pair'),
+        ("seed: " + "[" * 5000, "line 1: nested deeper than 64"),
+    ],
+)
+def test_yaml_that_is_no_config(text: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert refused(lambda: load_config(path)) == f"{path}, {problem}"
+    assert refused(lambda: load_parity_config(path)) == f"{path}, {problem}"
+
+
+def test_a_run_without_end_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("model: {vocab: 100}\n")
+    words = ["train", str(tmp_path / "config.yaml"), "--dry-run"]
+    assert main([*words, "train.steps=99999999999999999999"]) == 2
+    assert "train.steps must be at most 1e+15, got 99999999999999999999" in capsys.readouterr().err
+    assert main([*words, "train.steps=20000000", "data.random_length_fraction=0.01"]) == 2
+    assert "train.steps 20000000 is above 10000000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", "3"), ("tokens", 1e300), ("total_tokens", 0), ("step", -1), ("jumps", [[1]]), ("guard", {"x": 1}),
+     ("guard", {"recent_losses": ["2.5"]}), ("next_sample_index", None), ("step", 2**63)],
+)  # fmt: skip
+def test_progress_of_another_type_is_named(key: str, value: object, run_dir: Path) -> None:
+    checkpoint = run_dir / "checkpoints" / "step_00000003"
+    (checkpoint / "progress.json").write_text(json.dumps({**RECORD, "progress": {**PROGRESS, key: value}}))
+    said = refused(lambda: read_progress(checkpoint))
+    assert said is not None and said.startswith(f"{checkpoint / 'progress.json'}: progress: {key}: ")
+    if key in ("step", "jumps"):
+        path = run_dir / "rollback.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+        said = refused(lambda: Rollback.read(run_dir))
+        assert said is not None and said.startswith(f"{path}: {key}: ")

@@ -128,11 +128,6 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.json, getattr(args, "plot", None), getattr(args, "state", None)):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path}: the folder {path.parent} does not exist")
-    if mode == "generative" and args.judge is None:
-        raise UserError("--generative needs --judge RUN_AR: a causal run, such as an autoregressive baseline")
-    for run_path in (args.run_path, args.against, args.judge):
-        if run_path is not None:
-            open_asked(run_path, args)  # refuses what it can before torch is imported
     result: dict[str, Any] | None
     if mode == "nelbo":
         from megatron_md.evaluate.likelihood import evaluate_likelihood
@@ -143,6 +138,10 @@ def run(args: argparse.Namespace) -> int:
 
         result = evaluate_tasks(args)
     else:
+        if args.judge is None:
+            raise UserError("--generative needs --judge RUN_AR: a causal run, such as an autoregressive baseline")
+        for run_path in (args.run_path, args.judge):
+            open_asked(run_path, args)  # before torch is imported
         from megatron_md.evaluate.generative import evaluate_generative
 
         result = evaluate_generative(args)

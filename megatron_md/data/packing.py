@@ -10,8 +10,10 @@ found by division and the shards' totals in the manifest: nothing before it is l
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import sub
 from typing import NamedTuple
 
 import numpy as np
@@ -77,14 +79,15 @@ class RowOrder:
     def locate(self, row: int) -> RowPlace:
         """Place of row g = `row`."""
         epoch, local = divmod(row, self.rows_per_epoch)
-        _, starts, first_rows = self._epoch(epoch)
-        window = int(np.searchsorted(first_rows, local, side="right")) - 1
-        first = int(first_rows[window])
-        begin = (first + int(self._rows(epoch, window)[local - first])) * self._seq_length
-        end = min(begin + self._seq_length, int(starts[-1]))
+        # As memoryviews, which give plain numbers.
+        starts, first_rows = (values.data for values in self._epoch(epoch)[1:])
+        window = bisect_right(first_rows, local) - 1
+        first = first_rows[window]
+        begin = (first + self._rows(epoch, window).data[local - first]) * self._seq_length
+        end = min(begin + self._seq_length, starts[-1])
         spans = []
         while begin < end:
-            start, stop = int(starts[window]), min(end, int(starts[window + 1]))
+            start, stop = starts[window], min(end, starts[window + 1])
             spans.append(Span(window, begin - start, stop - start))
             begin, window = stop, window + 1
         return RowPlace(epoch, tuple(spans))
@@ -107,17 +110,9 @@ class RowOrder:
         return permutation(int(first_rows[window + 1] - first_rows[window]), "rows", *self.key, epoch, window)
 
 
-class Piece(NamedTuple):
-    """A part of one document within a row.
-
-    Attributes:
-        document: number of the document in the window, in file order.
-        start, stop: range of its tokens; `stop` is its length + 1 where its `<eos>` is part of the piece.
-    """
-
-    document: int
-    start: int
-    stop: int
+# A part of one document within a row: the document's number in the window, in file order, and the range of its tokens;
+# the end of the range is its length + 1 where its `<eos>` is part of the piece. A plain tuple, as there are so many.
+Piece = tuple[int, int, int]
 
 
 class WindowLayout:
@@ -135,11 +130,9 @@ class WindowLayout:
 
     def pieces(self, start: int, stop: int) -> list[Piece]:
         """What the window's tokens `start` to `stop` (not included) are made of, from left to right."""
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, stop, side="left"))
+        first, last = bisect_right(self._ends.data, start), bisect_left(self._ends.data, stop)
         documents, ends = self._documents[first : last + 1].tolist(), self._ends[first : last + 1].tolist()
         begins = [int(self._ends[first - 1]) if first else 0, *ends[:-1]]
-        pieces = [Piece(document, 0, end - begin) for document, begin, end in zip(documents, begins, ends, strict=True)]
-        pieces[0] = Piece(documents[0], start - begins[0], pieces[0].stop)
-        pieces[-1] = Piece(documents[-1], pieces[-1].start, stop - begins[-1])
-        return pieces
+        starts, stops = [0] * len(ends), list(map(sub, ends, begins))
+        starts[0], stops[-1] = start - begins[0], stop - begins[-1]
+        return list(zip(documents, starts, stops, strict=True))

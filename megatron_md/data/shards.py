@@ -309,7 +309,7 @@ class ShardReader:
             RemoteError: one of them cannot be fetched.
         """
         self._shard = manifest.shards[number]
-        self._dtype = manifest.token_dtype
+        self._dtype, self._size = manifest.token_dtype, manifest.token_dtype.itemsize
         file, index_file = manifest.open_shard(number)
         with file, index_file:
             self.path = Path(file.name)
@@ -334,32 +334,38 @@ class ShardReader:
             )
         return index
 
-    def document(
-        self, number: int, start: int = 0, stop: int | None = None, *, verify: bool = True
-    ) -> npt.NDArray[np.unsignedinteger]:
-        """Tokens `start` to `stop` (not included; all by default) of a document; cannot be written to.
+    def document(self, number: int) -> npt.NDArray[np.unsignedinteger]:
+        """Tokens [n] of a document, which cannot be written to.
 
         Raises:
-            DamagedDocumentError: the file has been cut before its end; under `verify` also: the bytes of the whole
+            DamagedDocumentError: as `read`.
+        """
+        return np.frombuffer(self.read(number, 0, self._lengths[number], verify=True), self._dtype)
+
+    def read(self, number: int, start: int, stop: int, *, verify: bool) -> bytes:
+        """Tokens `start` to `stop` (not included, at most all) of a document, as they are stored.
+
+        Raises:
+            DamagedDocumentError: the file has been cut before their end; under `verify` also: the bytes of the whole
                 document do not match their crc32.
             OSError: the file cannot be read.
         """
-        offset, length, size = self._offsets[number], self._lengths[number], self._dtype.itemsize
-        stop = length if stop is None or stop > length else stop
-        first, last = (0, length) if verify else (start, stop)
-        data = self._read(offset + first * size, (last - first) * size)
-        problem = ""
-        if len(data) != (last - first) * size:
+        size = self._size
+        offset, length = self._offsets[number], self._lengths[number] * size
+        first, last = start * size, stop * size
+        last = length if last > length else last
+        at, count = (offset, length) if verify else (offset + first, last - first)
+        data = self._read(at, count)
+        if len(data) != count:
             problem = f"the file ends at byte {os.fstat(self._descriptor).st_size}"
         elif verify and zlib.crc32(data) != self._crc32[number]:
             problem = "its crc32 differs"
-        if problem:
-            raise DamagedDocumentError(
-                f"{self.path}: document {number} (bytes {offset} to {offset + length * size}) is damaged: {problem}; "
-                "restore the shard"
-            )
-        tokens = np.frombuffer(data, self._dtype)
-        return tokens[start:stop] if verify else tokens
+        else:
+            return data[first:last] if verify else data
+        raise DamagedDocumentError(
+            f"{self.path}: document {number} (bytes {offset} to {offset + length}) is damaged: {problem}; "
+            "restore the shard"
+        )
 
     def blocks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
         """Tokens of documents that lie side by side, in file order.
@@ -367,8 +373,8 @@ class ShardReader:
         Raises:
             ShardError: the file has been cut.
         """
-        starts, size = self.index["offset"].astype(np.int64), self._dtype.itemsize
-        ends = starts + self.index["tokens"].astype(np.int64) * size
+        starts = self.index["offset"].astype(np.int64)
+        ends = starts + self.index["tokens"].astype(np.int64) * self._size
         cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
         for start, stop in zip(starts[[0, *cuts]].tolist(), ends[[*(cuts - 1), -1]].tolist(), strict=True):
             for offset in range(start, stop, BLOCK_BYTES):

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, DamagedDocument, Int32Array, Int64Array
 from megatron_md.data.cache import WindowFetcher
-from megatron_md.data.packing import Piece, RowOrder, Span, WindowLayout
+from megatron_md.data.packing import RowOrder, Span, WindowLayout
 from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader, load_manifest
 from megatron_md.errors import UserError
 
@@ -195,6 +194,8 @@ class _Window:
         # A byte for each document: what a numpy array gives one by one takes several times as long.
         self._states = bytearray([_UNCHECKED if verify else _CHECKED]) * len(document_tokens)
         self._keep_going = keep_going
+        self._dtype = manifest.token_dtype
+        self._eos_slot = bytes(self._dtype.itemsize)
 
     def leave_out(self, shard: int, documents: list[int]) -> None:
         """Treat these documents of the window's shard number `shard` as damaged."""
@@ -208,48 +209,49 @@ class _Window:
             Where each of its documents ends, and (begin, end, document) of the gaps that damaged documents (with
             their `<eos>`) leave.
         """
-        ends = []
-        gaps = []
+        ends, gaps, parts = [], [], []
         end = 0
-        for piece in self._layout.pieces(span.start, span.stop):
-            begin, end = end, end + piece.stop - piece.start
+        for document, start, stop in self._layout.pieces(span.start, span.stop):
+            begin, end = end, end + stop - start
             ends.append(end)
-            piece_m = self._read(piece)
-            if piece_m is None:
-                gaps.append((begin, end, piece.document))
-                continue
-            last = begin + len(piece_m)
-            tokens_n[begin:last] = piece_m
-            if last < end:
-                tokens_n[last] = self._manifest.eos_id
+            part = self._read(document, start, stop)
+            if part is None:
+                gaps.append((begin, end, document))
+                part = self._eos_slot * (end - begin - 1)
+            parts.append(part)
+        # All at once: numpy takes longer for a call than for the tokens of a document.
+        stored = self._eos_slot.join(parts)
+        has_last_eos = len(stored) < end * len(self._eos_slot)
+        stored += self._eos_slot * has_last_eos
+        tokens_n[:end] = np.frombuffer(stored, self._dtype)
+        # Which the stored type need not hold.
+        tokens_n[np.array(ends if has_last_eos else ends[:-1], dtype=np.int64) - 1] = self._manifest.eos_id
         return ends, gaps
 
     def describe(self, document: int) -> DamagedDocument:
         """What a ledger says about a document of this window."""
-        shard, number = self._place(document)
-        tokens = int(self._document_tokens[document])
+        shard = bisect_right(self._first_documents, document) - 1
+        number, tokens = document - self._first_documents[shard], int(self._document_tokens[document])
         return DamagedDocument(self._manifest.sha256, self._names[shard], number, tokens)
 
-    def _place(self, document: int) -> tuple[int, int]:
-        shard = bisect_right(self._first_documents, document) - 1
-        return shard, document - self._first_documents[shard]
-
-    def _read(self, piece: Piece) -> npt.NDArray[np.unsignedinteger] | None:
-        """Tokens [n] of a piece, without `<eos>`; None if its document is damaged and the run goes on without it."""
-        state = self._states[piece.document]
+    def _read(self, document: int, start: int, stop: int) -> bytes | None:
+        """A piece as it is stored, without `<eos>`; None if its document is damaged and the run goes on without it."""
+        state = self._states[document]
         if state == _LEFT_OUT:
             return None
-        shard, number = self._place(piece.document)
+        shard = bisect_right(self._first_documents, document) - 1
         try:
-            tokens_n = self._readers[shard].document(number, piece.start, piece.stop, verify=state == _UNCHECKED)
+            part = self._readers[shard].read(
+                document - self._first_documents[shard], start, stop, verify=state == _UNCHECKED
+            )
         except DamagedDocumentError as error:
             if not self._keep_going:
                 raise
             logger.warning("left out: %s", error)
-            self._states[piece.document] = _LEFT_OUT
+            self._states[document] = _LEFT_OUT
             return None
-        self._states[piece.document] = _CHECKED
-        return tokens_n
+        self._states[document] = _CHECKED
+        return part
 
 
 def validation_rows(manifest: str | Path | Manifest, seq_length: int, count: int) -> Rows:

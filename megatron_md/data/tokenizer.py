@@ -84,6 +84,8 @@ class Tokenizer:
         if not self.path.exists():
             raise UserError(f"{path}: no such tokenizer file; train one with `megatron-md tokenizer train`")
         data = read_regular(self.path, "train one with `megatron-md tokenizer train`", most_bytes=LARGE)
+        if not data.strip():
+            raise UserError(f"{self.path}: is empty; train one with `megatron-md tokenizer train`")
         tokens = {"mask_token": mask_token, "eos_token": eos_token, "pad_token": pad_token}
         self._model: TokenizerModel
         # By content, since a run keeps its copy under one name, whatever the kind.

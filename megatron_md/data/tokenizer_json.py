@@ -55,7 +55,7 @@ class JsonTokenizer:
         try:
             self._tokenizer = library.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library raises nothing more special
-            raise UserError(f"{path}: the tokenizers library cannot read it ({error})") from error
+            raise UserError(f"{path}: the tokenizers library cannot read it ({str(error)[:200]})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -120,7 +120,7 @@ def _special_names(path: Path, tokens: dict[str, str | None], added: dict[str, A
                 f"--{kind.replace('_', '-')}`"
             )
         if found not in added:
-            raise UserError(f"{path}: its {kind} {found!r} is not among its added tokens")
+            raise UserError(f"{path}: its {kind} {found[:80]!r} is not among its added tokens")
         names[kind] = found
     return names
 

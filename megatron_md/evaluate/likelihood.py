@@ -17,10 +17,12 @@ from megatron_md.errors import UserError
 from megatron_md.files import replace_file
 from megatron_md.json_file import LARGE, as_record, read_json
 from megatron_md.messages import redacted, say, shown
+from megatron_md.run.saved import SavedRun, open_asked
 
 if TYPE_CHECKING:
     from megatron_md.diffusion.nelbo import NelboReport, NelboTable
     from megatron_md.diffusion.scoring import ScoredRows
+    from megatron_md.evaluate.nelbo import NelboReport, NelboTable
     from megatron_md.parallel import World
     from megatron_md.run.saved import SavedRun
 
@@ -34,13 +36,13 @@ def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
         UserError: bad input, with the way out.
     """
     _check(args)
+    runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]
+
     from megatron_md import parallel
     from megatron_md.diffusion.nelbo import check_passes, difference
     from megatron_md.evaluate.rows import TextFiles, evaluation_rows
-    from megatron_md.run.saved import open_asked
 
     check_passes(args.passes, args.stderr, args.max_passes)
-    runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]
     tokenizers = [Tokenizer(saved.tokenizer) for saved in runs]
     if len({tokenizer.sha256 for tokenizer in tokenizers}) > 1:
         raise UserError(f"{args.against}: has another tokenizer than {args.run_path}, so that tokens do not compare")

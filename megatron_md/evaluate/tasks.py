@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_md.data.optional import optional_package
 from megatron_md.errors import UserError
 from megatron_md.messages import say
+from megatron_md.run.saved import open_asked
 
 if TYPE_CHECKING:
     from megatron_md.evaluate.harness import HarnessSettings
@@ -86,6 +87,7 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
     """
     _check(args)
     _quieten()
+    saved = open_asked(args.run_path, args)
     optional_package("lm_eval", "--tasks", "eval")
     names = [name for name in args.tasks.split(",") if name]
     manager = _task_manager(names, args.include_path)
@@ -94,11 +96,9 @@ def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
 
     from megatron_md import parallel
     from megatron_md.evaluate.harness import HarnessModel
-    from megatron_md.run.saved import open_asked
 
     settings = _settings(args)
     split = {key: getattr(args, key) for key in ("tensor", "pipeline", "device", "trust")}
-    saved = open_asked(args.run_path, args)
     with parallel.session(saved.config) as world:
         model = HarnessModel(args.run_path, batch_size=args.micro_batch_size, world=world, **split, **asdict(settings))
         per_seed: dict[int, dict[str, Any]] = {}

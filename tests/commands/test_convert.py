@@ -95,7 +95,7 @@ def test_an_interrupt_ends_it_between_two_tensors_and_leaves_nothing(
         (["{hf}", "{new}", "--family", "bert", "--to", "megatron"], "--family bert: unknown; known are llada"),
         (["{hf}", "{hf}", "--family", "llama", "--to", "megatron"], "exists already; choose another folder"),
         (["{hf}", "{new}", "--family", "llama", "--to", "hf"], "neither a run directory with a complete checkpoint"),
-        (["{no}", "{new}", "--family", "llama", "--to", "megatron"], "nowhere: no such folder"),
+        (["{no}", "{new}", "--family", "llama", "--to", "megatron"], "nowhere: no such file or folder"),
         (["{hf}", "{new}", "--family", "llama", "--to", "hf", "--add-mask-token"], "belongs to --to megatron"),
         (["{hf}", "{new}", "--family", "llama", "--to", "megatron", "--add-mask-token"], "tokenizer.json: missing"),
     ],

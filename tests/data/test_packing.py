@@ -109,8 +109,8 @@ def test_pieces_cover_every_document_once(lengths: list[int], step: int) -> None
     total = sum(lengths) + len(lengths)
     for start in range(0, total, step):
         pieces = layout.pieces(start, min(start + step, total))
-        for piece in pieces:
-            assert piece.start < piece.stop
-            covered[piece.document][piece.start : piece.stop] += 1
-        assert sum(piece.stop - piece.start for piece in pieces) == min(step, total - start)
+        for document, begin, end in pieces:
+            assert begin < end
+            covered[document][begin:end] += 1
+        assert sum(end - begin for _, begin, end in pieces) == min(step, total - start)
     assert all((count == 1).all() for count in covered)

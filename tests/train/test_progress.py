@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_md.config import BatchRampConfig
-from megatron_md.train.progress import Progress, batch_size_at, row_length_at, row_length_unit
+import numpy as np
+
+from megatron_md.config import BatchRampConfig, Config, TrainConfig
+from megatron_md.train.progress import Progress, batch_size_at, row_length_at, row_length_unit, rows_before
 from tests.small_run import CONFIG, LENGTH, variant
 
 
@@ -60,3 +62,16 @@ def test_cut_batches_count_their_own_tokens() -> None:
         progress = progress.after(config)
         assert progress.tokens == tokens
     assert progress.total_tokens == tokens < 50 * 8 * LENGTH
+
+
+def test_rows_are_counted_without_the_steps() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        start, increment, ramp_steps, steps = (int(n) for n in random.integers(1, 40, 4))
+        ramp = BatchRampConfig(start, increment, ramp_steps)
+        config = Config(
+            train=TrainConfig(steps=steps, global_batch_size=start + int(random.integers(50)), batch_ramp=ramp)
+        )
+        assert rows_before(config, steps) == sum(batch_size_at(config, step) for step in range(steps))
+    ramp = BatchRampConfig(1, 1, 10**15)
+    assert Progress.start(Config(train=TrainConfig(steps=10**15, batch_ramp=ramp))).total_tokens > 10**17

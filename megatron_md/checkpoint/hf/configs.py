@@ -19,11 +19,15 @@ class UnsupportedConfigError(UserError):
     """A `config.json` asks for something that our model does not have."""
 
 
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
+
+
 def _refuse(config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
     for key, values in allowed.items():
         if key in config and config[key] not in values:
             wanted = " or ".join(repr(value) for value in values)
-            raise UnsupportedConfigError(f"{key} is {config[key]!r}; only {wanted} is supported")
+            raise UnsupportedConfigError(f"{key} is {_shown(config[key])}; only {wanted} is supported")
 
 
 def _need(config: Mapping[str, Any], key: str) -> Any:
@@ -35,7 +39,7 @@ def _need(config: Mapping[str, Any], key: str) -> Any:
 def _whole(config: Mapping[str, Any], key: str, most: int = MOST) -> int:
     value = _need(config, key)
     if type(value) is not int or not 0 < value <= most:
-        raise UnsupportedConfigError(f"{key} is {str(value)[:40]!r}; only whole numbers from 1 to {most} are supported")
+        raise UnsupportedConfigError(f"{key} is {_shown(value)}; only whole numbers from 1 to {most} are supported")
     return value
 
 
@@ -46,14 +50,14 @@ def _whole_or(config: Mapping[str, Any], key: str, default: int) -> int:
 def _positive(config: Mapping[str, Any], key: str) -> float:
     value = _need(config, key)
     if type(value) not in (int, float) or not 0.0 < value < math.inf:
-        raise UnsupportedConfigError(f"{key} is {str(value)[:40]!r}; only numbers above 0 are supported")
+        raise UnsupportedConfigError(f"{key} is {_shown(value)}; only numbers above 0 are supported")
     return float(value)
 
 
 def _flag(config: Mapping[str, Any], key: str) -> bool:
     value = config.get(key)
     if value not in (None, False, True):
-        raise UnsupportedConfigError(f"{key} is {str(value)[:40]!r}; only true and false are supported")
+        raise UnsupportedConfigError(f"{key} is {_shown(value)}; only true and false are supported")
     return bool(value)
 
 
@@ -72,7 +76,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
         raise UnsupportedConfigError("rope_parameters is not an object")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise UnsupportedConfigError(f"rotary positions are scaled ({kind!r}); only the default ones are supported")
+        raise UnsupportedConfigError(f"rotary positions are scaled ({_shown(kind)}); only default ones are supported")
     return _positive(parameters if parameters.get("rope_theta") is not None else config, "rope_theta")
 
 
