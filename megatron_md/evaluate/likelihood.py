@@ -22,7 +22,6 @@ from megatron_md.run.saved import SavedRun, open_asked
 if TYPE_CHECKING:
     from megatron_md.diffusion.nelbo import NelboReport, NelboTable
     from megatron_md.diffusion.scoring import ScoredRows
-    from megatron_md.evaluate.nelbo import NelboReport, NelboTable
     from megatron_md.parallel import World
     from megatron_md.run.saved import SavedRun
 
