@@ -43,20 +43,21 @@ def read_regular(path: Path, advice: str, *, most_bytes: int = MOST_BYTES, error
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            mode = os.fstat(descriptor).st_mode
-            if stat.S_ISREG(mode):
-                with open(descriptor, "rb", closefd=False) as file:
-                    data = file.read(most_bytes + 1)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                problem = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
+            elif status.st_size > most_bytes:
+                problem = f"holds more than {most_bytes} bytes"
             else:
-                problem = "is a directory" if stat.S_ISDIR(mode) else "is not a regular file"
+                # By its size: a reading of at most n bytes takes the memory of n.
+                with open(descriptor, "rb", closefd=False) as file:
+                    data = file.read()
         finally:
             os.close(descriptor)
     except OSError as failure:
         problem = f"cannot be read ({failure.strerror or failure})"
     except ValueError:  # a NUL, or a lone surrogate, in the path
         problem = "cannot be the name of a file"
-    if len(data) > most_bytes:
-        problem = f"holds more than {most_bytes} bytes"
     if problem:
         raise error(f"{path}: {problem}; {advice}")
     return data

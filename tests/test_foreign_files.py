@@ -220,7 +220,7 @@ def test_configs_are_refused_or_reported(profile: str, tmp_path: Path) -> None:
 def _dry_run(path: Path, *words: str) -> None:
     config = load_config(path, words)
     with redirect_stdout(io.StringIO()) as text:
-        train._dry_run(config, smallest_world(config))
+        train._dry_run(config, smallest_world(config), trust=False)
     assert "parameters" in text.getvalue()
 
 

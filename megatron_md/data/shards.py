@@ -178,7 +178,9 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
     """
     file: str | Path
     if remote.is_url(path):
-        file, data = _fetch_manifest(str(path))
+        url = str(path).rstrip("/")
+        file = url if url.endswith(".json") else f"{url}/{MANIFEST_NAME}"
+        data = remote.read(file, MAX_MANIFEST_BYTES)
         origin = Remote(file.rpartition("/")[0], cache or Cache())
         return _parse_manifest(file, data, origin.cache.directory, origin)
     path = Path(path)
@@ -191,12 +193,6 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
         for shard in manifest.shards:
             _check_size(manifest, shard)
     return manifest
-
-
-def _fetch_manifest(url: str) -> tuple[str, bytes]:
-    url = url.rstrip("/")
-    url = url if url.endswith(".json") else f"{url}/{MANIFEST_NAME}"
-    return url, remote.read(url, MAX_MANIFEST_BYTES)
 
 
 def _parse_manifest(file: str | Path, data: bytes, directory: Path, origin: Remote | None) -> Manifest:
@@ -313,7 +309,13 @@ class ShardReader:
         file, index_file = manifest.open_shard(number)
         with file, index_file:
             self.path = Path(file.name)
-            self.index = self._load_index(Path(index_file.name), index_file.read())
+            index = parse_index(index_file.read(), self._shard, self._dtype.itemsize)
+            if index is None:
+                raise ShardError(
+                    f"{index_file.name}: does not match its hash, or is no index of the {self._shard.documents} "
+                    f"documents of {self.path.name}; restore it or build the shards again"
+                )
+            self.index = index
             # It keeps the file open, and with it the lock that a cached file is held by.
             self._descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._descriptor)
@@ -324,15 +326,6 @@ class ShardReader:
         self._offsets = self.index["offset"].astype(np.int64).data
         self._lengths = self.index["tokens"].astype(np.int64).data
         self._crc32 = self.index["crc32"].astype(np.int64).data
-
-    def _load_index(self, path: Path, data: bytes) -> npt.NDArray[np.void]:
-        index = parse_index(data, self._shard, self._dtype.itemsize)
-        if index is None:
-            raise ShardError(
-                f"{path}: does not match its hash, or is no index of the {self._shard.documents} documents of "
-                f"{self.path.name}; restore it or build the shards again"
-            )
-        return index
 
     def document(self, number: int) -> npt.NDArray[np.unsignedinteger]:
         """Tokens [n] of a document, which cannot be written to.

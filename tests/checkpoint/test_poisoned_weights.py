@@ -12,6 +12,7 @@ import pytest
 from megatron_md.checkpoint.directory import complete_checkpoints, is_bad, read_progress
 from megatron_md.checkpoint.rollback import Rollback
 from megatron_md.config import Config
+from megatron_md.json_file import as_record
 from megatron_md.train.bad_numbers import GuardState
 from megatron_md.train.progress import Progress
 from tests.checkpoint.legs import SHARDED
@@ -232,9 +233,11 @@ def test_a_crash_while_a_checkpoint_is_set_aside_changes_nothing(
 
 def test_older_records_know_no_blame_and_new_ones_survive_json() -> None:
     older = {"recent_losses": [1.0], "skipped_total": 2, "rollbacks": 1}
-    assert GuardState.from_record(older) == GuardState((1.0,), 2, rollbacks=1, is_proven=True, suspects=(0, 0))
+    assert as_record(GuardState, older, "here", "") == GuardState(
+        (1.0,), 2, rollbacks=1, is_proven=True, suspects=(0, 0)
+    )
     guard = GuardState((1.0,), 2, rollbacks=1, is_proven=False, suspects=(8, 24))
-    assert GuardState.from_record(json.loads(json.dumps(dataclasses.asdict(guard)))) == guard
+    assert as_record(GuardState, json.loads(json.dumps(dataclasses.asdict(guard))), "here", "") == guard
 
 
 def test_a_return_blames_rows_then_the_checkpoint_then_both_ranges_of_rows(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_md.config import Config, LRScheduleConfig
+from megatron_md.json_file import as_record
 from megatron_md.train.bad_numbers import FEWEST, WINDOW, GuardState, not_finite
 from megatron_md.train.progress import Progress
 from tests.ranks import RankError, run_ranks
@@ -72,11 +73,11 @@ def test_progress_goes_through_json_to_the_bit() -> None:
     losses = tuple(float(x) for x in np.random.default_rng(0).lognormal(size=50))
     guard = GuardState(losses, 7, 2, 5, 40, 1)
     progress = Progress(3, 24, 768, 9999, jumps=((8, 16), (40, 80)), guard=guard)
-    assert Progress.from_record(json.loads(json.dumps(dataclasses.asdict(progress)))) == progress
+    assert as_record(Progress, json.loads(json.dumps(dataclasses.asdict(progress))), "here", "") == progress
     older = {"step": 3, "next_sample_index": 24, "tokens": 768, "total_tokens": 9999}
-    assert Progress.from_record(older) == Progress(3, 24, 768, 9999)
-    with pytest.raises(TypeError):
-        Progress.from_record({**older, "unknown": 1})
+    assert as_record(Progress, older, "here", "") == Progress(3, 24, 768, 9999)
+    with pytest.raises(ValueError, match="unknown"):
+        as_record(Progress, {**older, "unknown": 1}, "here", "")
 
 
 def test_jumps_leave_out_rows_and_nothing_else() -> None:
