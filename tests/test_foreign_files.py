@@ -20,8 +20,7 @@ from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.rollback import Rollback
 from megatron_md.cli import main
 from megatron_md.commands import train
-from megatron_md.commands.inspect import inspect
-from megatron_md.commands.inspect_text import show
+from megatron_md.commands.inspect import show
 from megatron_md.config import Config, ModelConfig, config_from_mapping, load_config, to_yaml
 from megatron_md.config import loader as config_loader
 from megatron_md.data.ledger import QuarantineLedger
@@ -32,6 +31,7 @@ from megatron_md.evaluate.prompts import read_prompts
 from megatron_md.parity.config import load_parity_config
 from megatron_md.parity.validate import default_reference, read_reference
 from megatron_md.run.check import smallest_world
+from megatron_md.run.inspection import inspect
 from tests.hostile import Case, changed_bytes, changed_json, changed_yaml, fuzz, profiles, refused, tried
 
 PROGRESS = {"step": 3, "next_sample_index": 24, "tokens": 96, "total_tokens": 960, "jumps": [[8, 16]],

@@ -6,14 +6,8 @@ import argparse
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from megatron_md.errors import UserError
 from megatron_md.messages import say, shown
-
-if TYPE_CHECKING:
-    from megatron_md.checkpoint.hf.families import Family
 
 EXAMPLES = """examples:
   megatron-md convert LLaDA-8B-Base runs/llada-8b --family llada --to megatron
@@ -25,8 +19,6 @@ The Megatron side is a run directory with one checkpoint at step 0 that any tens
 training starts from its weights with checkpoint.load=RUN checkpoint.load_only=model.
 """
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -34,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", help="new folder")
     parser.add_argument("--family", required=True, metavar="NAME", help="llada, dream, llama, qwen2 or qwen3")
     parser.add_argument("--to", required=True, choices=("megatron", "hf"), help="direction")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="data type of the weights; as they are by default")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="data type of the weights; as they are by default"
+    )
     parser.add_argument("--add-mask-token", action="store_true", help="add <|mask|> to a causal model's vocabulary")
     parser.add_argument("--verify", action="store_true", help="compare the logits of both sides (needs transformers)")
     parser.add_argument("--dry-run", action="store_true", help="check the source, print the table, write nothing")
@@ -47,58 +41,24 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: bad input; nothing has been written then.
     """
-    from megatron_md.checkpoint.hf.families import family_named
+    from megatron_md.checkpoint.hf.convert import convert, open_conversion
+    from megatron_md.checkpoint.hf.tensors import table
 
-    family = family_named(args.family)
-    if args.add_mask_token and args.to == "hf":
-        raise UserError("--add-mask-token belongs to --to megatron")
-    source, target = Path(args.source), Path(args.target)
-    if not args.dry_run and target.exists():
-        raise UserError(f"{target}: exists already; choose another folder, or remove it")
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder")
-    (_to_megatron if args.to == "megatron" else _to_hf)(args, family, source, target)
-    if args.verify and not args.dry_run:
-        from megatron_md.evaluate.verify_conversion import compare_logits
-
-        folder, ours = (source, target) if args.to == "megatron" else (target, source)
-        for line in compare_logits(folder, ours, family):
-            say(line)
+    keys = {key: getattr(args, key) for key in ("family", "to", "dtype", "add_mask_token", "trust")}
+    if args.dry_run:
+        with open_conversion(args.source, **keys) as conversion:
+            _print_table(table(conversion.family, conversion.model))
+        return 0
+    title = f"{args.source} -> {args.target}"
+    convert(
+        args.source,
+        args.target,
+        **keys,
+        verify=args.verify,
+        progress=lambda parts: _progress(parts, title),
+        tell=say,
+    )
     return 0
-
-
-def _to_megatron(args: argparse.Namespace, family: Family, source: Path, target: Path) -> None:
-    import torch
-
-    from megatron_md.checkpoint.hf.convert import import_folder, plan_import
-    from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
-    from megatron_md.checkpoint.hf.tensors import table
-
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    with HuggingFaceFolder(source) as folder:
-        plan = plan_import(folder, family, dtype=dtype, add_mask_token=args.add_mask_token)
-        if args.dry_run:
-            _print_table(table(family, plan.model))
-            return
-        with _progress(len(plan.slices), f"{source} -> {target}") as advance:
-            import_folder(folder, plan, family, target, advance=advance)
-    say(f"{target}: a run at step 0; train from it with checkpoint.load={target} checkpoint.load_only=model")
-
-
-def _to_hf(args: argparse.Namespace, family: Family, source: Path, target: Path) -> None:
-    import torch
-
-    from megatron_md.checkpoint.hf.convert import open_export
-    from megatron_md.checkpoint.hf.tensors import table
-
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    with open_export(source, family, dtype=dtype, trust=args.trust) as export:
-        if args.dry_run:
-            _print_table(table(family, export.model))
-            return
-        with _progress(len(export.exporter.tensors), f"{source} -> {target}") as advance:
-            export.write(target, advance=advance)
-    say(f"{target}: a {family.name} folder of Hugging Face")
 
 
 def _print_table(rows: list[tuple[str, str, str, str]]) -> None:

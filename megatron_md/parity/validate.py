@@ -132,6 +132,27 @@ def train_recorded(config: ParityConfig) -> tuple[dict[str, Any], list[float], l
     return summary, loss, grad_norm
 
 
+def validate(words: Sequence[str] = (), *, reference: Path | None = None, world_size: int = 1) -> tuple[bool, str]:
+    """Train the recorded case in this process's place of the job, and set it against the record.
+
+    Args:
+        words: `section.key=value`, layout and device only.
+        reference: the record; the package's own if None.
+        world_size: processes of the job.
+
+    Returns:
+        Whether it passes, and the line that says why.
+
+    Raises:
+        UserError: see `read_reference`, `layout_config` and `compare`.
+    """
+    record = read_reference(reference or default_reference())
+    config = layout_config(record, words, world_size)
+    summary, loss, grad_norm = train_recorded(config)
+    verdict = compare(record, loss, grad_norm, summary["reached_step"])
+    return verdict.passed, report(config, world_size, record, verdict)
+
+
 def compare(reference: Reference, loss: list[float], grad_norm: list[float], reached_step: int | None) -> Verdict:
     """Set a run against the record.
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_md.checkpoint.hf.convert import plan_import
+from megatron_md.checkpoint.hf.convert import open_import
 from megatron_md.checkpoint.hf.families import FAMILIES
-from megatron_md.checkpoint.hf.folder import INDEX_NAME, SINGLE_NAME, HuggingFaceFolder
+from megatron_md.checkpoint.hf.folder import INDEX_NAME, SINGLE_NAME
 from megatron_md.checkpoint.hf.original import _read
 from tests.checkpoint.hf_models import FAMILY_NAMES, shape_of, write_model, write_tokenizer
 from tests.hostile import changed_bytes, changed_json, profiles, refused, tried
@@ -18,8 +18,8 @@ pytest.importorskip("safetensors")
 
 
 def imported(folder: Path, family: str, *, add_mask_token: bool = False) -> None:
-    with HuggingFaceFolder(folder) as opened:
-        plan = plan_import(opened, FAMILIES[family], add_mask_token=add_mask_token)
+    with open_import(folder, FAMILIES[family], add_mask_token=add_mask_token) as plan:
+        pass
     assert plan.model.layers == 4 and plan.model.hidden == 32 and plan.model.norm_eps > 0.0
 
 

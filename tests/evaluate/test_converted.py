@@ -21,18 +21,18 @@ def scored(folder: Path) -> None:
     from megatron_md import parallel
     from megatron_md.checkpoint.hf.families import FAMILIES
     from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
+    from megatron_md.checkpoint.hf.verify import reference_logits, reference_model
     from megatron_md.diffusion.conditional import ConditionalEstimator
     from megatron_md.diffusion.sampler import SamplerConfig
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods, document_log_likelihoods
     from megatron_md.evaluate.load import load_model
-    from megatron_md.evaluate.verify_conversion import reference_logits
     from megatron_md.run.saved import open_run
     from megatron_md.train.inference import fill
 
     def expected(tokens: list[int], first: int) -> float:
         with HuggingFaceFolder(folder / "hf") as hf:
             row = torch.tensor([tokens])
-            logits = reference_logits(hf, FAMILIES["qwen2"], row, causal=True, dtype=torch.float32)
+            logits = reference_logits(reference_model(hf, FAMILIES["qwen2"], torch.float32), row, causal=True)
         logp_LV = logits[0].log_softmax(dim=-1)
         return sum(float(logp_LV[at - 1, tokens[at]]) for at in range(first, len(tokens)))
 
@@ -55,9 +55,9 @@ def scored(folder: Path) -> None:
             conditional_log_likelihoods(scorer, [Question([], [[7]])], estimator, mask_token_id=5)
         written = fill(scorer, [TOKENS[:3]], SamplerConfig(length=4, steps=2), mask_token_id=5, eos_token_id=2)
         with HuggingFaceFolder(folder / "hf") as hf:
-            row = torch.tensor([TOKENS[:3]])
+            row, network = torch.tensor([TOKENS[:3]]), reference_model(hf, FAMILIES["qwen2"], torch.float32)
             for _ in range(4):
-                logits = reference_logits(hf, FAMILIES["qwen2"], row, causal=True, dtype=torch.float32)
+                logits = reference_logits(network, row, causal=True)
                 logits[..., 5] = -torch.inf  # the mask token is never written
                 row = torch.cat([row, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
         assert written.tokens_BL.tolist() == row.tolist() and written.forward_passes == 4

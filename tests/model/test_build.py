@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_md.config import Config, config_from_mapping
-from megatron_md.model.build import apply_overrides, build_model, count_parameters, transformer_config
+from megatron_md.model.build import (
+    RESERVED,
+    apply_overrides,
+    build_model,
+    count_parameters,
+    settled_parameters,
+    transformer_config,
+    wrap_data_parallel,
+)
 from megatron_md.parallel import World
 from megatron_md.run import estimate as estimates
+from megatron_md.train.optimizer import build_optimizer
+from tests.small_run import variant
 
 LLADA_8B = 8_015_581_184
 
@@ -103,3 +114,117 @@ def test_known_core_field_is_passed_on(small_config: Config, world: World) -> No
     assert apply_overrides({"num_layers": 2}, {}, type(transformer_config(known, world.device)), "x") == {
         "num_layers": 2
     }
+
+
+BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+# A key of ours, a value that is not its default, and the fields of megatron-core's TransformerConfig that follow.
+TRANSFORMER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "model.layers": (6, {"num_layers": 6}),
+    "model.hidden": (64, {"hidden_size": 64}),
+    "model.heads": (8, {"num_attention_heads": 8}),
+    "model.kv_heads": (4, {"num_query_groups": 4}),
+    "model.head_dim": (12, {"kv_channels": 12}),
+    "model.ffn": (80, {"ffn_hidden_size": 80}),
+    "model.norm_eps": (1e-3, {"layernorm_epsilon": 1e-3}),
+    "model.qk_norm": (True, {"qk_layernorm": True}),
+    "model.qkv_bias": (True, {"add_qkv_bias": True}),
+    "parallel.tensor": (2, {"tensor_model_parallel_size": 2}),
+    "parallel.pipeline": (2, {"pipeline_model_parallel_size": 2}),
+    "train.precision": ("bf16", BF16),
+    "train.deterministic": (True, {"deterministic_mode": True}),
+}
+# Keys that core accepts only beside others.
+TOGETHER: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
+    "train.recompute=full": (
+        {"train": {"recompute": "full"}},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ),
+    "train.recompute=selective": ({"train": {"recompute": "selective"}}, {"recompute_granularity": "selective"}),
+    "parallel.sequence_parallel": ({"parallel": {"tensor": 2, "sequence_parallel": True}}, {"sequence_parallel": True}),
+    "parallel.virtual_pipeline": (
+        {"model": {"layers": 4}, "parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+        {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True, "batch_p2p_comm": False},
+    ),
+    "parallel.first_stage_layers": (
+        {"model": {"layers": 4}, "parallel": {"pipeline": 2, "first_stage_layers": 1}},
+        {"num_layers_in_first_pipeline_stage": 1},
+    ),
+    "parallel.last_stage_layers": (
+        {"model": {"layers": 4}, "parallel": {"pipeline": 2, "last_stage_layers": 1}},
+        {"num_layers_in_last_pipeline_stage": 1},
+    ),
+    "parallel.context": ({"parallel": {"context": 2}}, {"context_parallel_size": 2}),
+}
+DDP: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "parallel.distributed_optimizer": ({"distributed_optimizer": False}, {"use_distributed_optimizer": False}),
+    "parallel.overlap_grad_reduce": ({"overlap_grad_reduce": True}, {"overlap_grad_reduce": True}),
+    "parallel.overlap_param_gather": (
+        {"overlap_grad_reduce": True, "overlap_param_gather": True},
+        {"overlap_param_gather": True},
+    ),
+}
+OPTIMIZER: dict[str, tuple[Any, str]] = {
+    "optimizer.lr": (0.25, "lr"),
+    "optimizer.weight_decay": (0.375, "weight_decay"),
+    "optimizer.beta1": (0.5, "adam_beta1"),
+    "optimizer.beta2": (0.625, "adam_beta2"),
+    "optimizer.eps": (1e-5, "adam_eps"),
+    "optimizer.clip_grad": (0.75, "clip_grad"),
+}
+
+
+def one_key(config: Config, key: str, value: Any) -> Config:
+    section, name = key.split(".")
+    return variant(config, **{section: {name: value}})
+
+
+def assert_reaches(core: Any, untouched: Any, fields: dict[str, Any]) -> None:
+    """The fields have their values, and did not have all of them before: the key is what has moved them."""
+    assert {name: getattr(core, name) for name in fields} == fields
+    assert {name: getattr(untouched, name) for name in fields} != fields
+
+
+def test_every_key_reaches_the_transformer_config(small_config: Config, world: World) -> None:
+    cases = {key: (one_key(small_config, key, value), fields) for key, (value, fields) in TRANSFORMER.items()}
+    cases |= {key: (variant(small_config, **sections), fields) for key, (sections, fields) in TOGETHER.items()}
+    untouched = transformer_config(small_config, world.device)
+    for config, fields in cases.values():
+        assert_reaches(transformer_config(config, world.device), untouched, fields)
+
+
+def test_every_key_reaches_the_configs_of_data_parallelism_and_of_the_optimizer(
+    small_config: Config, world: World
+) -> None:
+    def built(config: Config) -> tuple[Any, Any]:
+        chunks = wrap_data_parallel(build_model(config, world.device, causal=False, mask_token_id=3), config)
+        return chunks[0].ddp_config, build_optimizer(config, chunks).chained_optimizers[0].config
+
+    ddp, core = built(small_config)
+    for sections, fields in DDP.values():
+        changed = built(variant(small_config, parallel=sections))
+        assert_reaches(changed[0], ddp, fields)
+    for key, (value, field) in OPTIMIZER.items():
+        assert_reaches(built(one_key(small_config, key, value))[1], core, {field: value})
+    assert_reaches(built(one_key(small_config, "train.precision", "bf16"))[1], core, {"bf16": True})
+    passed = replace(small_config, megatron=replace(small_config.megatron, ddp={"grad_reduce_in_fp32": False}))
+    assert_reaches(built(passed)[0], ddp, {"grad_reduce_in_fp32": False})
+
+
+def test_no_key_that_decides_a_field_of_core_is_missing_from_the_tables() -> None:
+    tables = {key.partition("=")[0] for key in (*TRANSFORMER, *TOGETHER, *DDP, *OPTIMIZER)}
+    # Loss is summed per token whatever it is divided by: `calculate_per_token_loss` is the same for all its values.
+    assert set(RESERVED.values()) - tables == {"objective.normalise"}
+
+
+def test_parameters_are_gathered_ahead_again_after_an_error_among_settled_ones(
+    small_config: Config, world: World
+) -> None:
+    overlap = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    config = variant(small_config, parallel=overlap)
+    (chunk,) = wrap_data_parallel(build_model(config, world.device, causal=False, mask_token_id=3), config)
+    hooks = len(chunk.remove_forward_pre_hook_handles)
+    assert hooks > 0
+    with pytest.raises(KeyError, match="planted"), settled_parameters([chunk]):
+        assert not chunk.remove_forward_pre_hook_handles
+        raise KeyError("planted")
+    assert len(chunk.remove_forward_pre_hook_handles) == hooks

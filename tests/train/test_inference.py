@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_md.batch import BatchPosition
 from megatron_md.config import Config
+from megatron_md.model.build import build_model
+from megatron_md.parallel import World
+from megatron_md.train.inference import Inference
 from tests.ranks import run_ranks
 from tests.small_run import LENGTH, MASK, clean_rows, small_run, variant
 
@@ -64,3 +68,24 @@ def test_likelihoods_are_the_same_on_every_layout(layout: str, objective: str) -
     for values, answers in run_ranks(figures, size, variant(objective={"name": objective}, parallel=keys)):
         np.testing.assert_allclose(values, reference(objective)[0], rtol=1e-5)
         np.testing.assert_allclose(answers, reference(objective)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_mode_of_a_model_that_fails_while_it_is_looked_at_is_what_it_was(
+    is_training: bool, small_config: Config, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = build_model(small_config, world.device, causal=False, mask_token_id=MASK)
+    chunks[0].train(is_training)
+    inference = Inference(small_config, world, chunks, causal=False, mask_token_id=MASK)
+    assert inference(torch.arange(16)[None]).shape == (1, 16, 101)
+    assert chunks[0].training is is_training
+    modes = []
+
+    def failing(*args: Any, **keys: Any) -> None:
+        modes.append(chunks[0].training)
+        raise KeyError("planted")
+
+    monkeypatch.setattr(chunks[0], "forward", failing)
+    with pytest.raises(KeyError, match="planted"):
+        inference(torch.arange(16)[None])
+    assert modes == [False] and chunks[0].training is is_training

@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -25,8 +26,8 @@ from megatron_md.checkpoint.directory import (
     model_identity,
 )
 from megatron_md.checkpoint.hf import original
-from megatron_md.checkpoint.hf.configs import MOST, UnsupportedConfigError
-from megatron_md.checkpoint.hf.families import Family, check_exportable
+from megatron_md.checkpoint.hf.configs import MOST
+from megatron_md.checkpoint.hf.families import Family, check_exportable, family_named
 from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, write_folder
 from megatron_md.checkpoint.hf.tensors import Exporter, check_folder, import_slices
 from megatron_md.checkpoint.integrity import seal, verify
@@ -38,15 +39,24 @@ from megatron_md.files import sync, write_synced
 from megatron_md.json_file import LARGE, read_json, read_regular
 from megatron_md.train.progress import Progress
 
+Dtype = Literal["fp32", "bf16", "fp16"]
+Advance = Callable[[], None]
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LONGEST_ROW = 4096
 MASK_TOKEN = "<|mask|>"
 
 
+def _pass() -> None:
+    """No progress to show."""
+
+
 @dataclass(frozen=True)
-class ImportPlan:
-    """What an import would write.
+class Import:
+    """A Hugging Face folder that can be written as a run.
 
     Attributes:
+        folder: open.
+        family: its family.
         model: shape of the model as it will be.
         slices: its tensors.
         config: content of `config.json`.
@@ -54,42 +64,106 @@ class ImportPlan:
         has_new_token: config and tokenizer have got a mask token that the source lacks.
     """
 
+    folder: HuggingFaceFolder
+    family: Family
     model: ModelConfig
     slices: list[Slice]
     config: bytes
     tokenizer: bytes | None
     has_new_token: bool
 
+    @property
+    def parts(self) -> int:
+        """How often `write` calls `advance`."""
+        return len(self.slices)
 
-def plan_import(
-    folder: HuggingFaceFolder, family: Family, *, dtype: torch.dtype | None = None, add_mask_token: bool = False
-) -> ImportPlan:
-    """Check a folder against its family and plan how its tensors become ours.
+    def write(self, target: Path, *, advance: Advance = _pass) -> None:
+        """Write a run directory with one checkpoint, at step 0, that any layout can load.
+
+        Args:
+            target: the run directory; new.
+            advance: called for every slice that is made.
+
+        Raises:
+            UserError: the target exists, or the disk is full.
+        """
+        config = self._run_config(target)
+        identity = {**model_identity(config), "objective is causal": self.family.causal}
+        if self.tokenizer is not None:
+            identity["tokenizer"] = hashlib.sha256(self.tokenizer).hexdigest()
+        record = {
+            "format": FORMAT_VERSION,
+            "progress": asdict(Progress.start(config)),
+            "layout": {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1},
+            "optimizer": [],
+            "identity": identity,
+            "val_nelbo": None,
+        }
+        with _new_folder(target) as partial:
+            checkpoint = partial / "checkpoints" / checkpoint_name(0)
+            checkpoint.mkdir(parents=True)
+            write_tensors(checkpoint, [replace(part, make=_counted(part.make, advance)) for part in self.slices])
+            write_synced(checkpoint / CONFIG_NAME, to_yaml(config))
+            write_synced(checkpoint / RECORD_NAME, json.dumps(record, indent=1))
+            seal(checkpoint)
+            (partial / "checkpoints" / "latest").write_text(checkpoint.name)
+            (partial / "config.yaml").write_text(to_yaml(config))
+            new = self.tokenizer if self.has_new_token else None
+            original.keep(partial, self.folder, self.family, config=self.config, tokenizer=new)
+            if self.tokenizer is not None:
+                (partial / original.RUN_TOKENIZER).write_bytes(self.tokenizer)
+                names = self.folder.path / original.NAMES_OF_TOKENS
+                if names.is_file():
+                    shutil.copyfile(names, partial / names.name)
+
+    def _run_config(self, target: Path) -> Config:
+        """The model, its tokenizer, and the objective that its weights were trained with."""
+        causal = self.family.causal
+        return Config(
+            run_dir=str(target),
+            model=self.model,
+            data=DataConfig(
+                tokenizer=None if self.tokenizer is None else str(target / original.RUN_TOKENIZER),
+                seq_length=min(self.model.max_length or LONGEST_ROW, LONGEST_ROW),
+            ),
+            objective=ObjectiveConfig(
+                name="autoregressive" if causal else "masked_diffusion",
+                mask_logit="keep",
+                right_shift=causal or self.family.right_shift,
+            ),
+        )
+
+
+@contextmanager
+def open_import(
+    source: Path, family: Family, *, dtype: torch.dtype | None = None, add_mask_token: bool = False
+) -> Iterator[Import]:
+    """Open a folder, check it against its family, and plan how its tensors become ours.
 
     Raises:
         UserError: the config is not supported, or the tensors are not those of the config.
     """
-    try:
-        model = family.read_config(folder.config)
-    except (UnsupportedConfigError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{folder.path / 'config.json'}: not a {family.name} model that is supported: {error}"
-        ) from None
-    check_folder(folder, family, model)
-    assert model.vocab is not None
-    config = read_regular(folder.path / "config.json", "download it again")
-    files = [folder.path / name for name in (original.JSON_TOKENIZER, original.SENTENCEPIECE)]
-    tokenizer = next((file.read_bytes() for file in files if file.is_file()), None)
-    rows = 0
-    if add_mask_token:
-        if not files[0].is_file():
-            raise UserError(f"{files[0]}: missing; a mask token is added to the tokenizer and the weights together")
-        tokenizer, token = _with_mask_token(files[0])
-        rows = max(0, token + 1 - model.vocab)
-        sizes = {key: model.vocab + rows for key in ("vocab_size", "embedding_size") if key in folder.config}
-        config = (json.dumps({**folder.config, **sizes, "mask_token_id": token}, indent=2) + "\n").encode()
-    slices = import_slices(folder, family, model, dtype=dtype, extra_rows=rows)
-    return ImportPlan(replace(model, vocab=model.vocab + rows), slices, config, tokenizer, add_mask_token)
+    with HuggingFaceFolder(source) as folder:
+        try:
+            model = family.read_config(folder.config)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source / 'config.json'}: not a {family.name} model that is supported: {error}") from None
+        check_folder(folder, family, model)
+        assert model.vocab is not None
+        config = read_regular(source / "config.json", "download it again")
+        files = [source / name for name in (original.JSON_TOKENIZER, original.SENTENCEPIECE)]
+        tokenizer = next((file.read_bytes() for file in files if file.is_file()), None)
+        rows = 0
+        if add_mask_token:
+            if not files[0].is_file():
+                raise UserError(f"{files[0]}: missing; a mask token is added to the tokenizer and the weights together")
+            tokenizer, token = _with_mask_token(files[0])
+            rows = max(0, token + 1 - model.vocab)
+            sizes = {key: model.vocab + rows for key in ("vocab_size", "embedding_size") if key in folder.config}
+            config = (json.dumps({**folder.config, **sizes, "mask_token_id": token}, indent=2) + "\n").encode()
+        slices = import_slices(folder, family, model, dtype=dtype, extra_rows=rows)
+        model = replace(model, vocab=model.vocab + rows)
+        yield Import(folder, family, model, slices, config, tokenizer, add_mask_token)
 
 
 def _with_mask_token(path: Path) -> tuple[bytes, int]:
@@ -109,88 +183,28 @@ def _with_mask_token(path: Path) -> tuple[bytes, int]:
     return json.dumps(content, ensure_ascii=False, indent=2).encode(), int(str(token["id"]))
 
 
-def run_config(plan: ImportPlan, family: Family, target: Path) -> Config:
-    """The config of a converted run: the model, its tokenizer, and the objective that its weights were trained with."""
-    tokenizer = str(target / original.RUN_TOKENIZER) if plan.tokenizer is not None else None
-    objective = ObjectiveConfig(
-        name="autoregressive" if family.causal else "masked_diffusion",
-        mask_logit="keep",
-        right_shift=family.causal or family.right_shift,
-    )
-    length = min(plan.model.max_length or LONGEST_ROW, LONGEST_ROW)
-    return Config(
-        run_dir=str(target),
-        model=plan.model,
-        data=DataConfig(tokenizer=tokenizer, seq_length=length),
-        objective=objective,
-    )
-
-
-def import_folder(
-    folder: HuggingFaceFolder,
-    plan: ImportPlan,
-    family: Family,
-    target: Path,
-    *,
-    advance: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a run directory with one checkpoint, at step 0, that any layout can load.
-
-    Args:
-        folder: open.
-        plan: as from `plan_import`.
-        family: the folder's.
-        target: the run directory; new.
-        advance: called for every slice that is made.
-
-    Raises:
-        UserError: the target exists, or the disk is full.
-    """
-    config = run_config(plan, family, target)
-    identity = {**model_identity(config), "objective is causal": family.causal}
-    if plan.tokenizer is not None:
-        identity["tokenizer"] = hashlib.sha256(plan.tokenizer).hexdigest()
-    with _new_folder(target) as partial:
-        checkpoint = partial / "checkpoints" / checkpoint_name(0)
-        checkpoint.mkdir(parents=True)
-        write_tensors(checkpoint, [replace(part, make=_counted(part.make, advance)) for part in plan.slices])
-        write_synced(checkpoint / CONFIG_NAME, to_yaml(config))
-        record = {
-            "format": FORMAT_VERSION,
-            "progress": asdict(Progress.start(config)),
-            "layout": {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1},
-            "optimizer": [],
-            "identity": identity,
-            "val_nelbo": None,
-        }
-        write_synced(checkpoint / RECORD_NAME, json.dumps(record, indent=1))
-        seal(checkpoint)
-        (partial / "checkpoints" / "latest").write_text(checkpoint.name)
-        (partial / "config.yaml").write_text(to_yaml(config))
-        new = plan.tokenizer if plan.has_new_token else None
-        original.keep(partial, folder, family, config=plan.config, tokenizer=new)
-        if plan.tokenizer is not None:
-            (partial / original.RUN_TOKENIZER).write_bytes(plan.tokenizer)
-            names = folder.path / original.NAMES_OF_TOKENS
-            if names.is_file():
-                shutil.copyfile(names, partial / names.name)
-
-
 @dataclass(frozen=True)
 class Export:
     """A checkpoint that can be written as a Hugging Face folder.
 
     Attributes:
+        family: the folder's.
         model: its shape.
         exporter: its tensors.
         beside: everything else.
     """
 
+    family: Family
     model: ModelConfig
     exporter: Exporter
     beside: original.Surroundings
 
-    def write(self, target: Path, *, advance: Callable[[], None] = lambda: None) -> None:
+    @property
+    def parts(self) -> int:
+        """How often `write` calls `advance`."""
+        return len(self.exporter.tensors)
+
+    def write(self, target: Path, *, advance: Advance = _pass) -> None:
         """Write the folder, calling `advance` for every tensor.
 
         Raises:
@@ -231,15 +245,95 @@ def open_export(
     with guarded(checkpoint):
         exporter = Exporter(TensorReader(checkpoint), family, config.model, dtype=dtype)
         run = checkpoint.parent.parent
-        yield Export(config.model, exporter, original.surroundings(run, config, family, exporter.tensors))
+        yield Export(family, config.model, exporter, original.surroundings(run, config, family, exporter.tensors))
 
 
-def _counted(make: Callable[[], torch.Tensor], advance: Callable[[], None]) -> Callable[[], torch.Tensor]:
+def open_conversion(
+    source: str | Path,
+    *,
+    family: str,
+    to: Literal["megatron", "hf"],
+    dtype: Dtype | None = None,
+    add_mask_token: bool = False,
+    trust: bool = False,
+) -> AbstractContextManager[Import | Export]:
+    """Check a source of the family of this name, and open it for its conversion; for the arguments see `convert`.
+
+    Raises:
+        UserError: it cannot be converted.
+    """
+    kind, source = family_named(family), Path(source)
+    if add_mask_token and to == "hf":
+        raise UserError("--add-mask-token belongs to --to megatron")
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    torch_dtype = DTYPES[dtype] if dtype else None
+    if to == "hf":
+        return open_export(source, kind, dtype=torch_dtype, trust=trust)
+    return open_import(source, kind, dtype=torch_dtype, add_mask_token=add_mask_token)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    family: str,
+    to: Literal["megatron", "hf"],
+    dtype: Dtype | None = None,
+    add_mask_token: bool = False,
+    trust: bool = False,
+    verify: bool = False,
+    progress: Callable[[int], AbstractContextManager[Advance]] = lambda parts: nullcontext(_pass),
+    tell: Callable[[str], None] = print,
+) -> Path:
+    """Convert a Hugging Face folder into a run at step 0, or a run or checkpoint into a Hugging Face folder.
+
+    Args:
+        source: what to convert.
+        target: new.
+        family: llada, dream, llama, qwen2 or qwen3.
+        to: the direction.
+        dtype: data type of the weights; as they are if None.
+        add_mask_token: add a mask token to a causal model's vocabulary; towards `megatron` only.
+        trust: open a checkpoint that has no manifest to verify it by.
+        verify: compare the logits of both sides (needs transformers).
+        progress: given the number of tensors, a context that yields what is called for each of them.
+        tell: takes a line on what has been written, and those of the comparison.
+
+    Returns:
+        The target.
+
+    Raises:
+        UserError: bad input; nothing has been written then.
+    """
+    source, target, kind = Path(source), Path(target), family_named(family)
+    _refuse_existing(target)
+    ready = open_conversion(source, family=family, to=to, dtype=dtype, add_mask_token=add_mask_token, trust=trust)
+    with ready as conversion, progress(conversion.parts) as advance:
+        conversion.write(target, advance=advance)
+    if to == "megatron":
+        tell(f"{target}: a run at step 0; train from it with checkpoint.load={target} checkpoint.load_only=model")
+    else:
+        tell(f"{target}: a {family} folder of Hugging Face")
+    if verify:
+        from megatron_md.checkpoint.hf.verify import compare_logits  # megatron-core, which nothing else here needs
+
+        for line in compare_logits(*((target, source) if to == "hf" else (source, target)), kind):
+            tell(line)
+    return target
+
+
+def _counted(make: Callable[[], torch.Tensor], advance: Advance) -> Callable[[], torch.Tensor]:
     def counted() -> torch.Tensor:
         advance()
         return make()
 
     return counted
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise FolderError(f"{target}: exists already; choose another folder, or remove it")
 
 
 @contextmanager
@@ -249,8 +343,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     Raises:
         FolderError: there is something of that name, or it cannot be written.
     """
-    if target.exists():
-        raise FolderError(f"{target}: exists already; choose another folder, or remove it")
+    _refuse_existing(target)
     partial = target.with_name(f".writing_{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:

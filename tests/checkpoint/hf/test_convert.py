@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_md.checkpoint.directory import checkpoint_name, latest_checkpoint
-from megatron_md.checkpoint.hf.convert import import_folder, open_export, plan_import
+from megatron_md.checkpoint.hf.convert import open_export, open_import
 from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
 from megatron_md.checkpoint.storage import TensorReader
@@ -24,8 +24,8 @@ from tests.ranks import RankError, run_ranks
 
 
 def convert(source: Path, target: Path, family: str, **keys: Any) -> None:
-    with HuggingFaceFolder(source) as folder:
-        import_folder(folder, plan_import(folder, FAMILIES[family], **keys), FAMILIES[family], target)
+    with open_import(source, FAMILIES[family], **keys) as ready:
+        ready.write(target)
 
 
 def export(source: Path, target: Path, family: str, **keys: Any) -> None:
@@ -203,13 +203,9 @@ def convert_and_die(source: Path, target: Path, number: int) -> None:
         if next(left, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if (source / "config.json").is_file():
-        with HuggingFaceFolder(source) as folder:
-            plan = plan_import(folder, FAMILIES["llama"])
-            import_folder(folder, plan, FAMILIES["llama"], target, advance=advance)
-    else:
-        with open_export(source, FAMILIES["llama"]) as ready:
-            ready.write(target, advance=advance)
+    opened = open_import if (source / "config.json").is_file() else open_export
+    with opened(source, FAMILIES["llama"]) as ready:
+        ready.write(target, advance=advance)
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_can_be_repeated(tmp_path: Path) -> None:

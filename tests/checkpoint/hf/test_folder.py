@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_md.checkpoint.hf.convert import plan_import
+from megatron_md.checkpoint.hf.convert import open_import
 from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.hf.folder import INDEX_NAME, SINGLE_NAME, FolderError, HuggingFaceFolder, plan_shards
+from megatron_md.errors import UserError
 from tests.checkpoint.hf_models import shape_of, write_model
 
 
@@ -22,8 +23,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path, family: str = "llama") -> str:
-    with pytest.raises(ValueError) as error, HuggingFaceFolder(folder) as opened:
-        plan_import(opened, FAMILIES[family])
+    with pytest.raises(UserError) as error, open_import(folder, FAMILIES[family]):
+        pass
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 

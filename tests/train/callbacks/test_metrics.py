@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_md.train.callbacks import metrics
 from megatron_md.train.callbacks.metrics import Console, MetricsWriter, append_event, truncate_metrics, write_json
@@ -140,3 +143,70 @@ def test_console_prints_plain_lines_where_there_is_no_terminal(capsys: pytest.Ca
     line = capsys.readouterr().err
     for part in ("step      7", "loss 1.2500", "1,235 tok/s", "mfu 40.0%", "SKIPPED 2", "val_nelbo 3.5000 ± 0.2500"):
         assert part in line
+
+
+def step_of(writer: MetricsWriter, trainer: Any, **figures: float) -> dict[str, Any]:
+    """A step of 64 tokens by the writer's clock; what it has put into the record."""
+    trainer.progress.step += 1
+    trainer.progress.tokens += 64
+    record = {"step": trainer.progress.step, "step_seconds": 0.5, "data_seconds": 0.125, "skipped": 0, **figures}
+    record |= {"loss": 2.0, "grad_norm": 1.0, "lr": 1e-3}
+    writer.after_step(trainer, record)
+    return record
+
+
+def trainer_at(step: int, *, size: int = 1) -> Any:
+    world = SimpleNamespace(is_main=True, size=size, device=torch.device("cpu"))
+    return SimpleNamespace(progress=SimpleNamespace(step=step, tokens=64 * step), world=world, fault=None, rows=(0, 0))
+
+
+def test_speed_and_mfu_are_those_of_the_steps_since_the_last_line(tmp_path: Path) -> None:
+    config = variant(log={"every_steps": 2, "tensorboard": False}, train={"steps": 9})
+    writer = MetricsWriter(config, tmp_path, flops_per_token=1e6, peak_flops=4e6)
+    trainer = trainer_at(4, size=8)
+    writer.on_start(trainer)
+    assert "mfu" not in step_of(writer, trainer)
+    # 128 tokens in 1 s are 128e6 FLOP/s, 16e6 for each of 8 devices.
+    record = step_of(writer, trainer)
+    assert record["tokens_per_second"] == 128.0 and record["mfu"] == 4.0 and record["data_seconds"] == 0.25
+    step_of(writer, trainer)
+    assert step_of(writer, trainer, step_seconds=1.5)["mfu"] == 2.0
+    assert writer.tokens_per_second == 256 / 3.0
+    writer.on_end(trainer)
+    assert [json.loads(line)["mfu"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [4.0, 2.0]
+
+
+def test_no_mfu_where_the_peak_is_not_known(tmp_path: Path) -> None:
+    writer = MetricsWriter(variant(log={"every_steps": 1}), tmp_path, flops_per_token=1e6, peak_flops=None)
+    assert "mfu" not in step_of(writer, trainer_at(0))
+
+
+def test_wandb_gets_one_run_per_directory_with_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, Any]] = []
+    logged: list[tuple[dict[str, Any], int]] = []
+    ended: list[bool] = []
+
+    def init(**keys: Any) -> Any:
+        started.append(keys)
+        log = lambda scalars, step: logged.append((scalars, step))  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: ended.append(True))
+
+    package = ModuleType("wandb")
+    package.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    config = variant(log={"every_steps": 1, "tensorboard": False, "wandb_project": "denoisers"}, train={"steps": 9})
+    for directory, first in (("run", 0), ("run", 1), ("other", 0)):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        writer = MetricsWriter(config, tmp_path / directory, flops_per_token=1.0, peak_flops=None)
+        trainer = trainer_at(first)
+        writer.on_start(trainer)
+        step_of(writer, trainer)
+        writer.on_end(trainer)
+    # A restarted run goes on in W&B, and another directory is another run there.
+    assert [keys["project"] for keys in started] == ["denoisers"] * 3
+    assert [(keys["name"], keys["dir"], keys["resume"]) for keys in started] == [
+        (name, str(tmp_path / name), "allow") for name in ("run", "run", "other")
+    ]
+    assert started[0]["id"] == started[1]["id"] != started[2]["id"]
+    assert [step for _, step in logged] == [1, 2, 1] and ended == [True] * 3
+    assert all(scalars["loss"] == 2.0 and not {"step", "time"} & scalars.keys() for scalars, _ in logged)

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 
 def lines(folder: Path, run: Path, family: str) -> list[str]:
     """On one rank: what --verify prints."""
-    from megatron_md.evaluate.verify_conversion import compare_logits
+    from megatron_md.checkpoint.hf.verify import compare_logits
 
     return list(compare_logits(folder, run, FAMILIES[family]))
 
