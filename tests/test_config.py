@@ -21,7 +21,7 @@ from megatron_md.config import (
     preset_names,
     to_yaml,
 )
-from megatron_md.config.loader import keys_of
+from megatron_md.config.schema import keys_of
 
 
 def write(folder: Path, text: str) -> Path:
@@ -207,10 +207,11 @@ def test_presets_are_listed_by_size() -> None:
 def test_loading_and_checking_import_no_torch(tmp_path: Path) -> None:
     path = write(tmp_path, "model: {preset: 8b}\ntrain: {global_batch_size: 64, micro_batch_size: 1}")
     code = (
-        "import sys\nfrom megatron_md.config import load_config\nfrom megatron_md.run.check import check_config\n"
+        "import sys\nfrom megatron_md.config import load_config\n"
+        "from megatron_md.run.check import check_config, resolve_config\n"
         "from megatron_md.run.estimate import report\n"
         f"config = load_config({str(path)!r})\n"
-        "report(config, check_config(config, 64, corpora=False), 126464)\n"
+        "report(resolve_config(config), check_config(config, 64, corpora=False))\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'sentencepiece')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,33 +7,20 @@ This module imports neither torch nor Megatron, so that a bad config is refused 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from megatron_md.config import loader as config_loader
+from megatron_md.config.data import CorpusConfig, DataConfig
 from megatron_md.config.loader import ConfigError
-from megatron_md.config.sections import (
-    STRICT,
-    BatchRampConfig,
-    CheckpointConfig,
-    CorpusConfig,
-    DataConfig,
-    Doc,
-    LogConfig,
-    LRScheduleConfig,
-    MegatronConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ProfileConfig,
-    SamplingConfig,
-    Seed,
-    TrainConfig,
-    ValidationConfig,
-)
+from megatron_md.config.model import MegatronConfig, ModelConfig, ParallelConfig
+from megatron_md.config.objective import ObjectiveConfig
+from megatron_md.config.outputs import CheckpointConfig, LogConfig, SamplingConfig, ValidationConfig
+from megatron_md.config.run import Config, ResolvedConfig, ResolvedModel, as_dict, resolve
+from megatron_md.config.schema import explain as explain_keys
+from megatron_md.config.training import BatchRampConfig, LRScheduleConfig, OptimizerConfig, ProfileConfig, TrainConfig
+from megatron_md.messages import nearest
 
 __all__ = [
     "BatchRampConfig",
@@ -50,6 +37,8 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "ProfileConfig",
+    "ResolvedConfig",
+    "ResolvedModel",
     "SamplingConfig",
     "TrainConfig",
     "ValidationConfig",
@@ -57,33 +46,11 @@ __all__ = [
     "config_from_mapping",
     "explain",
     "load_config",
+    "load_resolved",
     "preset_names",
+    "resolve",
     "to_yaml",
 ]
-
-
-@dataclass(frozen=True)
-class Config:
-    """A whole run."""
-
-    __pydantic_config__ = STRICT
-
-    run_dir: Annotated[str, Doc("directory of the run: config, metrics, checkpoints")] = "runs/default"
-    seed: Annotated[Seed, Doc("seed of the data order, the corruption and the initial weights")] = 1234
-    model: Annotated[ModelConfig, Doc("the denoiser")] = field(default_factory=ModelConfig)
-    parallel: Annotated[ParallelConfig, Doc("parallel layout")] = field(default_factory=ParallelConfig)
-    data: Annotated[DataConfig, Doc("corpus and tokenizer")] = field(default_factory=DataConfig)
-    objective: Annotated[ObjectiveConfig, Doc("training objective")] = field(default_factory=ObjectiveConfig)
-    optimizer: Annotated[OptimizerConfig, Doc("AdamW and its learning rate")] = field(default_factory=OptimizerConfig)
-    train: Annotated[TrainConfig, Doc("the loop")] = field(default_factory=TrainConfig)
-    checkpoint: Annotated[CheckpointConfig, Doc("saving and resuming")] = field(default_factory=CheckpointConfig)
-    validation: Annotated[ValidationConfig, Doc("validation during training")] = field(default_factory=ValidationConfig)
-    sampling: Annotated[SamplingConfig, Doc("texts during training")] = field(default_factory=SamplingConfig)
-    log: Annotated[LogConfig, Doc("logging")] = field(default_factory=LogConfig)
-    megatron: Annotated[MegatronConfig, Doc("pass-through to megatron-core")] = field(default_factory=MegatronConfig)
-    imports: Annotated[list[str], Doc("modules that register third-party schedules and objectives")] = field(
-        default_factory=list
-    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -115,6 +82,19 @@ def config_from_mapping(mapping: dict[str, Any], overrides: Sequence[str] = (), 
     return config_loader.validate(Config, mapping, source, overridden)
 
 
+def load_resolved(path: str | Path) -> ResolvedConfig:
+    """The config that a run or a checkpoint keeps.
+
+    Raises:
+        ConfigError: as `load_config`, or it leaves the vocabulary open.
+    """
+    config = load_config(path)
+    try:
+        return resolve(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def preset_names() -> list[str]:
     """Names of the model shapes that come with the package, smallest first."""
     folder = resources.files("megatron_md") / "presets"
@@ -130,23 +110,18 @@ def preset_names() -> list[str]:
 def _preset(name: str, source: str) -> dict[str, Any]:
     file = resources.files("megatron_md") / "presets" / f"{name}.yaml"
     if name not in preset_names():
-        close = config_loader.nearest(name, preset_names())
-        raise ConfigError([f"{source}: model.preset {name!r} is unknown{close} (known: {', '.join(preset_names())})"])
+        close = nearest(name, preset_names())
+        raise ConfigError(f"{source}: model.preset {name!r} is unknown{close} (known: {', '.join(preset_names())})")
     shape = config_loader.parse_yaml(file.read_text(encoding="utf-8"), f"preset {name}")
     assert isinstance(shape, dict)
     return shape
 
 
-def as_dict(config: Config) -> dict[str, Any]:
-    """The resolved config as nested dictionaries."""
-    return asdict(config)
-
-
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, which `load_config` reads back to an equal one, but for the secrets of URLs."""
-    return config_loader.to_yaml(config)
+    """The config as YAML, which `load_config` reads back to an equal one, but for the secrets of URLs."""
+    return config_loader.to_yaml(as_dict(config))
 
 
 def explain() -> str:
     """Every key with its type, default and meaning, for `megatron-md train --help`."""
-    return config_loader.explain(Config)
+    return explain_keys(Config)

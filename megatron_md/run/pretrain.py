@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_md.checkpoint.directory import (
 from megatron_md.checkpoint.hf import original
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checkpoint.saving import Checkpointing
-from megatron_md.config import Config
+from megatron_md.config import Config, ResolvedConfig, resolve
 from megatron_md.data.cache import Cache
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
 from megatron_md.data.mixture import open_stream
@@ -68,14 +68,14 @@ def pretrain(config: Config) -> int:
     cache = Cache.of(config.data)
     manifests = [load_manifest(corpus.manifest, cache=cache) for corpus in config.data.corpora()]
     assert manifests, "checked before"
-    config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifests[0].vocab_size))
+    resolved = resolve(config, manifests[0].vocab_size)
     directory = Path(config.run_dir)
     with (
-        parallel.session(config) as world,
+        parallel.session(resolved) as world,
         only_job(directory, world),
         Watchdog(config.train.hang_timeout, world, directory) as dog,
     ):
-        run = Run.build(config, world, manifests)
+        run = Run.build(resolved, world, manifests)
         run.trainer.watchdog = dog
         if run.resume():
             run.fit()
@@ -86,7 +86,7 @@ def pretrain(config: Config) -> int:
 class Run:
     """The parts of a run that the loop does not need to know of each other."""
 
-    config: Config
+    config: ResolvedConfig
     world: World
     directory: Path
     manifests: list[Manifest]
@@ -98,7 +98,7 @@ class Run:
     validation: Validation | None
 
     @classmethod
-    def build(cls, config: Config, world: World, manifests: list[Manifest]) -> Run:
+    def build(cls, config: ResolvedConfig, world: World, manifests: list[Manifest]) -> Run:
         """Build model, optimizer, data and callbacks; the corpora of `manifests` share a tokenizer."""
         directory, manifest = Path(config.run_dir), manifests[0]
         objective = build_objective(
@@ -285,7 +285,7 @@ class Run:
             "status": status,
             "step": progress.step,
             "tokens": progress.tokens,
-            "parameters": _parameters(self.config),
+            "parameters": estimates.parameter_count(self.config.model),
             "tokens_per_second": self.metrics.tokens_per_second,
             "seconds": time.time() - start,
             **details,
@@ -308,15 +308,7 @@ class Run:
             tell(f"stopped by {self.trainer.stopped_by} at step {progress.step}, saved: the same command resumes")
 
 
-def _parameters(config: Config) -> int:
-    assert config.model.vocab is not None
-    return estimates.parameter_count(
-        config.model, config.model.vocab, config.model.max_length or config.data.seq_length
-    )
-
-
-def _metrics_writer(config: Config, world: World, directory: Path) -> MetricsWriter:
-    assert config.model.vocab is not None
+def _metrics_writer(config: ResolvedConfig, world: World, directory: Path) -> MetricsWriter:
     return MetricsWriter(
         config,
         directory,

@@ -25,20 +25,19 @@ from megatron_md.checkpoint.directory import (
     model_identity,
 )
 from megatron_md.checkpoint.hf import original
-from megatron_md.checkpoint.hf.configs import MOST, UnsupportedConfigError
+from megatron_md.checkpoint.hf.configs import LONGEST_ROW, MOST, UnsupportedConfigError
 from megatron_md.checkpoint.hf.families import Family, check_exportable
 from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, write_folder
 from megatron_md.checkpoint.hf.tensors import Exporter, check_folder, import_slices
 from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors
-from megatron_md.config import Config, DataConfig, ModelConfig, ObjectiveConfig, load_config, to_yaml
+from megatron_md.config import DataConfig, ObjectiveConfig, ResolvedConfig, ResolvedModel, load_resolved, to_yaml
 from megatron_md.errors import UserError
 from megatron_md.files import sync, write_synced
 from megatron_md.json_file import LARGE, read_json, read_regular
 from megatron_md.train.progress import Progress
 
-LONGEST_ROW = 4096
 MASK_TOKEN = "<|mask|>"
 
 
@@ -54,7 +53,7 @@ class ImportPlan:
         has_new_token: config and tokenizer have got a mask token that the source lacks.
     """
 
-    model: ModelConfig
+    model: ResolvedModel
     slices: list[Slice]
     config: bytes
     tokenizer: bytes | None
@@ -76,7 +75,6 @@ def plan_import(
             f"{folder.path / 'config.json'}: not a {family.name} model that is supported: {error}"
         ) from None
     check_folder(folder, family, model)
-    assert model.vocab is not None
     config = read_regular(folder.path / "config.json", "download it again")
     files = [folder.path / name for name in (original.JSON_TOKENIZER, original.SENTENCEPIECE)]
     tokenizer = next((file.read_bytes() for file in files if file.is_file()), None)
@@ -109,7 +107,7 @@ def _with_mask_token(path: Path) -> tuple[bytes, int]:
     return json.dumps(content, ensure_ascii=False, indent=2).encode(), int(str(token["id"]))
 
 
-def run_config(plan: ImportPlan, family: Family, target: Path) -> Config:
+def run_config(plan: ImportPlan, family: Family, target: Path) -> ResolvedConfig:
     """The config of a converted run: the model, its tokenizer, and the objective that its weights were trained with."""
     tokenizer = str(target / original.RUN_TOKENIZER) if plan.tokenizer is not None else None
     objective = ObjectiveConfig(
@@ -117,8 +115,8 @@ def run_config(plan: ImportPlan, family: Family, target: Path) -> Config:
         mask_logit="keep",
         right_shift=family.causal or family.right_shift,
     )
-    length = min(plan.model.max_length or LONGEST_ROW, LONGEST_ROW)
-    return Config(
+    length = min(plan.model.max_length, LONGEST_ROW)
+    return ResolvedConfig(
         run_dir=str(target),
         model=plan.model,
         data=DataConfig(tokenizer=tokenizer, seq_length=length),
@@ -186,7 +184,7 @@ class Export:
         beside: everything else.
     """
 
-    model: ModelConfig
+    model: ResolvedModel
     exporter: Exporter
     beside: original.Surroundings
 
@@ -224,9 +222,7 @@ def open_export(
     """
     checkpoint = source if trust and (source / RECORD_NAME).is_file() else find_checkpoint(source)
     verify(checkpoint, trust=trust)
-    config = load_config(checkpoint / CONFIG_NAME)
-    if config.model.vocab is None:
-        raise UserError(f"{checkpoint / CONFIG_NAME}: model.vocab is missing")
+    config = load_resolved(checkpoint / CONFIG_NAME)
     check_exportable(config, family)
     with guarded(checkpoint):
         exporter = Exporter(TensorReader(checkpoint), family, config.model, dtype=dtype)
