@@ -16,8 +16,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 import yaml
 from pydantic import ValidationError
 
-from megatron_md.config.keys import MOST
-from megatron_md.config.schema import Path_, describe_type, keys_of, section_of
+from megatron_md.config.schema import MOST, Path_, describe_type, keys_of, section_of
 from megatron_md.errors import UserError
 from megatron_md.json_file import DEEPEST, LONGEST_NUMBER, adapter, read_regular
 from megatron_md.messages import redacted

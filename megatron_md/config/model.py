@@ -1,4 +1,4 @@
-"""The model: its shape, how it is split, and what goes to megatron-core as it is."""
+"""What is trained, each section with its checks: the model and its layout, the data, the objective."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from megatron_md.config.keys import STRICT, Doc, Listed, PositiveInt
+from megatron_md.config.schema import STRICT, Doc, Fraction, Listed, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
-    from megatron_md.config.run import Config
+    from megatron_md.config import Config
+
+MOST_RANDOM_STEPS = 10_000_000  # each of them is drawn before a run starts: seconds for a million
 
 
 @dataclass(frozen=True)
@@ -160,3 +162,146 @@ class MegatronConfig:
     transformer: Annotated[dict[str, Any], Doc("fields of TransformerConfig")] = field(default_factory=dict)
     ddp: Annotated[dict[str, Any], Doc("fields of DistributedDataParallelConfig")] = field(default_factory=dict)
     optimizer: Annotated[dict[str, Any], Doc("fields of OptimizerConfig")] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """One corpus of a mixture."""
+
+    __pydantic_config__ = STRICT
+
+    manifest: Annotated[str, Doc("manifest of its shards")]
+    weight: Annotated[
+        NonNegativeFloat | list[tuple[NonNegativeInt, NonNegativeFloat]],
+        Doc("its share of the rows next to the others' weights; [[g, weight], ...] from row g of the run on"),
+    ]
+    name: Annotated[str | None, Doc("what messages call it; the manifest's path if null")] = None
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.name or self.manifest
+
+    def points(self) -> list[tuple[int, float]]:
+        """From which row of the run on it has which weight."""
+        return self.weight if isinstance(self.weight, list) else [(0, self.weight)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    __pydantic_config__ = STRICT
+
+    train: Annotated[
+        str | list[CorpusConfig] | None,
+        Doc("manifest of the training shards; or a mixture: [{manifest: ..., weight: ..., name: ...}, ...]"),
+    ] = None
+    valid: Annotated[str | None, Doc("manifest of the validation shards")] = None
+    tokenizer: Annotated[str | None, Doc("SentencePiece model, or tokenizer.json of Hugging Face")] = None
+    seq_length: Annotated[PositiveInt, Doc("tokens per row (L)")] = 256
+    document_attention: Annotated[
+        Literal["full", "within_document"],
+        Doc("what a token attends to: the whole row, or its own document in the row only"),
+    ] = "full"
+    window_shards: Annotated[PositiveInt, Doc("shards that are shuffled together (W)")] = 8
+    prefetch: Annotated[NonNegativeInt, Doc("global batches prepared ahead by a background thread")] = 2
+    cache_dir: Annotated[
+        str | None, Doc("folder on a disk of the node for shards at URLs; megatron-md in the user's cache if null")
+    ] = None
+    cache_bytes: Annotated[PositiveInt, Doc("most bytes that the cache may hold")] = 20_000_000_000
+    random_length_fraction: Annotated[
+        Fraction, Doc("share of global batches whose rows are cut to one random length (LLaDA: 0.01)")
+    ] = 0.0
+    max_quarantined: Annotated[
+        NonNegativeInt, Doc("damaged documents that a run goes on without; it stops when there are more")
+    ] = 100
+
+    def corpora(self) -> list[CorpusConfig]:
+        """The training corpora; a single manifest is a mixture of one."""
+        if self.train is None:
+            return []
+        return [CorpusConfig(self.train, 1.0)] if isinstance(self.train, str) else self.train
+
+    def problems(self, run: Config) -> Iterator[str]:
+        """What these keys contradict in the run, a line for each."""
+        names = [corpus.label for corpus in self.corpora()]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"data.train: two corpora are called {name!r}; give each of them its own name"
+        if self.random_length_fraction and run.train.steps > MOST_RANDOM_STEPS:
+            yield (
+                f"train.steps {run.train.steps} is above {MOST_RANDOM_STEPS}, the most of which "
+                "data.random_length_fraction counts the tokens; set one of them back"
+            )
+        if self.random_length_fraction and self.seq_length < run.parallel.row_unit:
+            yield (
+                f"data.random_length_fraction needs data.seq_length of at least {run.parallel.row_unit}, of which "
+                "parallel.tensor and 2 x parallel.context are divisors"
+            )
+        if self.document_attention == "within_document" and run.train.may_use_transformer_engine():
+            yield (
+                "data.document_attention within_document: Transformer Engine is installed, and its attention does not "
+                "take document boundaries here; uninstall it, or set data.document_attention=full or train.device=cpu"
+            )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised, and how the mask rate is drawn."""
+
+    __pydantic_config__ = STRICT
+
+    name: Annotated[str, Doc("masked_diffusion, masked_diffusion_sft, autoregressive, or one from imports")] = (
+        "masked_diffusion"
+    )
+    mask_schedule: Annotated[
+        str | dict[str, Any],
+        Doc("law of the mask rate t: uniform:lo,hi | beta:a,b | point:t | a mapping for mixture, knots, curriculum"),
+    ] = "uniform:0,1"
+    weight: Annotated[
+        Literal["elbo", "none", "realised"], Doc("weight of a row: 1/t, constant, or maskable/masked")
+    ] = "elbo"
+    importance: Annotated[bool, Doc("also divide by the schedule's density: unbiased full-range NELBO")] = False
+    normalise: Annotated[
+        Literal["maskable", "masked", "sequences"] | None,
+        Doc("global count that the loss sum is divided by; null: the objective's own (maskable; sequences for SFT)"),
+    ] = None
+    mask_logit: Annotated[Literal["exclude", "keep"], Doc("may the mask token itself be predicted (LLaDA: keep)")] = (
+        "exclude"
+    )
+    right_shift: Annotated[
+        bool, Doc("the output at a position predicts the token to its right (Dream, starts from causal models)")
+    ] = False
+    attention_annealing: Annotated[
+        Fraction,
+        Doc("share of the run over which attention grows from causal to bidirectional, for starts from causal models"),
+    ] = 0.0
+    min_mask_rate: Annotated[float, Field(gt=0.0, lt=1.0, description="floor of t in training")] = 1e-3
+    head_chunk: Annotated[PositiveInt, Doc("masked positions per chunk of the LM head and cross-entropy")] = 1024
+    options: Annotated[dict[str, Any], Doc("keyword arguments of a third-party objective")] = field(
+        default_factory=dict
+    )
+
+    def problems(self, run: Config) -> Iterator[str]:
+        """What these keys contradict in the run, a line for each; `run.check` reads the mask schedule."""
+        is_within = run.data.document_attention == "within_document"
+        if self.right_shift and is_within:
+            yield (
+                "objective.right_shift predicts a document's first token from the document before it, which "
+                "data.document_attention within_document keeps apart: set one of them back"
+            )
+        if not self.attention_annealing:
+            return
+        if run.train.may_use_transformer_engine():
+            yield (
+                f"objective.attention_annealing {self.attention_annealing:g}: Transformer Engine is installed, and its "
+                "attention does not take hidden pairs here; uninstall it, or set objective.attention_annealing=0 or "
+                "train.device=cpu"
+            )
+        if is_within:
+            yield (
+                "objective.attention_annealing hides pairs of whole rows, and data.document_attention within_document "
+                "cuts them up: set one of them back"
+            )
+        if self.name == "autoregressive":
+            yield "objective.attention_annealing: attention of autoregressive is always causal; set it to 0"

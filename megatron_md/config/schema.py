@@ -1,4 +1,4 @@
-"""What a tree of config dataclasses says about its keys: their names, types, bounds, defaults and explanations."""
+"""What keys are declared with, and what a tree of them says: names, types, bounds, defaults and explanations."""
 
 from __future__ import annotations
 
@@ -8,11 +8,27 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from megatron_md.config.keys import MOST
-
 Path_ = tuple[str, ...]
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def Doc(text: str) -> Any:
+    """Attach the explanation of a key."""
+    return Field(description=text)
+
+
+# Beyond any run, and within what products of a few of them can be computed with.
+MOST = 10**15
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# What a list is made for every one of.
+Listed = Annotated[int, Field(gt=0, le=10_000)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def keys_of(schema: Any, prefix: Path_ = ()) -> Iterator[tuple[Path_, Any]]:

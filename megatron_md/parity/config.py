@@ -28,7 +28,7 @@ from megatron_md.config import (
     resolve,
 )
 from megatron_md.config import loader as config_loader
-from megatron_md.config.keys import STRICT, Doc, Fraction, PositiveInt, Seed
+from megatron_md.config.schema import STRICT, Doc, Fraction, PositiveInt, Seed
 from megatron_md.run.check import check_config
 
 VOCABULARY, MASK_TOKEN_ID = 3, 2  # the bits 0 and 1, and the mask token

@@ -125,7 +125,7 @@ def import_slices(
     Raises:
         FolderError: the layers of a tensor differ in data type and `dtype` does not say which it shall be.
     """
-    groups = model.kv_heads or model.heads
+    groups = model.key_heads
     slices = []
     dtypes: dict[str, torch.dtype] = {}
     for move in moves(family, model):
@@ -181,7 +181,7 @@ class Exporter:
             UserError: the checkpoint lacks a tensor of its config, or one has another shape.
         """
         self._reader, self._dtype = reader, dtype
-        self._groups = model.kv_heads or model.heads
+        self._groups = model.key_heads
         self._places: dict[str, tuple[Move, int]] = {}
         self.tensors: dict[str, int] = {}
         for move in moves(family, model):
