@@ -32,7 +32,16 @@ from plain_transformer import PlainTransformer
 
 from megatron_md import cpu, parallel
 from megatron_md.batch import BatchPosition, CleanBatch, CorruptedBatch
-from megatron_md.config import Config, DataConfig, ModelConfig, ObjectiveConfig, ParallelConfig, TrainConfig
+from megatron_md.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ParallelConfig,
+    ResolvedConfig,
+    TrainConfig,
+    resolve,
+)
 
 MASK = 3
 SHAPES = {
@@ -48,12 +57,14 @@ def build(shape: str, documents: int | None) -> tuple[dict[str, Callable[[], Non
     model, length, rows = SHAPES[shape]
     if documents is not None:
         length, rows = 1024, length * rows // 1024
-    config = Config(
-        model=model,
-        data=DataConfig(seq_length=length),
-        objective=ObjectiveConfig(mask_schedule="uniform:0.45,0.55"),
-        parallel=ParallelConfig(distributed_optimizer=False),
-        train=TrainConfig(global_batch_size=rows, micro_batch_size=rows, device="cpu"),
+    config = resolve(
+        Config(
+            model=model,
+            data=DataConfig(seq_length=length),
+            objective=ObjectiveConfig(mask_schedule="uniform:0.45,0.55"),
+            parallel=ParallelConfig(distributed_optimizer=False),
+            train=TrainConfig(global_batch_size=rows, micro_batch_size=rows, device="cpu"),
+        )
     )
     world = parallel.initialize(config)
     from megatron_md.diffusion.objective import build_objective
@@ -61,7 +72,7 @@ def build(shape: str, documents: int | None) -> tuple[dict[str, Callable[[], Non
     from megatron_md.train.optimizer import build_optimizer, set_hyperparameters
     from megatron_md.train.step import Stepper
 
-    vocab, keys = model.vocab or 0, config.optimizer
+    vocab, keys = config.model.vocab, config.optimizer
     tokens = np.random.default_rng(0).integers(MASK + 1, vocab, (rows, length))
     boundaries = np.append(np.arange(0, length, documents or length), length).astype(np.int32)
     position = BatchPosition(0, rows)
@@ -84,11 +95,11 @@ def build(shape: str, documents: int | None) -> tuple[dict[str, Callable[[], Non
     return dict(zip(LOOPS, (our_step, *plain_steps(config, batch)), strict=True)), rows * length
 
 
-def plain_steps(config: Config, batch: CorruptedBatch) -> list[Callable[[], None]]:
+def plain_steps(config: ResolvedConfig, batch: CorruptedBatch) -> list[Callable[[], None]]:
     """A step of the plain loop with logits at every position, and one with our head at the masked ones."""
     from megatron_md.model.head import Prediction, masked_cross_entropy
 
-    model, vocab, keys = config.model, config.model.vocab or 0, config.optimizer
+    model, vocab, keys = config.model, config.model.vocab, config.optimizer
     plain = PlainTransformer(model, vocab)
     adamw = torch.optim.AdamW(
         plain.parameters(), keys.lr, (keys.beta1, keys.beta2), keys.eps, keys.weight_decay, fused=True

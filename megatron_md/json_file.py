@@ -121,7 +121,7 @@ def as_record(schema: type[T], value: Any, source: object, advice: str) -> T:
     """
     try:
         # Strictness as in JSON: dataclasses and tuples come from objects and lists, nothing else converts.
-        return cast(T, _adapter(cast(Hashable, schema)).validate_json(json.dumps(value), strict=True))
+        return cast(T, adapter(cast(Hashable, schema)).validate_json(json.dumps(value), strict=True))
     except ValidationError as failure:
         problem = failure.errors()[0]
     key = "".join(f"{part}: " for part in problem["loc"])
@@ -129,7 +129,8 @@ def as_record(schema: type[T], value: Any, source: object, advice: str) -> T:
 
 
 @lru_cache(maxsize=16)
-def _adapter(schema: Any) -> TypeAdapter[Any]:
+def adapter(schema: Any) -> TypeAdapter[Any]:
+    """The validator of a dataclass; building one takes tens of milliseconds."""
     return TypeAdapter(schema)
 
 

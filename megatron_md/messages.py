@@ -5,11 +5,13 @@ Whatever a foreign file, a server or a model may have written passes here on its
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 HIDDEN = "***"
@@ -83,6 +85,12 @@ def _redacted_authority(match: re.Match[str]) -> str:
     # `user:wo...`: cut off before its @.
     is_cut = port and not port.isdigit() and not authority.startswith("[")
     return f"{scheme}{HIDDEN}{authority[len(bare) :]}" if is_cut else match[0]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the known word most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def shown(text: object, *, multiline: bool = False) -> str:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_md import parallel
 from megatron_md.cli import main
-from megatron_md.config import Config, DataConfig, ModelConfig
+from megatron_md.config import Config, DataConfig, ModelConfig, ResolvedConfig, resolve
 from tests.data.small_corpus import made_up_code
 from tests.ranks import run_ranks
 from tests.train.test_trainer import pretrain
@@ -18,12 +18,10 @@ from tests.trained_run import run_config
 
 
 @pytest.fixture(scope="session")
-def small_config() -> Config:
+def small_config() -> ResolvedConfig:
     """A model small enough for milliseconds, with every dimension different."""
-    return Config(
-        model=ModelConfig(vocab=101, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48),
-        data=DataConfig(seq_length=16),
-    )
+    shape = ModelConfig(vocab=101, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
+    return resolve(Config(model=shape, data=DataConfig(seq_length=16)))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +37,7 @@ _shared_world: list[parallel.World] = []
 
 
 @pytest.fixture(scope="session")
-def world(small_config: Config) -> Iterator[parallel.World]:
+def world(small_config: ResolvedConfig) -> Iterator[parallel.World]:
     """This process as a job of one, for tests that build modules without starting ranks."""
     _shared_world.append(parallel.initialize(small_config))
     yield _shared_world[0]

@@ -11,19 +11,19 @@ import numpy as np
 
 from megatron_md.batch import BatchPosition, CleanBatch
 from megatron_md.config import (
-    Config,
     DataConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
+    ResolvedConfig,
+    ResolvedModel,
     TrainConfig,
 )
 
 ROWS, LENGTH, VOCAB, MASK = 8, 32, 211, 3
 
-CONFIG = Config(
-    model=ModelConfig(vocab=VOCAB, max_length=LENGTH, layers=4, hidden=64, heads=4, kv_heads=2, ffn=96),
+CONFIG = ResolvedConfig(
+    model=ResolvedModel(vocab=VOCAB, max_length=LENGTH, layers=4, hidden=64, heads=4, kv_heads=2, ffn=96),
     parallel=ParallelConfig(distributed_optimizer=False),
     data=DataConfig(seq_length=LENGTH),
     objective=ObjectiveConfig(mask_schedule="uniform:0.3,0.7", head_chunk=16),
@@ -34,7 +34,7 @@ CONFIG = Config(
 Curve = list[tuple[float, float, float, float]]
 
 
-def variant(config: Config = CONFIG, **sections: dict[str, Any]) -> Config:
+def variant(config: ResolvedConfig = CONFIG, **sections: dict[str, Any]) -> ResolvedConfig:
     """A config with some keys of some sections replaced: `variant(model={"tied": False})`."""
     return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
 
@@ -58,7 +58,7 @@ def boundaries(g: int) -> np.ndarray[Any, Any]:
 class SmallRun:
     """Model, optimizer and stepper of one rank."""
 
-    def __init__(self, config: Config, world: Any) -> None:
+    def __init__(self, config: ResolvedConfig, world: Any) -> None:
         from megatron_md.diffusion.objective import build_objective
         from megatron_md.model.build import build_model, wrap_data_parallel
         from megatron_md.train.inference import Inference
@@ -96,7 +96,7 @@ class SmallRun:
 
 
 @contextmanager
-def small_run(config: Config) -> Iterator[SmallRun]:
+def small_run(config: ResolvedConfig) -> Iterator[SmallRun]:
     """A `SmallRun` in this process's place of the job."""
     from megatron_md import parallel
 

@@ -213,6 +213,18 @@ def test_a_missing_file_is_bad_input_and_a_slip_of_the_code_is_not(config_file: 
     assert not issubclass(json.JSONDecodeError, UserError)
 
 
+def test_a_dry_run_takes_no_torch(config_file: Path, tmp_path: Path) -> None:
+    words = ["train", str(config_file), "--dry-run", "data.tokenizer=none.model", "sampling.every_steps=5"]
+    code = "import sys\nfrom megatron_md.cli import main\nsys.modules['torch'] = None\nsys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "# layout and estimates" in done.stdout and "no such file" in done.stderr
+    words[-1:] = ["sampling.every_steps=5", "sampling.strategy=guess", "objective.name=guess"]
+    done = subprocess.run([sys.executable, "-c", code, *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and "objective.name 'guess' is unknown (known: masked_diffusion," in done.stderr
+    assert "sampling: unknown sampling strategy 'guess' (known: ancestral, entropy," in done.stderr
+
+
 def test_refusal_takes_no_torch(config_file: Path) -> None:
     code = (
         "import sys\nfrom megatron_md.cli import main\n"

@@ -18,10 +18,12 @@ from megatron_md.config import (
     config_from_mapping,
     explain,
     load_config,
+    load_resolved,
     preset_names,
+    resolve,
     to_yaml,
 )
-from megatron_md.config.loader import keys_of
+from megatron_md.config.schema import keys_of
 
 
 def write(folder: Path, text: str) -> Path:
@@ -207,10 +209,11 @@ def test_presets_are_listed_by_size() -> None:
 def test_loading_and_checking_import_no_torch(tmp_path: Path) -> None:
     path = write(tmp_path, "model: {preset: 8b}\ntrain: {global_batch_size: 64, micro_batch_size: 1}")
     code = (
-        "import sys\nfrom megatron_md.config import load_config\nfrom megatron_md.run.check import check_config\n"
+        "import sys\nfrom megatron_md.config import load_config\n"
+        "from megatron_md.run.check import check_config, resolve_config\n"
         "from megatron_md.run.estimate import report\n"
         f"config = load_config({str(path)!r})\n"
-        "report(config, check_config(config, 64, corpora=False), 126464)\n"
+        "report(resolve_config(config), check_config(config, 64, corpora=False))\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'sentencepiece')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -220,3 +223,27 @@ def test_an_alias_is_overridden_in_one_place_only(tmp_path: Path) -> None:
     path = write(tmp_path, "megatron: {ddp: &shared {a: 1}, optimizer: *shared}")
     config = load_config(path, ["megatron.ddp.a=2"])
     assert (config.megatron.ddp, config.megatron.optimizer) == ({"a": 2}, {"a": 1})
+
+
+def test_resolving_settles_vocabulary_and_length_and_records_keep_what_was_written(tmp_path: Path) -> None:
+    open_, settled = (config_from_mapping({"model": model}) for model in ({}, {"vocab": 9, "max_length": 512}))
+    model = resolve(open_, 300).model
+    assert (model.vocab, model.max_length) == (300, open_.data.seq_length)
+    assert (resolve(settled, 300).model.vocab, resolve(settled).model.max_length) == (9, 512)
+    assert resolve(resolve(open_, 300), 9).model == model
+    with pytest.raises(ConfigError, match=r"^model\.vocab is missing$"):
+        resolve(open_)
+    assert to_yaml(resolve(settled)) == to_yaml(settled)
+    record = write(tmp_path, to_yaml(resolve(open_, 300)))
+    assert load_config(record) == replace(open_, model=replace(open_.model, vocab=300))
+    assert load_resolved(record) == resolve(open_, 300)
+    with pytest.raises(ConfigError, match=r"run\.yaml: model\.vocab is missing"):
+        load_resolved(write(tmp_path, to_yaml(open_)))
+
+
+@pytest.mark.parametrize(("kv_heads", "head_dim", "expected"), [(None, None, (4, 8)), (2, 16, (2, 16))])
+def test_a_shape_says_what_its_nulls_stand_for(
+    kv_heads: int | None, head_dim: int | None, expected: tuple[int, int]
+) -> None:
+    model = ModelConfig(hidden=32, heads=4, kv_heads=kv_heads, head_dim=head_dim)
+    assert (model.key_heads, model.head_width) == expected

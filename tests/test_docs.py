@@ -18,7 +18,8 @@ import pytest
 
 from megatron_md import cli
 from megatron_md.config import Config, config_from_mapping
-from megatron_md.config.loader import keys_of, parse_yaml
+from megatron_md.config.loader import parse_yaml
+from megatron_md.config.schema import keys_of
 from megatron_md.parity.validate import default_reference
 from megatron_md.run.check import check_config
 from tests.data.small_corpus import made_up_code

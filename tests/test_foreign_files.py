@@ -23,6 +23,7 @@ from megatron_md.commands import train
 from megatron_md.commands.inspect import show
 from megatron_md.config import Config, ModelConfig, config_from_mapping, load_config, to_yaml
 from megatron_md.config import loader as config_loader
+from megatron_md.config.schema import describe_type, keys_of
 from megatron_md.data.ledger import QuarantineLedger
 from megatron_md.data.resume import PROGRESS_NAME, BuildState, load_state
 from megatron_md.diffusion.schedule import parse_schedule
@@ -30,7 +31,6 @@ from megatron_md.evaluate.likelihood import _read_state
 from megatron_md.evaluate.prompts import read_prompts
 from megatron_md.parity.config import load_parity_config
 from megatron_md.parity.validate import default_reference, read_reference
-from megatron_md.run.check import smallest_world
 from megatron_md.run.inspection import inspect
 from tests.hostile import Case, changed_bytes, changed_json, changed_yaml, fuzz, profiles, refused, tried
 
@@ -220,13 +220,13 @@ def test_configs_are_refused_or_reported(profile: str, tmp_path: Path) -> None:
 def _dry_run(path: Path, *words: str) -> None:
     config = load_config(path, words)
     with redirect_stdout(io.StringIO()) as text:
-        train._dry_run(config, smallest_world(config), trust=False)
+        train._dry_run(config, config.parallel.replica, trust=False)
     assert "parameters" in text.getvalue()
 
 
 def test_every_whole_number_of_a_config_at_its_bound(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {vocab: 100}\n")
-    keys = [path for path, hint in config_loader.keys_of(Config) if "whole number" in config_loader.describe_type(hint)]
+    keys = [path for path, hint in keys_of(Config) if "whole number" in describe_type(hint)]
     assert ("train", "steps") in keys and len(keys) > 40
     for path in keys:
         for value in (10**4, 10**15):

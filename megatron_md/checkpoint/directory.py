@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
-from megatron_md.config import Config
+from megatron_md.config import ResolvedConfig
 from megatron_md.config import loader as config_loader
 from megatron_md.errors import UserError
 from megatron_md.files import replace_file, sync
@@ -147,20 +147,19 @@ def read_progress(checkpoint: Path) -> Progress:
     return as_record(Progress, read_record(checkpoint)["progress"], where, f"not a complete checkpoint: {_WAY_OUT}")
 
 
-def model_identity(config: Config) -> dict[str, Any]:
+def model_identity(config: ResolvedConfig) -> dict[str, Any]:
     """What a model's weights and its function depend on, under the names of the config; defaults spelt out."""
     model = config.model
     content = asdict(model)
-    for key in ("preset", "init_std", "scaled_init"):
+    for key in ("preset", "init_std", "scaled_init", "is_length_given"):
         del content[key]
-    content["kv_heads"] = model.kv_heads or model.heads
-    content["head_dim"] = model.head_dim or model.hidden // model.heads
+    content["kv_heads"], content["head_dim"] = model.key_heads, model.head_width
     # Rotary positions have no weights: the longest row may change.
-    content["max_length"] = None if model.position == "rope" else model.max_length or config.data.seq_length
+    content["max_length"] = None if model.position == "rope" else model.max_length
     return {f"model.{key}": value for key, value in content.items()}
 
 
-def resume_contract(config: Config, stream: dict[str, Any], *, tokenizer: str, causal: bool) -> dict[str, Any]:
+def resume_contract(config: ResolvedConfig, stream: dict[str, Any], *, tokenizer: str, causal: bool) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must agree on: JSON values by name.
 
     Args:

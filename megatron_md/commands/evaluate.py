@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_md.commands.arguments import add_model_arguments, positive
+from megatron_md.diffusion.conditional import ConditionalMethod
+from megatron_md.diffusion.estimators import EstimatorName
 from megatron_md.errors import UserError
+from megatron_md.evaluate.detokenize import RULES
 from megatron_md.run.saved import open_asked
 
 EXAMPLES = """examples:
@@ -24,9 +27,9 @@ EXAMPLES = """examples:
 A causal run gets its exact cross-entropy by the same command.
 """
 
-ESTIMATORS = ("exact", "complementary", "stratified_t", "plain")
-METHODS = ("monte_carlo", "left_to_right")
-DETOKENIZERS = ("ag_news", "lambada", "lm1b", "ptb", "scientific", "wikitext")
+# A causal run has its own, and `neyman` needs to know what spread to expect.
+ESTIMATORS = [name for name in get_args(EstimatorName) if name not in ("autoregressive", "neyman")]
+METHODS = [name for name in get_args(ConditionalMethod) if name != "autoregressive"]
 
 # What an option is where it is not given, by mode. An option that a mode does not have is refused there.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -85,7 +88,7 @@ def _add_nelbo(group: Any) -> None:
     group.add_argument("--against", metavar="RUN_B", help="compare with another run on the same rows and masks")
     group.add_argument("--state", type=Path, metavar="FILE", help="keep what is found, and go on from it")
     group.add_argument("--plot", type=Path, metavar="FILE", help="draw cross-entropy by mask rate (.png, .svg, .pdf)")
-    group.add_argument("--detokenizer", choices=DETOKENIZERS, help="undo the tokenisation that text files came with")
+    group.add_argument("--detokenizer", choices=sorted(RULES), help="undo the tokenisation that text files came with")
     group.add_argument("--words", action="store_true", default=None, help="also perplexity per word of the files")
     group.add_argument("--lines", action="store_true", default=None, help="each line of a file is a document")
 

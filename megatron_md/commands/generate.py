@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from megatron_md.commands.arguments import add_model_arguments, positive
-from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.diffusion.names import strategies
+from megatron_md.diffusion.sampler_config import EosHandling, SamplerConfig
 from megatron_md.errors import UserError
 from megatron_md.evaluate.prompts import Prompt, read_prompts
 from megatron_md.run.saved import open_asked
@@ -21,7 +23,6 @@ EXAMPLES = """examples:
   megatron-md generate runs/demo --interactive
 """
 
-STRATEGIES = "low_confidence (default) | random | margin | entropy | ancestral | first_hitting | threshold | factor"
 DEFAULT_LENGTH = 64
 
 
@@ -60,7 +61,9 @@ def _add_sampler(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--length", type=int, help=f"tokens to generate ({DEFAULT_LENGTH})")
     group.add_argument("--steps", type=int, help="denoising steps (one per token)")
     group.add_argument("--block", type=int, help="tokens per block, filled left to right (all)")
-    group.add_argument("--strategy", help=STRATEGIES)
+    group.add_argument(
+        "--strategy", help=" | ".join(strategies.built_in).replace("low_confidence", "low_confidence (default)")
+    )
     group.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
     group.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest that reach P (1)"
@@ -70,7 +73,7 @@ def _add_sampler(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--factor", type=float, metavar="F", help="of --strategy factor (1)")
     group.add_argument(
         "--eos",
-        choices=("keep", "stop", "suppress"),
+        choices=get_args(EosHandling),
         default="keep",
         help="what <eos> does: nothing, end a text, never",
     )

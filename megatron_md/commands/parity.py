@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from megatron_md.commands.arguments import positive
-from megatron_md.config import loader as config_loader
 from megatron_md.config.loader import ConfigError
+from megatron_md.config.schema import explain
 from megatron_md.messages import say
 from megatron_md.parity.config import ParityConfig, check_parity, load_parity_config
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     raw = argparse.RawDescriptionHelpFormatter
-    keys = f"keys of the YAML file and of section.key=value:\n\n{config_loader.explain(ParityConfig)}\n"
+    keys = f"keys of the YAML file and of section.key=value:\n\n{explain(ParityConfig)}\n"
     summaries = {
         "run": "train one run",
         "sweep": "train every arm with every seed; finished runs are not repeated",

@@ -9,22 +9,19 @@ import dataclasses
 import difflib
 import json
 import re
-import types
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
+from megatron_md.config.schema import MOST, Path_, describe_type, keys_of, section_of
 from megatron_md.errors import UserError
-from megatron_md.json_file import read_regular
+from megatron_md.json_file import DEEPEST, LONGEST_NUMBER, adapter, read_regular
 from megatron_md.messages import redacted
 
 T = TypeVar("T")
-Path_ = tuple[str, ...]
 
 
 class ConfigError(UserError):
@@ -34,8 +31,8 @@ class ConfigError(UserError):
         lines: one clear line for each thing that is wrong.
     """
 
-    def __init__(self, lines: Sequence[str]) -> None:
-        self.lines = list(lines)
+    def __init__(self, lines: str | Sequence[str]) -> None:
+        self.lines = [lines] if isinstance(lines, str) else list(lines)
         super().__init__("\n".join(self.lines))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -56,11 +53,11 @@ class _Loader(yaml.SafeLoader):
         self._nodes_of: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As PyYAML's, within `_DEEPEST` and `_MOST_NODES`."""
+        """As PyYAML's, within `DEEPEST` and `_MOST_NODES`."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         before, self._depth, self._nodes = self._nodes, self._depth + 1, self._nodes + 1
-        if self._depth > _DEEPEST:
-            raise _refusal(event.start_mark, f"nested deeper than {_DEEPEST}")
+        if self._depth > DEEPEST:
+            raise _refusal(event.start_mark, f"nested deeper than {DEEPEST}")
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent) and node is not None:
             if node not in self._nodes_of:
@@ -78,7 +75,7 @@ class _Loader(yaml.SafeLoader):
         text = super().construct_scalar(node)
         assert isinstance(text, str)
         pattern = _SCALARS.get(node.tag)
-        if pattern is not None and (pattern.match(text) is None or len(text) > _LONGEST_NUMBER):
+        if pattern is not None and (pattern.match(text) is None or len(text) > LONGEST_NUMBER):
             raise _refusal(node.start_mark, f"{_describe(text)} is no {node.tag.rpartition(':')[2]} that is read here")
         if any("\ud800" <= sign <= "\udfff" for sign in text):
             raise _refusal(node.start_mark, f"{_describe(text)} holds half a surrogate pair")
@@ -95,8 +92,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_DEEPEST, _MOST_NODES, _LONGEST, _LONGEST_NUMBER = 64, 20_000, 1 << 20, 40
-_BEYOND = 10**15  # an upper bound that no run comes near, and that the explanations of the keys leave out
+_MOST_NODES, _LONGEST = 20_000, 1 << 20
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 _SCALARS: dict[str, re.Pattern[str]] = {}
 for _tag, _pattern, _first in (
@@ -135,14 +131,14 @@ def parse_yaml(text: str, source: str) -> Any:
         ConfigError: it is no YAML, a key appears twice, or it is larger or deeper than any config.
     """
     if len(text) > _LONGEST:
-        raise ConfigError([f"{source}: longer than {_LONGEST} characters, which no config is"])
+        raise ConfigError(f"{source}: longer than {_LONGEST} characters, which no config is")
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError([f"{source}{where}: {problem[:200]}"]) from None
+        raise ConfigError(f"{source}{where}: {problem[:200]}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -152,18 +148,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: no such file, no YAML, or something else than a mapping with textual keys.
     """
     if not Path(path).exists():
-        raise ConfigError([f"{path}: no such file"])
+        raise ConfigError(f"{path}: no such file")
+    data = read_regular(Path(path), "give the YAML file itself", error=ConfigError)
     try:
-        text = read_regular(Path(path), "give the YAML file itself").decode()
+        value = parse_yaml(data.decode(), str(path))
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: cannot be read ({error})"]) from None
-    except ValueError as error:
-        raise ConfigError([str(error)]) from None
-    value = parse_yaml(text, str(path))
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError([f"{path}: must hold a mapping of keys, not {_describe(value)}"])
+        raise ConfigError(f"{path}: must hold a mapping of keys, not {_describe(value)}")
     return value
 
 
@@ -181,24 +175,18 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> set[Pa
         name, equals, text = override.partition("=")
         keys = tuple(name.strip().split("."))
         if not equals or not all(keys):
-            raise ConfigError([f"override {override!r}: must look like section.key=value"])
+            raise ConfigError(f"override {override!r}: must look like section.key=value")
         section = mapping
         for depth, key in enumerate(keys[:-1]):
             below = section.get(key) or {}
             if not isinstance(below, dict):
-                raise ConfigError([f"override {override!r}: {'.'.join(keys[: depth + 1])} is no section"])
+                raise ConfigError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is no section")
             # A copy, since the caller (or a YAML alias) may hold the same mapping elsewhere.
             section[key] = {**below}
             section = section[key]
         section[keys[-1]] = parse_yaml(text, f"override {override!r}")
         changed.add(keys)
     return changed
-
-
-@lru_cache(maxsize=8)
-def _adapter(schema: Any) -> TypeAdapter[Any]:
-    """The validator of a dataclass; building one takes tens of milliseconds."""
-    return TypeAdapter(schema)
 
 
 def validate(schema: type[T], mapping: Mapping[str, Any], source: str, overridden: set[Path_] | None = None) -> T:
@@ -219,10 +207,10 @@ def validate(schema: type[T], mapping: Mapping[str, Any], source: str, overridde
     try:
         text = json.dumps(content)
     except TypeError as error:
-        raise ConfigError([f"{source}: {error}"]) from None
+        raise ConfigError(f"{source}: {error}") from None
     try:
         # Strictness as in JSON: dataclasses come from mappings, floats also from whole numbers, nothing else converts.
-        config: T = _adapter(cast(Hashable, schema)).validate_json(text, strict=True)
+        config: T = adapter(cast(Hashable, schema)).validate_json(text, strict=True)
         return config
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=True)
@@ -244,91 +232,10 @@ def _is_another_alternative(item: Any, found: Sequence[Any]) -> bool:
     return item["type"] == "string_type" and isinstance(item.get("input"), list) and deeper
 
 
-def keys_of(schema: Any, prefix: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
-    """(path, type) of every key of a tree of dataclasses, sections included, in order of declaration."""
-    for name, hint in get_type_hints(schema, include_extras=True).items():
-        if name == "__pydantic_config__":
-            continue
-        yield (*prefix, name), hint
-        section = section_of(hint)
-        if section is not None:
-            yield from keys_of(section, (*prefix, name))
-
-
-def section_of(hint: Any) -> type | None:
-    """The dataclass that a key holds (or may hold, also in a list), if any."""
-    if get_origin(hint) in (Annotated, list):
-        return section_of(get_args(hint)[0])
-    if get_origin(hint) in (Union, types.UnionType):
-        return next((found for found in map(section_of, get_args(hint)) if found), None)
-    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
-
-
 def to_yaml(config: Any) -> str:
-    """A dataclass as YAML that loads to the same dataclass, but for the secrets, which are left out."""
-    return str(yaml.dump(redacted(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
-
-
-def explain(schema: Any, prefix: Path_ = ()) -> str:
-    """Every key with its type, default and meaning: a section's own keys first, then the sections in it."""
-    own: list[str] = []
-    below: list[str] = []
-    hints = get_type_hints(schema, include_extras=True)
-    for field in dataclasses.fields(schema):
-        hint, path = hints[field.name], (*prefix, field.name)
-        section, default = section_of(hint), _default(field)
-        if section is not None and default != "null":
-            below += ["", f"{'.'.join(path)}: {_description(hint)}", explain(section, path)]
-            continue
-        shown = f" = {default}" if default else " (required)"
-        own += [f"  {'.'.join(path)}: {describe_type(hint)}{shown}", f"      {_description(hint)}"]
-        if section is not None:
-            own.append(explain(section, path))
-    return "\n".join([*own, *below])
-
-
-def describe_type(hint: Any) -> str:
-    """A type in a user's words: `whole number > 0 or null`, `none | full`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        bounds = [text for item in arguments[1:] for text in _bounds(item)]
-        return " ".join([describe_type(arguments[0]), *dict.fromkeys(bounds)])
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe_type(argument) for argument in arguments)
-    if origin is Literal:
-        return " | ".join(map(str, arguments))
-    if origin is list:
-        return f"list of {describe_type(arguments[0])}"
-    if origin is tuple:
-        return f"[{', '.join(describe_type(argument) for argument in arguments)}]"
-    if origin is dict or dataclasses.is_dataclass(hint):
-        return "mapping"
-    names = {int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "null"}
-    return names.get(hint, str(hint))
-
-
-def _bounds(item: Any) -> Iterator[str]:
-    if isinstance(item, FieldInfo):
-        for part in item.metadata:
-            yield from _bounds(part)
-    for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-        bound = getattr(item, name, None)
-        if bound is not None and not (name == "le" and bound >= _BEYOND):
-            yield f"{sign} {bound:g}"
-
-
-def _description(hint: Any) -> str:
-    found = (item.description for item in getattr(hint, "__metadata__", ()) if isinstance(item, FieldInfo))
-    return next((text for text in found if text), "")
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        return json.dumps(field.default) if not isinstance(field.default, str) else field.default
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-        return "" if dataclasses.is_dataclass(value) else json.dumps(value)
-    return ""
+    """A dataclass (or its dictionary) as YAML that loads to the same one, but for the secrets, which are left out."""
+    content = config if isinstance(config, dict) else dataclasses.asdict(config)
+    return str(yaml.dump(redacted(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _without_empty_sections(schema: Any, mapping: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,19 +276,13 @@ def _explain_error(path: Path_, item: Mapping[str, Any], known: Mapping[Path_, A
     if kind in ("missing", "missing_argument"):
         return f"{name} is missing"
     hint = known.get(path)
-    if kind == "less_than_equal" and item["ctx"]["le"] >= _BEYOND:
+    if kind == "less_than_equal" and item["ctx"]["le"] >= MOST:
         return f"{name} must be at most {item['ctx']['le']:g}, got {_describe(value)}"
     if hint is not None and kind != "value_error":
         text = f"{name} must be {describe_type(hint)}, got {_describe(value)}"
         return f"{text}; put it in quotes" if kind == "string_type" and isinstance(value, (int, float)) else text
     message = str(item["msg"]).replace("Input should be", "must be")
     return f"{name} {message}, got {_describe(value)}"
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` with the known word most like `word`, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def suggest(path: Path_, known: Mapping[Path_, Any]) -> str:

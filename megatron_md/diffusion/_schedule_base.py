@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.diffusion.registry import Registry, nearest
+from megatron_md.diffusion.registry import Registry
 from megatron_md.errors import UserError
+from megatron_md.messages import nearest
 
 FloatArray = npt.NDArray[np.float64]
 

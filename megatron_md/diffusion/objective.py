@@ -8,7 +8,6 @@ pass: `sum_m weights_M[m] * nll_M[m] / global sum of denominator`. Third parties
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -24,7 +23,7 @@ from megatron_md.diffusion.corruption import (
     shift_right,
     stratified_uniforms_of_rows,
 )
-from megatron_md.diffusion.registry import Registry
+from megatron_md.diffusion.names import objectives
 from megatron_md.diffusion.schedule import MaskSchedule, parse_schedule
 from megatron_md.diffusion.weighting import Normalise, Weighting
 from megatron_md.errors import UserError
@@ -79,8 +78,7 @@ class ObjectiveContext:
     within_document: bool = False
 
 
-_registry: Registry[Callable[..., Objective]] = Registry("objective")
-register_objective = _registry.register
+register_objective = objectives.register
 
 
 def build_objective(
@@ -96,7 +94,7 @@ def build_objective(
     Raises:
         UserError: unknown name, options that the objective does not take, or a combination that makes no sense.
     """
-    factory = _registry.get(config.name)
+    factory = objectives.get(config.name)
     schedule = parse_schedule(config.mask_schedule)
     context = ObjectiveContext(config, schedule, seed, mask_token_id, eos_token_id, within_document)
     try:

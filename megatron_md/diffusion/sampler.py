@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_md.diffusion.names import strategies
 from megatron_md.diffusion.proposal import guide, propose
-from megatron_md.diffusion.sampler_config import SamplerConfig
-from megatron_md.diffusion.unmasking import Choice, strategies, transfer_counts
+from megatron_md.diffusion.sampler_config import SamplerConfig, check_fits
+from megatron_md.diffusion.unmasking import Choice, transfer_counts
 from megatron_md.errors import UserError
 
 Denoiser = Callable[[torch.Tensor], torch.Tensor]
@@ -58,19 +59,6 @@ class Sample:
 
 
 OnStep = Callable[[SamplerStep], None]
-
-
-def check_fits(prompt_length: int, length: int, max_length: int) -> None:
-    """Check that prompt and answer fit into the model's context.
-
-    Raises:
-        UserError: they do not.
-    """
-    if prompt_length + length > max_length:
-        raise UserError(
-            f"the prompt's {prompt_length} tokens and length {length} exceed the model's {max_length} positions; "
-            "shorten the prompt or the length"
-        )
 
 
 def sample(

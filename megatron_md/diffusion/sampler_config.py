@@ -1,4 +1,4 @@
-"""How to generate, and every contradiction in it; torch is imported for the strategies of third parties only."""
+"""How to generate, and every contradiction in it, without torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_md.diffusion.names import strategies
 from megatron_md.errors import UserError
 
 EosHandling = Literal["keep", "stop", "suppress"]
-# The strategies of megatron_md.diffusion.unmasking.
-BUILT_IN = (
-    "low_confidence", "random", "margin", "entropy", "ancestral", "first_hitting", "threshold", "factor"
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,7 @@ class SamplerConfig:
         self._check_numbers()
         if self.eos not in get_args(EosHandling):
             raise UserError(f"eos must be one of {', '.join(get_args(EosHandling))}, got {self.eos!r}")
-        if self.strategy not in BUILT_IN:
-            from megatron_md.diffusion.unmasking import strategies
-
-            strategies.get(self.strategy)
+        strategies.check(self.strategy)
 
     def _check_division(self) -> None:
         if self.block_size > self.length:
@@ -107,3 +101,16 @@ class SamplerConfig:
     def blocks(self) -> int:
         """Number of blocks."""
         return self.length // self.block_size
+
+
+def check_fits(prompt_length: int, length: int, max_length: int) -> None:
+    """Check that prompt and answer fit into the model's context.
+
+    Raises:
+        UserError: they do not.
+    """
+    if prompt_length + length > max_length:
+        raise UserError(
+            f"the prompt's {prompt_length} tokens and length {length} exceed the model's {max_length} positions; "
+            "shorten the prompt or the length"
+        )

@@ -28,9 +28,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from megatron_md.batch import Int64Array
-from megatron_md.diffusion.registry import nearest
 from megatron_md.diffusion.schedule import FloatArray, MaskSchedule
 from megatron_md.errors import UserError
+from megatron_md.messages import nearest
 
 WeightName = Literal["elbo", "none", "realised"]
 Normalise = Literal["maskable", "masked", "sequences"]

@@ -111,7 +111,7 @@ class Judge:
 
     def __init__(self, saved: SavedRun, words: Tokenizer, scorer: Scorer) -> None:
         self.words, self.scorer = words, scorer
-        self.max_length = saved.config.model.max_length or saved.config.data.seq_length
+        self.max_length = saved.config.model.max_length
 
     def __call__(self, samples: Sequence[Tokens], tokenizer: Tokenizer) -> tuple[float, float]:
         """Nats per token of the judge, and their standard error over samples; every rank gets them.
@@ -195,7 +195,7 @@ def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _settings(args: argparse.Namespace, saved: SavedRun, *, causal: bool) -> list[SamplerConfig]:
     """Of the sampler, checked: every temperature with every number of steps (one for a causal run)."""
-    context = saved.config.model.max_length or saved.config.data.seq_length
+    context = saved.config.model.max_length
     length = args.length or saved.config.data.seq_length
     if length > context:
         raise UserError(f"--length {length} exceeds the {context} positions of {saved.checkpoint}")

@@ -30,8 +30,8 @@ from lm_eval.api.registry import register_model
 from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
+from megatron_md.diffusion.names import strategies
 from megatron_md.diffusion.sampler_config import SamplerConfig
-from megatron_md.diffusion.unmasking import strategies
 from megatron_md.errors import UserError
 from megatron_md.evaluate.conditional import (
     AnswerLikelihood,
@@ -171,7 +171,7 @@ class HarnessModel(TemplateLM):
         self.causal = is_causal(saved, mask_token_id=self.words.mask_token_id)
         self.settings.estimator(causal=self.causal)
         strategies.get(self.settings.strategy)
-        self.max_length = saved.config.model.max_length or saved.config.data.seq_length
+        self.max_length = saved.config.model.max_length
         if world is None:
             stack = ExitStack()
             world = stack.enter_context(parallel.session(self.run.config))

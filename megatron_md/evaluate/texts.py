@@ -15,8 +15,8 @@ import torch
 from megatron_md import parallel
 from megatron_md.commands.generate import sampler_config
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.sampler import OnStep, Sample, SamplerStep, check_fits, infill
-from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.diffusion.sampler import OnStep, Sample, SamplerStep, infill
+from megatron_md.diffusion.sampler_config import SamplerConfig, check_fits
 from megatron_md.errors import UserError
 from megatron_md.evaluate.canvas import LiveCanvas, can_stream
 from megatron_md.evaluate.generation import shared
@@ -82,7 +82,7 @@ class Requests:
         """
         self._args, self._tokenizer = args, tokenizer
         self._right_shift = saved.config.objective.right_shift
-        self._context = saved.config.model.max_length or saved.config.data.seq_length
+        self._context = saved.config.model.max_length
         causal = is_causal(saved, mask_token_id=tokenizer.mask_token_id)
         if causal:
             options = {

@@ -8,7 +8,7 @@ from megatron_md import parallel
 from megatron_md.checkpoint.directory import resume_contract
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checkpoint.saving import Checkpointing
-from megatron_md.config import Config, to_yaml
+from megatron_md.config import ResolvedConfig, to_yaml
 from megatron_md.data.cache import Cache
 from megatron_md.data.ledger import LEDGER_NAME
 from megatron_md.data.mixture import open_stream
@@ -36,11 +36,13 @@ from megatron_md.train.step import Stepper
 from megatron_md.train.trainer import Trainer
 
 
-def build(config: Config, world: World, manifests: list[Manifest], dog: Watchdog) -> tuple[Trainer, Restore, Keeper]:
+def build(
+    config: ResolvedConfig, world: World, manifests: list[Manifest], dog: Watchdog
+) -> tuple[Trainer, Restore, Keeper]:
     """Build a run, on every rank.
 
     Args:
-        config: checked, with `model.vocab`.
+        config: checked and resolved.
         world: this process's place in the job.
         manifests: of the training corpora, which share a tokenizer.
         dog: supervises the ranks.
@@ -92,8 +94,7 @@ def build(config: Config, world: World, manifests: list[Manifest], dog: Watchdog
     return trainer, restore, Keeper(config, world, manifests, metrics, validation)
 
 
-def _metrics(config: Config, world: World, directory: Path) -> MetricsWriter:
-    assert config.model.vocab is not None
+def _metrics(config: ResolvedConfig, world: World, directory: Path) -> MetricsWriter:
     return MetricsWriter(
         config,
         directory,
@@ -102,14 +103,14 @@ def _metrics(config: Config, world: World, directory: Path) -> MetricsWriter:
     )
 
 
-def _sampling(config: Config, denoiser: Inference, metrics: MetricsWriter, dog: Watchdog) -> Sampling | None:
+def _sampling(config: ResolvedConfig, denoiser: Inference, metrics: MetricsWriter, dog: Watchdog) -> Sampling | None:
     if not config.sampling.every_steps:
         return None
     assert config.data.tokenizer is not None, "checked before"
     return Sampling(config, denoiser, Tokenizer(config.data.tokenizer), metrics, dog.alive)
 
 
-def _validation(config: Config, scorer: Inference, manifest: Manifest) -> Validation | None:
+def _validation(config: ResolvedConfig, scorer: Inference, manifest: Manifest) -> Validation | None:
     if not config.validation.sequences or config.data.valid is None:
         return None
     valid = load_manifest(config.data.valid, cache=Cache.of(config.data))

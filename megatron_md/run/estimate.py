@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_md.config import Config, ModelConfig, to_yaml
+from megatron_md.config import Config, ModelConfig, ResolvedConfig, ResolvedModel, to_yaml
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.run.check import Layout
 from megatron_md.train.progress import Progress, batch_size_at
@@ -25,8 +25,7 @@ def _scaled(value: float, unit: str, base: int) -> str:
 
 def attention_widths(model: ModelConfig) -> tuple[int, int]:
     """Widths of all query heads and of all key (or value) heads together: (A, K)."""
-    head_dim = model.head_dim or model.hidden // model.heads
-    return model.heads * head_dim, (model.kv_heads or model.heads) * head_dim
+    return model.heads * model.head_width, model.key_heads * model.head_width
 
 
 def layer_matrices(model: ModelConfig) -> int:
@@ -38,27 +37,22 @@ def layer_matrices(model: ModelConfig) -> int:
 def layer_vectors(model: ModelConfig) -> int:
     """Entries of one layer's norms and biases."""
     query, key = attention_widths(model)
-    head_dim = query // model.heads
-    return 2 * model.hidden + (2 * head_dim if model.qk_norm else 0) + (query + 2 * key if model.qkv_bias else 0)
+    return (
+        2 * model.hidden + (2 * model.head_width if model.qk_norm else 0) + (query + 2 * key if model.qkv_bias else 0)
+    )
 
 
-def parameter_count(model: ModelConfig, vocab: int, max_length: int = 0) -> int:
-    """Parameters of the whole model.
-
-    Args:
-        model: its shape.
-        vocab: rows of the embedding (padded or not, as the caller likes).
-        max_length: rows of learned positions, where the model has them.
-    """
-    embeddings = vocab * model.hidden * (1 if model.tied else 2)
-    positions = max_length * model.hidden if model.position == "learned" else 0
+def parameter_count(model: ResolvedModel) -> int:
+    """Parameters of the whole model, without the padding of the vocabulary."""
+    embeddings = model.vocab * model.hidden * (1 if model.tied else 2)
+    positions = model.max_length * model.hidden if model.position == "learned" else 0
     return embeddings + positions + model.layers * (layer_matrices(model) + layer_vectors(model)) + model.hidden
 
 
-def padded_vocab(config: Config, vocab: int) -> int:
+def padded_vocab(config: ResolvedConfig) -> int:
     """Rows of the embedding: the vocabulary rounded up to `parallel.vocab_multiple * parallel.tensor`."""
     unit = config.parallel.vocab_multiple * config.parallel.tensor
-    return -(-vocab // unit) * unit
+    return -(-config.model.vocab // unit) * unit
 
 
 def predicted_fraction(config: Config) -> float:
@@ -129,7 +123,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.head
 
 
-def _stage_parameters(config: Config, vocab: int, stage: int) -> int:
+def _stage_parameters(config: ResolvedConfig, stage: int) -> int:
     """Parameters of one tensor-parallel rank of a pipeline stage."""
     model, layout = config.model, config.parallel
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -139,8 +133,8 @@ def _stage_parameters(config: Config, vocab: int, stage: int) -> int:
     layer = (layer_matrices(model) + biases) // layout.tensor + replicated
     # A tied output layer on another stage than the embedding is a copy of it.
     tables = int(first) + int(last and not (model.tied and first))
-    positions = (model.max_length or config.data.seq_length) if model.position == "learned" and first else 0
-    embeddings = tables * padded_vocab(config, vocab) * model.hidden // layout.tensor + positions * model.hidden
+    positions = model.max_length if model.position == "learned" and first else 0
+    embeddings = tables * padded_vocab(config) * model.hidden // layout.tensor + positions * model.hidden
     return layers_per_stage(config)[stage] * layer + embeddings + (model.hidden if last else 0)
 
 
@@ -170,17 +164,17 @@ def _activation_bytes(config: Config, layout: Layout, stage: int) -> float:
     return width * train.micro_batch_size * config.data.seq_length * (layers * per_token + one_again)
 
 
-def memory_per_rank(config: Config, layout: Layout, vocab: int) -> Memory:
+def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:
     """A rough estimate for the fullest rank, without the framework's own buffers and fragmentation."""
     bf16 = config.train.precision == "bf16"
     shards = layout.data * layout.context if config.parallel.distributed_optimizer else 1
 
     def of_stage(stage: int) -> Memory:
-        count = _stage_parameters(config, vocab, stage)
+        count = _stage_parameters(config, stage)
         last = stage == layout.pipeline - 1
         rows = config.train.micro_batch_size * config.data.seq_length
         # Chunks of fp32 logits and their softmax; the gradient of the hidden states at all positions.
-        logits = 2 * 4.0 * min(config.objective.head_chunk, rows) * padded_vocab(config, vocab) / layout.tensor
+        logits = 2 * 4.0 * min(config.objective.head_chunk, rows) * padded_vocab(config) / layout.tensor
         return Memory(
             parameters=count,
             weights=count * (2.0 if bf16 else 4.0),
@@ -193,18 +187,18 @@ def memory_per_rank(config: Config, layout: Layout, vocab: int) -> Memory:
     return max((of_stage(stage) for stage in range(layout.pipeline)), key=lambda memory: memory.total)
 
 
-def report(config: Config, layout: Layout, vocab: int) -> str:
+def report(config: ResolvedConfig, layout: Layout) -> str:
     """What `--dry-run` prints: the resolved config, the layout and all estimates."""
     model, train = config.model, config.train
-    rows = padded_vocab(config, vocab)
-    count = parameter_count(model, vocab, model.max_length or config.data.seq_length)
+    rows, vocab = padded_vocab(config), model.vocab
+    count = parameter_count(model)
     padding = f" (embedding padded from {vocab:,} to {rows:,} rows)" if rows != vocab else ""
     fraction = predicted_fraction(config)
     executed = training_flops_per_token(config, rows, fraction)
     again = training_flops_per_token(config, rows, fraction, recomputation=True) - executed
     total_tokens = Progress.start(config).total_tokens
     tokens_per_step = train.global_batch_size * config.data.seq_length
-    memory = memory_per_rank(config, layout, vocab)
+    memory = memory_per_rank(config, layout)
     attention = "causal attention" if config.objective.name == "autoregressive" else "full L x L attention"
     usual = _scaled(6.0 * count, "FLOP", 1000)
     parts = ("weights", "gradients", "optimizer", "activations", "head")

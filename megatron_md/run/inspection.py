@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from megatron_md.checkpoint.directory import config_changes, is_bad, is_checkpoint_name, model_identity
 from megatron_md.checkpoint.integrity import MANIFEST_NAME, verify, verify_listing
-from megatron_md.config import load_config, to_yaml
+from megatron_md.config import load_config, load_resolved, resolve, to_yaml
 from megatron_md.config.loader import read_yaml
 from megatron_md.errors import UserError
 from megatron_md.json_file import LARGE, as_record, parse_json, read_json, read_regular
@@ -169,7 +169,8 @@ def compare_config(found: Inspection, config_path: Path) -> None:
     if newest is None:
         raise UserError(f"{found.path}: holds no checkpoint that {config_path} could resume")
     checkpoint = Path(newest.path)
-    there, here = model_identity(load_config(checkpoint / "config.yaml")), model_identity(config)
+    saved = load_resolved(checkpoint / "config.yaml")
+    there, here = model_identity(saved), model_identity(resolve(config, saved.model.vocab))
     differing = {key for key in here if there[key] != here[key]}
     for key, change in config_changes(checkpoint, to_yaml(config)).items():
         group = {"refused": found.refused, "depends": found.depends, "harmless": found.harmless}
@@ -191,8 +192,6 @@ def _effect(key: str, change: list[Any], differing: set[str]) -> str:
     """What resuming makes of a key that has changed, given the keys in which the models differ."""
     if key == "objective.name":
         return "refused" if "autoregressive" in change else "harmless"
-    if key == "model.vocab" and change[1] is None:
-        return "depends"
     if key in _REFUSED or key in differing:
         return "refused"
     return "depends" if reason(key) else "harmless"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md import parallel
-from megatron_md.config import Config, to_yaml
+from megatron_md.config import ResolvedConfig, to_yaml
 from megatron_md.data.shards import Manifest, unigram_entropy
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.errors import RunFailedError
@@ -31,7 +31,7 @@ ENTROPY_TOKENS = 1_000_000_000  # a larger corpus is not read through just for i
 class Keeper:
     """Keeps RUN's files true about how the run goes."""
 
-    config: Config
+    config: ResolvedConfig
     world: World
     manifests: list[Manifest]
     metrics: MetricsWriter
@@ -98,7 +98,7 @@ class Keeper:
             "status": status,
             "step": step,
             "tokens": trainer.progress.tokens,
-            "parameters": self._parameters(),
+            "parameters": estimate.parameter_count(self.config.model),
             "tokens_per_second": self.metrics.tokens_per_second,
             "seconds": time.time() - start,
             **details,
@@ -115,8 +115,3 @@ class Keeper:
         append_event(self.directory, status, step=step, **details, **({"signal": stopped_by} if stopped_by else {}))
         if stopped_by:
             tell(f"stopped by {stopped_by} at step {step}, saved: the same command resumes")
-
-    def _parameters(self) -> int:
-        model = self.config.model
-        assert model.vocab is not None
-        return estimate.parameter_count(model, model.vocab, model.max_length or self.config.data.seq_length)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_md import parallel
-from megatron_md.config import Config
+from megatron_md.config import Config, resolve
 from megatron_md.data.cache import Cache
 from megatron_md.data.shards import load_manifest
 from megatron_md.errors import EXIT_DONE, EXIT_STOPPED
@@ -29,14 +28,14 @@ def pretrain(config: Config) -> int:
     cache = Cache.of(config.data)
     manifests = [load_manifest(corpus.manifest, cache=cache) for corpus in config.data.corpora()]
     assert manifests, "checked before"
-    config = replace(config, model=replace(config.model, vocab=config.model.vocab or manifests[0].vocab_size))
+    resolved = resolve(config, manifests[0].vocab_size)
     directory = Path(config.run_dir)
     with (
-        parallel.session(config) as world,
+        parallel.session(resolved) as world,
         only_job(directory, world),
         Watchdog(config.train.hang_timeout, world, directory) as dog,
     ):
-        trainer, restore, keeper = build(config, world, manifests, dog)
+        trainer, restore, keeper = build(resolved, world, manifests, dog)
         if restore.resume(trainer):
             with keeper.record(trainer, dog):
                 trainer.fit()

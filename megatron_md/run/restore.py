@@ -10,7 +10,7 @@ from megatron_md.checkpoint.directory import checkpoint_name, config_changes, fi
 from megatron_md.checkpoint.hf import original
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checkpoint.saving import Checkpointing
-from megatron_md.config import Config
+from megatron_md.config import ResolvedConfig
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
 from megatron_md.errors import UserError
 from megatron_md.messages import tell
@@ -25,7 +25,7 @@ from megatron_md.train.trainer import Trainer
 class Restore:
     """Puts checkpoints in place of a trainer's state; every rank makes the same calls."""
 
-    config: Config
+    config: ResolvedConfig
     world: World
     manager: CheckpointManager
     saving: Checkpointing

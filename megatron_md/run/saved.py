@@ -11,7 +11,7 @@ from typing import Literal
 from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
 from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.integrity import read_manifest
-from megatron_md.config import Config, ParallelConfig, load_config
+from megatron_md.config import ParallelConfig, ResolvedConfig, load_resolved
 from megatron_md.errors import UserError
 from megatron_md.run.check import check_split
 
@@ -31,7 +31,7 @@ class SavedRun:
     """
 
     checkpoint: Path
-    config: Config
+    config: ResolvedConfig
     step: int
     tokenizer: Path
     trust: bool = False
@@ -68,7 +68,7 @@ def open_run(
         raise UserError(_no_run(path))
     if not trust:
         read_manifest(checkpoint)
-    config = load_config(checkpoint / "config.yaml", [])
+    config = load_resolved(checkpoint / "config.yaml")
     config = replace(
         config,
         parallel=_layout(world_size, tensor, pipeline),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_md.batch import CorruptedBatch
-from megatron_md.config import Config
+from megatron_md.config import ResolvedConfig
 from megatron_md.diffusion.sampler import OnStep, Sample, sample
 from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.parallel import World, sum_over_ranks
@@ -27,11 +27,13 @@ class Inference(ForwardPass):
     own left-to-right sampling.
     """
 
-    def __init__(self, config: Config, world: World, chunks: list[Any], *, causal: bool, mask_token_id: int) -> None:
+    def __init__(
+        self, config: ResolvedConfig, world: World, chunks: list[Any], *, causal: bool, mask_token_id: int
+    ) -> None:
         super().__init__(config, world, chunks)
         self.causal, self.right_shift = causal, self.shift.enabled
         self.data_rank, self.data_size, self.device = world.data_rank, world.data_size, world.device
-        self.max_length = config.model.max_length or config.data.seq_length
+        self.max_length = config.model.max_length
         self._vocab = config.model.vocab
         # What a causal model of ours reads first, as in training; a right-shifted one reads the row itself.
         self._bos_token_id = mask_token_id if causal and not self.right_shift else None
@@ -83,7 +85,6 @@ class Inference(ForwardPass):
             assert logits_BLV is not None
             return logits_BLV
         if logits_BLV is None:
-            assert self._vocab is not None, "model.vocab is resolved before a model is built"
             logits_BLV = torch.empty((*shape, self._vocab), dtype=torch.float32, device=self.device)
         logits_BLV = logits_BLV.contiguous()
         source = parallel_state.get_pipeline_model_parallel_last_rank()

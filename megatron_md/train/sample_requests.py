@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.sampler import check_fits
-from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.diffusion.sampler_config import SamplerConfig, check_fits
 from megatron_md.errors import UserError
 
 
@@ -53,7 +52,7 @@ def sample_requests(config: Config, tokenizer: Tokenizer) -> list[SampleRequest]
             if config.objective.right_shift and not tokens:
                 tokens = [tokenizer.eos_token_id]  # nothing predicts a row's first token
             rounded = _rounded(sampler, len(tokens), config)
-            check_fits(len(tokens), rounded.length, config.model.max_length or config.data.seq_length)
+            check_fits(len(tokens), rounded.length, config.positions)
         except ValueError as error:
             raise UserError(f"sampling.prompts, {prompt!r}: {error}") from None
         requests.append(SampleRequest(prompt, tokens, rounded))

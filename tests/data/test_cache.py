@@ -26,7 +26,7 @@ from megatron_md.data.remote import RemoteError, RemoteFile
 from megatron_md.data.shards import Manifest, ShardError, ShardReader, content_hash, load_manifest, unigram_entropy
 from megatron_md.data.stream import SequenceStream
 from megatron_md.data.verify import verify
-from megatron_md.run.check import vocabulary
+from megatron_md.run.check import resolve_config
 from megatron_md.run.check_corpora import corpus_problems, missing_files
 from tests.data.file_server import FileServer, file_server
 from tests.data.small_corpus import WriteCorpus, all_documents, random_documents
@@ -358,6 +358,6 @@ def test_a_config_with_urls_is_checked_through_its_cache(manifest: Manifest, tmp
     sound = {"train": "memory://checked", "valid": "memory://checked", "cache_dir": str(folder), "seq_length": L}
     config = config_from_mapping({"data": sound})
     assert missing_files(config) == [] and list(corpus_problems(config)) == []
-    assert vocabulary(config) == manifest.vocab_size
+    assert resolve_config(config).model.vocab == manifest.vocab_size
     (problem,) = corpus_problems(config_from_mapping({"data": {**sound, "valid": "memory://nowhere"}}))
     assert problem.startswith("data.valid: memory://nowhere/manifest.json: cannot be fetched")

@@ -33,7 +33,9 @@ def checkpoint(tmp_path: Path, *, identity: dict[str, Any], **sections: Any) -> 
     (path / "progress.json").write_text(
         json.dumps({"format": FORMAT_VERSION, "progress": progress, "identity": identity})
     )
-    (path / "config.yaml").write_text(to_yaml(config_from_mapping({"model": {"preset": "tiny"}, **sections})))
+    (path / "config.yaml").write_text(
+        to_yaml(config_from_mapping({"model": {"preset": "tiny", "vocab": 300}, **sections}))
+    )
     (tmp_path / "run" / "tokenizer.model").touch()
     (tmp_path / "foreign_plugin.py").write_text(PLUGIN)
     return path

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_md.config import Config, config_from_mapping
+from megatron_md.config import Config, ResolvedConfig, config_from_mapping, resolve
 from megatron_md.model.build import (
     RESERVED,
     apply_overrides,
@@ -26,8 +26,8 @@ from tests.small_run import variant
 LLADA_8B = 8_015_581_184
 
 
-def preset(name: str, vocab: int) -> Config:
-    return config_from_mapping({"model": {"preset": name, "vocab": vocab}})
+def preset(name: str, vocab: int) -> ResolvedConfig:
+    return resolve(config_from_mapping({"model": {"preset": name, "vocab": vocab}}))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_every_preset_builds_and_is_counted_right(world: World, name: str, vocab
     config = preset(name, vocab)
     with torch.device("meta"):
         chunks = build_model(config, torch.device("meta"), causal=False, mask_token_id=3, initialize=False)
-    assert count_parameters(chunks) == estimates.parameter_count(config.model, vocab)
+    assert count_parameters(chunks) == estimates.parameter_count(config.model)
 
 
 def test_8b_is_llada(world: World) -> None:
@@ -50,7 +50,7 @@ def test_8b_is_llada(world: World) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_looks_where_it_should(small_config: Config, world: World, causal: bool) -> None:
+def test_attention_looks_where_it_should(small_config: ResolvedConfig, world: World, causal: bool) -> None:
     (model,) = build_model(small_config, world.device, causal=causal, mask_token_id=3)
     tokens = torch.arange(10, 26)[None]
     changed = tokens.clone()
@@ -64,7 +64,7 @@ def test_attention_looks_where_it_should(small_config: Config, world: World, cau
     assert torch.all(difference[:8] == 0) if causal else torch.all(difference[:8] > 0)
 
 
-def test_the_mask_token_is_excluded_unless_kept(small_config: Config, world: World) -> None:
+def test_the_mask_token_is_excluded_unless_kept(small_config: ResolvedConfig, world: World) -> None:
     tokens, positions = torch.arange(16)[None], torch.arange(16)[None]
     keep = replace(small_config, objective=replace(small_config.objective, mask_logit="keep"))
     for config, expected in ((small_config, True), (keep, False)):
@@ -75,7 +75,7 @@ def test_the_mask_token_is_excluded_unless_kept(small_config: Config, world: Wor
         assert torch.all(torch.isfinite(logits[..., 4:]))
 
 
-def test_every_extra_of_the_model_trains(small_config: Config, world: World) -> None:
+def test_every_extra_of_the_model_trains(small_config: ResolvedConfig, world: World) -> None:
     from megatron_md.model.head import Prediction
 
     extras = replace(
@@ -87,17 +87,17 @@ def test_every_extra_of_the_model_trains(small_config: Config, world: World) -> 
     output.loss.backward()
     names = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert not names
-    expected = estimates.parameter_count(extras, 101, 16)
+    expected = estimates.parameter_count(extras)
     assert count_parameters([model]) == expected
 
 
-def test_unknown_core_field_is_refused_by_name(small_config: Config, world: World) -> None:
+def test_unknown_core_field_is_refused_by_name(small_config: ResolvedConfig, world: World) -> None:
     wrong = replace(small_config, megatron=replace(small_config.megatron, transformer={"num_layerz": 3}))
     with pytest.raises(ValueError, match=r"megatron\.transformer\.num_layerz: megatron-core's TransformerConfig"):
         transformer_config(wrong, world.device)
 
 
-def test_a_core_field_that_a_key_of_ours_decides_is_refused(small_config: Config, world: World) -> None:
+def test_a_core_field_that_a_key_of_ours_decides_is_refused(small_config: ResolvedConfig, world: World) -> None:
     layers = replace(small_config, megatron=replace(small_config.megatron, transformer={"num_layers": 3}))
     with pytest.raises(ValueError, match=r"megatron\.transformer\.num_layers: set model\.layers instead"):
         transformer_config(layers, world.device)
@@ -106,7 +106,7 @@ def test_a_core_field_that_a_key_of_ours_decides_is_refused(small_config: Config
         transformer_config(odd, world.device)
 
 
-def test_known_core_field_is_passed_on(small_config: Config, world: World) -> None:
+def test_known_core_field_is_passed_on(small_config: ResolvedConfig, world: World) -> None:
     known = replace(
         small_config, megatron=replace(small_config.megatron, transformer={"attention_softmax_in_fp32": False})
     )

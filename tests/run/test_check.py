@@ -14,7 +14,7 @@ from megatron_md.config import Config, ConfigError, config_from_mapping
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import Document, documents, texts
 from megatron_md.data.tokenizer import Tokenizer, train_tokenizer
-from megatron_md.run.check import Layout, check_config, smallest_world, vocabulary
+from megatron_md.run.check import Layout, check_config, resolve_config
 from megatron_md.run.check_corpora import corpus_problems, missing_files
 
 
@@ -34,7 +34,7 @@ def test_layout_of_a_sound_config(tmp_path: Path) -> None:
     parallel = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence_parallel": True}
     train = {"global_batch_size": 24, "micro_batch_size": 2}
     config = config_of(tmp_path, parallel=parallel, train=train)
-    assert smallest_world(config) == 4
+    assert config.parallel.replica == 4
     assert check_config(config, 12, corpora=False) == Layout(
         tensor=2, pipeline=2, context=1, data=3, micro_batches=4, world=12
     )
@@ -234,11 +234,11 @@ def test_matching_corpora_pass_with_and_without_a_tokenizer(corpus: Path, tmp_pa
 
 
 def test_vocabulary_comes_from_config_tokenizer_or_shards(corpus: Path, tmp_path: Path) -> None:
-    assert vocabulary(config_of(tmp_path, data=data_of(corpus), model={"vocab": 1000})) == 1000
-    assert vocabulary(config_of(tmp_path, data=data_of(corpus))) == 500
-    assert vocabulary(config_of(tmp_path, data=data_of(corpus, tokenizer=None, train="small"))) == 450
+    assert resolve_config(config_of(tmp_path, data=data_of(corpus), model={"vocab": 1000})).model.vocab == 1000
+    assert resolve_config(config_of(tmp_path, data=data_of(corpus))).model.vocab == 500
+    assert resolve_config(config_of(tmp_path, data=data_of(corpus, tokenizer=None, train="small"))).model.vocab == 450
     with pytest.raises(ConfigError, match=r"model\.vocab is null"):
-        vocabulary(config_of(tmp_path))
+        resolve_config(config_of(tmp_path))
 
 
 def test_missing_files_say_how_to_make_them(corpus: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_md.config import Config, config_from_mapping
+from megatron_md.config import ResolvedConfig, config_from_mapping, resolve
 from megatron_md.run.check import check_config
 from megatron_md.run.estimate import (
     layers_per_stage,
@@ -19,8 +19,9 @@ from megatron_md.run.estimate import (
 )
 
 
-def config_of(preset: str, **sections: Any) -> Config:
-    return config_from_mapping({"model": {"preset": preset, **sections.pop("model", {})}, **sections})
+def config_of(preset: str, vocab: int = 126464, **sections: Any) -> ResolvedConfig:
+    model = {"preset": preset, **sections.pop("model", {}), "vocab": vocab}
+    return resolve(config_from_mapping({"model": model, **sections}))
 
 
 @pytest.mark.parametrize(
@@ -35,21 +36,20 @@ def config_of(preset: str, **sections: Any) -> Config:
     ],
 )
 def test_parameters_of_presets(preset: str, vocab: int, expected: int) -> None:
-    config = config_of(preset)
-    assert parameter_count(config.model, vocab) == expected
-    assert config.model.vocab in (None, vocab)
+    assert parameter_count(config_of(preset, vocab).model) == expected
+    assert config_from_mapping({"model": {"preset": preset}}).model.vocab in (None, vocab)
 
 
 def test_parameters_of_a_small_model_by_hand() -> None:
     model = {"layers": 2, "hidden": 6, "heads": 3, "kv_heads": 1, "head_dim": 4, "ffn": 5, "tied": False}
-    plain = config_from_mapping({"model": model}).model
+    plain = resolve(config_from_mapping({"model": model, "data": {"seq_length": 9}}), vocab=7).model
     attention, ffn, norms = 6 * 12 + 2 * 6 * 4 + 12 * 6, 3 * 6 * 5, 2 * 6
     expected = 2 * (attention + ffn + norms) + 6 + 2 * 7 * 6
-    assert parameter_count(plain, vocab=7) == expected
-    assert parameter_count(replace(plain, tied=True), vocab=7) == expected - 7 * 6
-    assert parameter_count(replace(plain, qk_norm=True), vocab=7) == expected + 2 * (2 * 4)
-    assert parameter_count(replace(plain, qkv_bias=True), vocab=7) == expected + 2 * (12 + 4 + 4)
-    assert parameter_count(replace(plain, position="learned"), vocab=7, max_length=9) == expected + 9 * 6
+    assert parameter_count(plain) == expected
+    assert parameter_count(replace(plain, tied=True)) == expected - 7 * 6
+    assert parameter_count(replace(plain, qk_norm=True)) == expected + 2 * (2 * 4)
+    assert parameter_count(replace(plain, qkv_bias=True)) == expected + 2 * (12 + 4 + 4)
+    assert parameter_count(replace(plain, position="learned")) == expected + 9 * 6
 
 
 def test_llada_8b_takes_51_gigaflop_per_token_with_the_head_everywhere() -> None:
@@ -59,7 +59,7 @@ def test_llada_8b_takes_51_gigaflop_per_token_with_the_head_everywhere() -> None
 
 def test_flops_without_attention_and_embedding_are_6n() -> None:
     config = config_of("8b", data={"seq_length": 1})
-    matrices = parameter_count(config.model, 0) - 32 * 2 * 4096 - 4096
+    matrices = parameter_count(replace(config.model, vocab=0)) - 32 * 2 * 4096 - 4096
     attention = 3 * 32 * 4 * 1 * 4096
     assert training_flops_per_token(config, 0, fraction=1.0) - attention == 6 * matrices
 
@@ -113,7 +113,7 @@ def test_memory_of_weights_gradients_and_optimizer(precision: str, fixed: int, s
     train = {"precision": precision, "global_batch_size": 8, "micro_batch_size": 1}
     for distributed, shards in ((True, 8), (False, 1)):
         config = config_of("8b", parallel={"distributed_optimizer": distributed}, train=train)
-        memory = memory_per_rank(config, check_config(config, 8, corpora=False), 126464)
+        memory = memory_per_rank(config, check_config(config, 8, corpora=False))
         assert memory.parameters == 8_015_581_184
         assert memory.weights + memory.gradients == fixed * memory.parameters
         assert memory.optimizer == pytest.approx(sharded * memory.parameters / shards)
@@ -124,7 +124,7 @@ def test_tensor_and_pipeline_parallel_ranks_hold_their_share() -> None:
         # With a single micro-batch the last stage, which holds the head, is the fullest.
         train = {"global_batch_size": 1, "micro_batch_size": 1}
         config = config_of("8b", model={"tied": True}, parallel=parallel, train=train)
-        return memory_per_rank(config, check_config(config, world, corpora=False), 126464).parameters
+        return memory_per_rank(config, check_config(config, world, corpora=False)).parameters
 
     whole, norms = per_rank(1), 32 * 2 * 4096 + 4096
     assert per_rank(8, tensor=8) == (whole - norms) // 8 + norms
@@ -142,7 +142,7 @@ def test_activations_shrink_with_recomputation_and_sequence_parallelism() -> Non
             train={"recompute": recompute, "global_batch_size": 8, "micro_batch_size": 1, "precision": "bf16"},
         )
         world = parallel.get("tensor", 1)
-        return memory_per_rank(config, check_config(config, world, corpora=False), 126464).activations
+        return memory_per_rank(config, check_config(config, world, corpora=False)).activations
 
     assert activations("full") < activations("selective") < activations("none")
     # Without recomputation everything is split under sequence parallelism.
@@ -160,7 +160,7 @@ def test_report_names_every_figure() -> None:
         objective={"mask_schedule": "uniform:0.45,0.55"},
         train={"steps": 15_000, "global_batch_size": 128, "micro_batch_size": 1, "precision": "bf16"},
     )
-    text = report(config, check_config(config, 64, corpora=False), 126464)
+    text = report(config, check_config(config, 64, corpora=False))
     for expected in (
         "preset: 8b",
         "64 = tensor 4 x pipeline 2 x context 1 x data 8",
@@ -180,10 +180,11 @@ def test_report_counts_the_padded_vocabulary_and_the_ramp() -> None:
     ramp = {"start": 4, "increment": 4, "steps": 2}
     config = config_of(
         "tiny",
+        8190,
         parallel={"tensor": 2, "vocab_multiple": 64},
         train={"steps": 4, "global_batch_size": 8, "micro_batch_size": 4, "batch_ramp": ramp},
     )
-    text = report(config, check_config(config, 2, corpora=False), 8190)
+    text = report(config, check_config(config, 2, corpora=False))
     assert "8,190 (embedding padded from 8,190 to 8,192 rows)" in text
     assert "from 4 rows at step 0" in text
     assert f"{(4 + 4 + 8 + 8) * 256:,} (" in text

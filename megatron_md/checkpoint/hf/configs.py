@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_md.config import ModelConfig
+from megatron_md.config import ResolvedModel
 from megatron_md.errors import UserError
 
 # The published modelling code, which `auto_map` points at; it is neither shipped nor run here.
 LLADA_CODE = "GSAI-ML/LLaDA-8B-Base"
 MOST, MOST_LAYERS = 10**9, 10_000  # of any size of a model
+LONGEST_ROW = 4096  # of a converted run, and where a config does not say
 DREAM_CODE = "Dream-org/Dream-v0-Base-7B"
 
 
@@ -80,7 +81,7 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
     return _positive(parameters if parameters.get("rope_theta") is not None else config, "rope_theta")
 
 
-def read_llama_like(config: Mapping[str, Any], *, model_type: str, qkv_bias: bool, qk_norm: bool) -> ModelConfig:
+def read_llama_like(config: Mapping[str, Any], *, model_type: str, qkv_bias: bool, qk_norm: bool) -> ResolvedModel:
     """The shape of a Llama, Qwen2, Qwen3 or Dream model.
 
     Raises:
@@ -104,7 +105,7 @@ def read_llama_like(config: Mapping[str, Any], *, model_type: str, qkv_bias: boo
         head_dim = _whole(config, "head_dim")
         _width_of_a_head(heads, heads, kv_heads)
     length = config.get("max_position_embeddings")
-    return ModelConfig(
+    return ResolvedModel(
         layers=_whole(config, "num_hidden_layers", MOST_LAYERS),
         hidden=hidden,
         heads=heads,
@@ -113,7 +114,8 @@ def read_llama_like(config: Mapping[str, Any], *, model_type: str, qkv_bias: boo
         ffn=_whole(config, "intermediate_size"),
         tied=_flag(config, "tie_word_embeddings"),
         vocab=_whole(config, "vocab_size"),
-        max_length=None if length is None else _whole(config, "max_position_embeddings"),
+        max_length=LONGEST_ROW if length is None else _whole(config, "max_position_embeddings"),
+        is_length_given=length is not None,
         rope_theta=_rope_theta(config),
         norm_eps=_positive(config, "rms_norm_eps"),
         qkv_bias=qkv_bias,
@@ -122,7 +124,7 @@ def read_llama_like(config: Mapping[str, Any], *, model_type: str, qkv_bias: boo
 
 
 def write_llama_like(
-    model: ModelConfig, tokens: Mapping[str, int], length: int, *, architecture: str, model_type: str
+    model: ResolvedModel, tokens: Mapping[str, int], length: int, *, architecture: str, model_type: str
 ) -> dict[str, Any]:
     """A `config.json` of transformers' Llama, Qwen2 or Qwen3, or of what has their keys."""
     return {
@@ -133,8 +135,8 @@ def write_llama_like(
         "intermediate_size": model.ffn,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads or model.heads,
-        "head_dim": model.head_dim or model.hidden // model.heads,
+        "num_key_value_heads": model.key_heads,
+        "head_dim": model.head_width,
         "vocab_size": model.vocab,
         "max_position_embeddings": length,
         "rms_norm_eps": model.norm_eps,
@@ -145,7 +147,7 @@ def write_llama_like(
     }
 
 
-def read_llada(config: Mapping[str, Any]) -> ModelConfig:
+def read_llada(config: Mapping[str, Any]) -> ResolvedModel:
     """The shape of a LLaDA model.
 
     Raises:
@@ -170,7 +172,7 @@ def read_llada(config: Mapping[str, Any]) -> ModelConfig:
     )
     heads, hidden = _whole(config, "n_heads"), _whole(config, "d_model")
     kv_heads = _whole_or(config, "n_kv_heads", heads)
-    return ModelConfig(
+    return ResolvedModel(
         layers=_whole(config, "n_layers", MOST_LAYERS),
         hidden=hidden,
         heads=heads,
@@ -185,7 +187,7 @@ def read_llada(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def write_dream(model: ModelConfig, tokens: Mapping[str, int], length: int) -> dict[str, Any]:
+def write_dream(model: ResolvedModel, tokens: Mapping[str, int], length: int) -> dict[str, Any]:
     """A `config.json` of Dream."""
     content = write_llama_like(model, tokens, length, architecture="DreamModel", model_type="Dream")
     code = {
@@ -195,7 +197,7 @@ def write_dream(model: ModelConfig, tokens: Mapping[str, int], length: int) -> d
     return {**content, "auto_map": code}
 
 
-def write_llada(model: ModelConfig, tokens: Mapping[str, int], length: int) -> dict[str, Any]:
+def write_llada(model: ResolvedModel, tokens: Mapping[str, int], length: int) -> dict[str, Any]:
     """A `config.json` of LLaDA.
 
     Raises:
@@ -238,7 +240,7 @@ def write_llada(model: ModelConfig, tokens: Mapping[str, int], length: int) -> d
         "mlp_ratio": 4,
         "multi_query_attention": None,
         "n_heads": model.heads,
-        "n_kv_heads": model.kv_heads or model.heads,
+        "n_kv_heads": model.key_heads,
         "n_layers": model.layers,
         "precision": "amp_bf16",
         "residual_dropout": 0.0,

@@ -26,14 +26,14 @@ from megatron_md.checkpoint.directory import (
     model_identity,
 )
 from megatron_md.checkpoint.hf import original
-from megatron_md.checkpoint.hf.configs import MOST
+from megatron_md.checkpoint.hf.configs import LONGEST_ROW, MOST
 from megatron_md.checkpoint.hf.families import Family, check_exportable, family_named
 from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, write_folder
 from megatron_md.checkpoint.hf.tensors import Exporter, check_folder, import_slices
 from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors
-from megatron_md.config import Config, DataConfig, ModelConfig, ObjectiveConfig, load_config, to_yaml
+from megatron_md.config import DataConfig, ObjectiveConfig, ResolvedConfig, ResolvedModel, load_resolved, to_yaml
 from megatron_md.errors import UserError
 from megatron_md.files import sync, write_synced
 from megatron_md.json_file import LARGE, read_json, read_regular
@@ -42,7 +42,6 @@ from megatron_md.train.progress import Progress
 Dtype = Literal["fp32", "bf16", "fp16"]
 Advance = Callable[[], None]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LONGEST_ROW = 4096
 MASK_TOKEN = "<|mask|>"
 
 
@@ -66,7 +65,7 @@ class Import:
 
     folder: HuggingFaceFolder
     family: Family
-    model: ModelConfig
+    model: ResolvedModel
     slices: list[Slice]
     config: bytes
     tokenizer: bytes | None
@@ -116,15 +115,15 @@ class Import:
                 if names.is_file():
                     shutil.copyfile(names, partial / names.name)
 
-    def _run_config(self, target: Path) -> Config:
+    def _run_config(self, target: Path) -> ResolvedConfig:
         """The model, its tokenizer, and the objective that its weights were trained with."""
         causal = self.family.causal
-        return Config(
+        return ResolvedConfig(
             run_dir=str(target),
             model=self.model,
             data=DataConfig(
                 tokenizer=None if self.tokenizer is None else str(target / original.RUN_TOKENIZER),
-                seq_length=min(self.model.max_length or LONGEST_ROW, LONGEST_ROW),
+                seq_length=min(self.model.max_length, LONGEST_ROW),
             ),
             objective=ObjectiveConfig(
                 name="autoregressive" if causal else "masked_diffusion",
@@ -149,7 +148,6 @@ def open_import(
         except (TypeError, ValueError) as error:
             raise UserError(f"{source / 'config.json'}: not a {family.name} model that is supported: {error}") from None
         check_folder(folder, family, model)
-        assert model.vocab is not None
         config = read_regular(source / "config.json", "download it again")
         files = [source / name for name in (original.JSON_TOKENIZER, original.SENTENCEPIECE)]
         tokenizer = next((file.read_bytes() for file in files if file.is_file()), None)
@@ -195,7 +193,7 @@ class Export:
     """
 
     family: Family
-    model: ModelConfig
+    model: ResolvedModel
     exporter: Exporter
     beside: original.Surroundings
 
@@ -238,9 +236,7 @@ def open_export(
     """
     checkpoint = source if trust and (source / RECORD_NAME).is_file() else find_checkpoint(source)
     verify(checkpoint, trust=trust)
-    config = load_config(checkpoint / CONFIG_NAME)
-    if config.model.vocab is None:
-        raise UserError(f"{checkpoint / CONFIG_NAME}: model.vocab is missing")
+    config = load_resolved(checkpoint / CONFIG_NAME)
     check_exportable(config, family)
     with guarded(checkpoint):
         exporter = Exporter(TensorReader(checkpoint), family, config.model, dtype=dtype)

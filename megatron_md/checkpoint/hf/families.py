@@ -18,7 +18,7 @@ from megatron_md.checkpoint.hf.configs import (
     write_llada,
     write_llama_like,
 )
-from megatron_md.config import Config, ModelConfig
+from megatron_md.config import Config, ResolvedModel
 from megatron_md.errors import UserError
 
 Layout = Literal["plain", "qkv", "gate_up"]
@@ -48,7 +48,7 @@ class Rule:
         """Whether our tensor stacks the layers."""
         return self.ours.startswith("decoder.layers.")
 
-    def applies(self, model: ModelConfig) -> bool:
+    def applies(self, model: ResolvedModel) -> bool:
         """Whether a model of this shape has the tensor."""
         if self.when is None:
             return True
@@ -71,8 +71,8 @@ class Family:
 
     name: str
     rules: tuple[Rule, ...]
-    read_config: Callable[[Mapping[str, Any]], ModelConfig]
-    write_config: Callable[[ModelConfig, Mapping[str, int], int], dict[str, Any]]
+    read_config: Callable[[Mapping[str, Any]], ResolvedModel]
+    write_config: Callable[[ResolvedModel, Mapping[str, int], int], dict[str, Any]]
     causal: bool = False
     right_shift: bool = False
 
@@ -112,17 +112,15 @@ def _rules(
     )
 
 
-def dimensions(model: ModelConfig) -> dict[str, int]:
+def dimensions(model: ResolvedModel) -> dict[str, int]:
     """The widths that the shapes of a family's tensors name."""
-    assert model.vocab is not None
-    head_dim = model.head_dim or model.hidden // model.heads
     return {
         "vocab": model.vocab,
         "hidden": model.hidden,
         "ffn": model.ffn,
-        "head_dim": head_dim,
-        "queries": model.heads * head_dim,
-        "keys": (model.kv_heads or model.heads) * head_dim,
+        "head_dim": model.head_width,
+        "queries": model.heads * model.head_width,
+        "keys": model.key_heads * model.head_width,
     }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_md.checkpoint.hf.families import Family
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder, plan_shards
 from megatron_md.checkpoint.hf.tensors import special_tokens
-from megatron_md.config import Config
+from megatron_md.config import ResolvedConfig
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.tokenizer_json import CONFIG_NAME as NAMES_OF_TOKENS
 from megatron_md.errors import UserError
@@ -77,7 +77,7 @@ def hand_on(source: Path, target: Path) -> None:
         shutil.copytree(source / ORIGINAL, target / ORIGINAL, dirs_exist_ok=True)
 
 
-def surroundings(run: Path, config: Config, family: Family, sizes: Mapping[str, int]) -> Surroundings:
+def surroundings(run: Path, config: ResolvedConfig, family: Family, sizes: Mapping[str, int]) -> Surroundings:
     """What to write beside the weights of a run: the original's files as far as they are still true of it.
 
     Args:
@@ -122,17 +122,18 @@ def _has_same_tokenizer(run: Path, original: Path) -> bool:
     return not own.is_file() or any(file.is_file() and file.read_bytes() == own.read_bytes() for file in files)
 
 
-def _is_same_model(config: Config, family: Family, kept: Mapping[str, Any]) -> bool:
+def _is_same_model(config: ResolvedConfig, family: Family, kept: Mapping[str, Any]) -> bool:
     """Whether a kept `config.json` of the family is still true: a run may have gone on with another rope_theta."""
     before = family.read_config(kept)
-    length = before.max_length or 0
     now = replace(config.model, init_std=before.init_std)
-    same_length = config.model.max_length in (None, before.max_length)
-    return same_length and family.write_config(now, {}, length) == family.write_config(before, {}, length)
+    same_length = not config.model.is_length_given or config.model.max_length == before.max_length
+    return same_length and family.write_config(now, {}, before.max_length) == family.write_config(
+        before, {}, before.max_length
+    )
 
 
-def _written(config: Config, family: Family, tokens: Mapping[str, int]) -> bytes:
-    content = family.write_config(config.model, tokens, config.model.max_length or config.data.seq_length)
+def _written(config: ResolvedConfig, family: Family, tokens: Mapping[str, int]) -> bytes:
+    content = family.write_config(config.model, tokens, config.model.max_length)
     return (json.dumps(content, indent=2) + "\n").encode()
 
 

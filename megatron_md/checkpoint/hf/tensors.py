@@ -13,7 +13,7 @@ import torch
 from megatron_md.checkpoint.hf.families import Family, Rule, dimensions
 from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, StoredTensor
 from megatron_md.checkpoint.storage import Slice, TensorReader
-from megatron_md.config import ModelConfig
+from megatron_md.config import ResolvedModel
 from megatron_md.errors import UserError
 
 # Buffers that some releases saved beside the weights; they follow from the config.
@@ -42,7 +42,7 @@ class Move:
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
 
-def moves(family: Family, model: ModelConfig) -> Iterator[Move]:
+def moves(family: Family, model: ResolvedModel) -> Iterator[Move]:
     """Everything that a model of this shape consists of, layer by layer."""
     widths = dimensions(model)
     for rule in family.rules:
@@ -76,7 +76,7 @@ def split(tensor: torch.Tensor, move: Move, groups: int) -> list[torch.Tensor]:
     return list(torch.split(tensor, rows))
 
 
-def check_folder(folder: HuggingFaceFolder, family: Family, model: ModelConfig) -> None:
+def check_folder(folder: HuggingFaceFolder, family: Family, model: ResolvedModel) -> None:
     """Check that a folder holds exactly the tensors of its config, in the right shapes.
 
     Raises:
@@ -108,7 +108,7 @@ def _some(names: Sequence[str]) -> str:
 def import_slices(
     folder: HuggingFaceFolder,
     family: Family,
-    model: ModelConfig,
+    model: ResolvedModel,
     *,
     dtype: torch.dtype | None = None,
     extra_rows: int = 0,
@@ -125,7 +125,7 @@ def import_slices(
     Raises:
         FolderError: the layers of a tensor differ in data type and `dtype` does not say which it shall be.
     """
-    groups = model.kv_heads or model.heads
+    groups = model.key_heads
     slices = []
     dtypes: dict[str, torch.dtype] = {}
     for move in moves(family, model):
@@ -173,7 +173,7 @@ class Exporter:
     """
 
     def __init__(
-        self, reader: TensorReader, family: Family, model: ModelConfig, *, dtype: torch.dtype | None = None
+        self, reader: TensorReader, family: Family, model: ResolvedModel, *, dtype: torch.dtype | None = None
     ) -> None:
         """Plan an export.
 
@@ -181,7 +181,7 @@ class Exporter:
             UserError: the checkpoint lacks a tensor of its config, or one has another shape.
         """
         self._reader, self._dtype = reader, dtype
-        self._groups = model.kv_heads or model.heads
+        self._groups = model.key_heads
         self._places: dict[str, tuple[Move, int]] = {}
         self.tensors: dict[str, int] = {}
         for move in moves(family, model):
@@ -191,7 +191,7 @@ class Exporter:
                 self.tensors[name] = (dtype or stored).itemsize * torch.Size(shape).numel()
         self._newest: tuple[Move, list[torch.Tensor]] | None = None
 
-    def _check(self, move: Move, model: ModelConfig) -> torch.dtype:
+    def _check(self, move: Move, model: ResolvedModel) -> torch.dtype:
         if move.rule.ours not in self._reader.tensors:
             raise UserError(f"the checkpoint has no {move.rule.ours}, which its config says it has")
         shape, dtype = self._reader.tensors[move.rule.ours]
@@ -216,7 +216,7 @@ class Exporter:
         return part.to(self._dtype or part.dtype).contiguous()
 
 
-def table(family: Family, model: ModelConfig) -> list[tuple[str, str, str, str]]:
+def table(family: Family, model: ResolvedModel) -> list[tuple[str, str, str, str]]:
     """The family's table for a model: our tensor, its shape, the layout, and the parts with their shapes."""
     rows: list[tuple[str, str, str, str]] = []
     for move in moves(family, model):

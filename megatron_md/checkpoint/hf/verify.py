@@ -21,7 +21,7 @@ from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
 from megatron_md.checkpoint.hf.original import RUN_TOKENIZER
 from megatron_md.checkpoint.hf.tensors import moves
 from megatron_md.checkpoint.state import load_model
-from megatron_md.config import Config, ModelConfig, load_config
+from megatron_md.config import ResolvedConfig, ResolvedModel, load_resolved
 from megatron_md.data.corpus import documents, texts
 from megatron_md.data.optional import optional_package
 from megatron_md.data.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def reference_model(folder: HuggingFaceFolder, family: Family, dtype: torch.dtyp
     transformers = optional_package("transformers", "--verify", "convert")
     twin = FAMILIES[REFERENCE.get(family.name, family.name)]
     model = family.read_config(folder.config)
-    content = twin.write_config(model, {}, model.max_length or LENGTH)
+    content = twin.write_config(model, {}, model.max_length)
     kinds = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     config = getattr(transformers, kinds[twin.name] + "Config")(**content)
     config._attn_implementation = "eager"
@@ -70,7 +70,7 @@ def reference_logits(network: Any, tokens_BL: torch.Tensor, *, causal: bool) -> 
     return logits.float()
 
 
-def our_model(config: Config, checkpoint: Path, *, causal: bool) -> Any:
+def our_model(config: ResolvedConfig, checkpoint: Path, *, causal: bool) -> Any:
     """The model of a checkpoint, in evaluation mode, within a session."""
     chunks: list[Any] = build_model(config, torch.device("cpu"), causal=causal, mask_token_id=None, initialize=False)
     load_model(chunks, checkpoint)
@@ -85,16 +85,15 @@ def our_logits(network: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def inputs(model: ModelConfig, tokenizer: Path | None) -> dict[str, torch.Tensor]:
+def inputs(model: ResolvedModel, tokenizer: Path | None) -> dict[str, torch.Tensor]:
     """What the models are compared on, by name: random tokens [B, L], and the demo text [1, L] if there is a tokenizer.
 
     Args:
         model: the shape of both.
         tokenizer: a file that `Tokenizer` can load.
     """
-    assert model.vocab is not None
     generator = torch.Generator().manual_seed(SEED)
-    length = min(LENGTH, model.max_length or LENGTH)
+    length = min(LENGTH, model.max_length)
     found = {"random tokens": torch.randint(model.vocab, (ROWS, length), generator=generator)}
     if tokenizer is not None:
         # The demo's corpus is Python's standard library.
@@ -110,7 +109,7 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterato
         UserError: one of the two cannot be opened.
     """
     checkpoint = find_checkpoint(run_path)
-    saved = load_config(checkpoint / "config.yaml")
+    saved = load_resolved(checkpoint / "config.yaml")
     with HuggingFaceFolder(folder_path) as folder:
         model = family.read_config(folder.config)
         parameters = sum(math.prod(tensor.shape) for tensor in folder.tensors.values())
