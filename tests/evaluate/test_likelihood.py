@@ -76,7 +76,7 @@ def test_an_evaluation_goes_on_from_its_state(run: Path) -> None:
 
 def killed_at_once(state: str, *words: str) -> None:
     """On a rank: an evaluation whose process dies as soon as its state holds a part of the first pass."""
-    from megatron_md.diffusion import nelbo, scoring
+    from megatron_md.diffusion import nelbo
     from megatron_md.evaluate import likelihood
 
     write = likelihood.replace_file
