@@ -25,7 +25,7 @@ from megatron_md.diffusion.nelbo import NelboReport, evaluate_nelbo
 from megatron_md.diffusion.scoring import ScoredRows, Scorer
 from megatron_md.evaluate.load import load_model
 from megatron_md.evaluate.rows import evaluation_rows
-from megatron_md.run.saved import open_run
+from megatron_md.run.saved import Placement, open_run
 
 NAMES: tuple[EstimatorName, ...] = ("plain", "stratified_t", "exact", "complementary", "neyman")
 EPS = 1e-3
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    saved = open_run(args.run_path, device="cpu")
+    saved = open_run(args.run_path, Placement(device="cpu"))
     saved = replace(saved, config=replace(saved.config, train=replace(saved.config.train, micro_batch_size=8)))
     tokenizer = Tokenizer(saved.tokenizer)
     rows = evaluation_rows(args.data, [saved.config], tokenizer, count=args.rows)

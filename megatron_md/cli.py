@@ -31,9 +31,9 @@ COMMANDS = {
     ),
     "inspect": ("megatron_md.commands.inspect", "say what a run or a checkpoint holds"),
     "window": ("megatron_md.commands.window", "predict a window of mask rates from a corpus"),
-    "plot": ("megatron_md.evaluate.plot", "draw a run's losses"),
+    "plot": ("megatron_md.commands.plot", "draw a run's losses"),
     "parity": ("megatron_md.commands.parity", "the k-parity task: theory against training, and a check of a machine"),
-    "compare": ("megatron_md.evaluate.compare", "say where two runs' figures part"),
+    "compare": ("megatron_md.commands.compare", "say where two runs' figures part"),
 }
 
 EXAMPLES = """examples:

@@ -11,7 +11,8 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 HIDDEN = "***"
@@ -118,6 +119,38 @@ def _write(file: TextIO, text: object, multiline: bool) -> None:
     # In one write, so that lines of other processes cannot come in between.
     file.write(shown(text, multiline=multiline) + "\n")
     file.flush()
+
+
+@contextmanager
+def progress(
+    text: str, total: int | None = None, *, visible: bool = True, transient: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A bar on stderr where that is a terminal, nothing elsewhere.
+
+    Args:
+        text: what it is the progress of, told as `shown`.
+        total: number of steps, if it is known already.
+        visible: False for none, as on all ranks but one.
+        transient: leave nothing of it behind.
+
+    Yields:
+        What moves it: `move()` by one step, `move(completed=..., total=..., text=...)` to somewhere.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    hidden = not (visible and console.is_terminal)
+    with Progress(console=console, disable=hidden, transient=transient) as bar:
+        task = bar.add_task(escape(shown(text)), total=total)
+
+        def move(*, completed: float | None = None, total: float | None = None, text: str | None = None) -> None:
+            step = 1.0 if completed is None else None
+            description = None if text is None else escape(shown(text))
+            bar.update(task, advance=step, completed=completed, total=total, description=description)
+
+        yield move
 
 
 class Formatter(logging.Formatter):

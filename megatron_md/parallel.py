@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_md.config import Config
 from megatron_md.errors import UserError
+from megatron_md.together import together
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 # How often the job's workers have been started before these, as `megatron-md train` tells them.
 ROUND_VARIABLE = "MEGATRON_MD_ROUND"
@@ -170,6 +175,18 @@ def sum_over_ranks(figures: torch.Tensor, world: World) -> torch.Tensor:
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
     return figures.cpu()
+
+
+def shared(world: World, jobs: Sequence[Job], work: Callable[[Job], Result]) -> list[Result]:
+    """`[work(job) for job in jobs]` on every rank, each data-parallel rank doing its share; every rank calls this.
+
+    The ranks of one share call `work` on the same jobs in the same order.
+    """
+    mine = {number: work(jobs[number]) for number in range(world.data_rank, len(jobs), world.data_size)}
+    found: dict[int, Result] = {}
+    for part in together(lambda: mine) if world.data_size > 1 else [mine]:
+        found |= part
+    return [found[number] for number in range(len(jobs))]
 
 
 def shutdown() -> None:

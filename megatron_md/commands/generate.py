@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from megatron_md.commands.arguments import add_model_arguments, positive
+from megatron_md.commands.arguments import add_model_arguments, check_folder_of, placement, positive
 from megatron_md.diffusion.names import strategies
 from megatron_md.diffusion.sampler_config import EosHandling, SamplerConfig
 from megatron_md.errors import UserError
+from megatron_md.evaluate.canvas import can_stream
 from megatron_md.evaluate.prompts import Prompt, read_prompts
-from megatron_md.run.saved import open_asked
+from megatron_md.messages import printable, tell
+from megatron_md.run.saved import open_run
+
+if TYPE_CHECKING:
+    from megatron_md.evaluate.texts import Text
 
 EXAMPLES = """examples:
   megatron-md generate runs/demo --prompt 'def main(' --length 64
@@ -47,8 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="prompts of equal length that go together (8)"
     )
-    parser.add_argument("--tensor", type=positive, metavar="N", help="tensor-parallel size (all processes)")
-    parser.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline-parallel size (1)")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, metavar="FILE.jsonl", help="also write the texts as JSON lines")
     output.add_argument("--save-trace", type=Path, metavar="FILE.html", help="write a page that replays the steps")
@@ -88,54 +92,58 @@ def run(args: argparse.Namespace) -> int:
     """
     # Before torch is imported.
     for name, path in (("--output", args.output), ("--save-trace", args.save_trace)):
-        _check_place(name, path)
+        if path is not None and path.is_dir():
+            raise UserError(f"{name} {path} is a folder: name a file")
+        check_folder_of(path, f"{name} ")
     _check_infill(args)
     _check_strategy(args)
     prompts = _prompts(args)
     _check_trace(args, prompts)
+    sampler = _sampler(args)
+    length = DEFAULT_LENGTH if args.length is None else args.length
     if not args.infill:
-        sampler_config(args, args.length, args.steps)
-    open_asked(args.run_path, args)
+        SamplerConfig(length=length, **sampler)
+    saved = open_run(args.run_path, placement(args))
 
-    from megatron_md.evaluate.texts import write_texts
+    from megatron_md.evaluate.texts import TextOptions, write_texts
 
-    write_texts(args, prompts)
+    options = TextOptions(
+        length=length,
+        infill=args.infill,
+        sampler=sampler,
+        samples=args.samples,
+        batch_size=args.batch_size,
+        output=args.output,
+        save_trace=args.save_trace,
+        stream=not args.no_stream and can_stream(),
+    )
+
+    def show(text: Text, streamed: bool) -> None:
+        if not streamed:
+            _print(text.text if args.infill else text.prompt + text.text)
+        tell(
+            f"[{len(text.tokens)} tokens, {text.forward_passes} forward passes, {text.seconds:.1f} s, "
+            f"step {saved.step} of {args.run_path}]"
+        )
+
+    write_texts(saved, prompts, options, show)
     return 0
 
 
-def sampler_config(args: argparse.Namespace, length: int, steps: int | None) -> SamplerConfig:
-    """How to generate, as the options say.
-
-    Raises:
-        UserError: they contradict each other.
-    """
-    return SamplerConfig(
-        length=length,
-        steps=steps,
-        block=args.block,
-        strategy=args.strategy or "low_confidence",
-        temperature=args.temperature,
-        seed=args.seed,
-        top_p=args.top_p,
-        guidance=args.guidance,
-        threshold=SamplerConfig.threshold if args.threshold is None else args.threshold,
-        factor=SamplerConfig.factor if args.factor is None else args.factor,
-        eos=args.eos,
-    )
+def _print(text: str) -> None:
+    """On a terminal so that it commands nothing, in a pipe as it is."""
+    sys.stdout.write((printable(text, multiline=True) if sys.stdout.isatty() else text) + "\n")
+    sys.stdout.flush()
 
 
-def _check_place(name: str, path: Path | None) -> None:
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"{name} {path} is a folder: name a file")
-    if not path.parent.is_dir():
-        raise UserError(f"{name} {path}: the folder {path.parent} does not exist")
+def _sampler(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of `SamplerConfig` that were given, but for the length."""
+    names = ("steps", "block", "strategy", "temperature", "seed", "top_p", "guidance", "threshold", "factor", "eos")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def _check_infill(args: argparse.Namespace) -> None:
     if not args.infill:
-        args.length = DEFAULT_LENGTH if args.length is None else args.length
         return
     if args.prompt is None and args.prompts_file is None and not args.interactive:
         raise UserError("--infill needs a prompt with placeholders, such as --prompt 'x = [[5]]'")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,28 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where a run is loaded.
+
+    Attributes:
+        tensor: tensor-parallel size; what the pipeline leaves of the world if None. The rest is data-parallel.
+        pipeline: pipeline-parallel size.
+        device: where to compute.
+        trust: see `SavedRun`.
+    """
+
+    tensor: int | None = None
+    pipeline: int = 1
+    device: Device = "auto"
+    trust: bool = False
+
+
+@dataclass(frozen=True)
 class SavedRun:
     """What a run directory or checkpoint says about itself, before anything is loaded.
 
     Attributes:
+        path: as it was asked for.
         checkpoint: directory with the weights.
         config: its resolved config, with the layout of this job.
         step: optimizer steps that it has seen.
@@ -30,6 +47,7 @@ class SavedRun:
         trust: load it even if it has no manifest, and import what its config lists under `imports`.
     """
 
+    path: Path
     checkpoint: Path
     config: ResolvedConfig
     step: int
@@ -37,26 +55,15 @@ class SavedRun:
     trust: bool = False
 
 
-def open_run(
-    path: str | Path,
-    *,
-    world_size: int = 1,
-    tensor: int | None = None,
-    pipeline: int = 1,
-    device: Device = "auto",
-    trust: bool = False,
-) -> SavedRun:
+def open_run(path: str | Path, placement: Placement = Placement(), *, world_size: int | None = None) -> SavedRun:
     """Find the newest complete checkpoint of a run directory, or take a checkpoint directory itself.
 
     Nothing in it is run: its config is data, and `imports` in it are not imported.
 
     Args:
         path: run directory or checkpoint.
-        world_size: processes of the job.
-        tensor: tensor-parallel size; what the pipeline leaves of the world if None. The rest is data-parallel.
-        pipeline: pipeline-parallel size.
-        device: where to compute.
-        trust: see `SavedRun`.
+        placement: on which layout and device.
+        world_size: processes of the job; those of this one by default.
 
     Raises:
         UserError: there is none (the message says what was looked for), or the model cannot be split so.
@@ -66,32 +73,20 @@ def open_run(
     checkpoint = path if (path / "progress.json").is_file() else latest_checkpoint(path)
     if checkpoint is None:
         raise UserError(_no_run(path))
-    if not trust:
+    if not placement.trust:
         read_manifest(checkpoint)
     config = load_resolved(checkpoint / "config.yaml")
     config = replace(
         config,
-        parallel=_layout(world_size, tensor, pipeline),
-        train=replace(config.train, device=device),
+        parallel=_layout(world_size or int(os.environ.get("WORLD_SIZE", "1")), placement),
+        train=replace(config.train, device=placement.device),
     )
     check_split(config)
     copies = [checkpoint.parent.parent / "tokenizer.model", Path(config.data.tokenizer or "")]
     tokenizer = next((file for file in copies if file.is_file()), None)
     if tokenizer is None:
         raise UserError(f"{path}: its tokenizer is not there (looked for {copies[0]} and {copies[1]})")
-    return SavedRun(checkpoint, config, read_progress(checkpoint).step, tokenizer, trust)
-
-
-def open_asked(path: str | Path, args: argparse.Namespace) -> SavedRun:
-    """`open_run` in this job, as a command's `--tensor --pipeline --device --trust` say."""
-    return open_run(
-        path,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        tensor=args.tensor,
-        pipeline=args.pipeline,
-        device=args.device,
-        trust=args.trust,
-    )
+    return SavedRun(path, checkpoint, config, read_progress(checkpoint).step, tokenizer, placement.trust)
 
 
 def _no_run(path: Path) -> str:
@@ -103,9 +98,12 @@ def _no_run(path: Path) -> str:
     )
 
 
-def _layout(world_size: int, tensor: int | None, pipeline: int) -> ParallelConfig:
-    size = (tensor or 1) * pipeline
-    if world_size % size:
-        split = f"--tensor {tensor or 1} x --pipeline {pipeline}"
-        raise UserError(f"{split} does not divide the {world_size} processes: start a multiple of {size}")
-    return ParallelConfig(tensor=tensor or world_size // pipeline, pipeline=pipeline, distributed_optimizer=False)
+def _layout(world_size: int, placement: Placement) -> ParallelConfig:
+    tensor, pipeline = placement.tensor or 1, placement.pipeline
+    if world_size % (tensor * pipeline):
+        raise UserError(
+            f"--tensor {tensor} x --pipeline {pipeline} does not divide the {world_size} processes: "
+            f"start a multiple of {tensor * pipeline}"
+        )
+    tensor = placement.tensor or world_size // pipeline
+    return ParallelConfig(tensor=tensor, pipeline=pipeline, distributed_optimizer=False)

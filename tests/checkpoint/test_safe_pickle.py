@@ -238,7 +238,7 @@ def load_trusted(checkpoint: Path, environment: dict[str, str]) -> str | None:
     """Load the weights as `generate --trust` does; the refusal, if any."""
     os.environ.update(environment)
     with small_run(SMALL) as run:
-        saved = SavedRun(checkpoint, SMALL, 1, Path(), trust=True)
+        saved = SavedRun(checkpoint, checkpoint, SMALL, 1, Path(), trust=True)
         try:
             _load([chunk.module for chunk in run.chunks], saved)
         except CheckpointError as error:
@@ -356,7 +356,7 @@ def fuzz_loads(checkpoint: Path, seeds: int) -> list[str | None]:
     content = (checkpoint / ".metadata").read_bytes()
     outcomes: list[str | None] = []
     with small_run(SMALL) as run:
-        saved = SavedRun(checkpoint, SMALL, 1, Path(), trust=True)
+        saved = SavedRun(checkpoint, checkpoint, SMALL, 1, Path(), trust=True)
         for seed in range(seeds):
             generator, damaged = random.Random(seed), bytearray(content)
             damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)

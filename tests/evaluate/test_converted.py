@@ -26,7 +26,7 @@ def scored(folder: Path) -> None:
     from megatron_md.diffusion.sampler import SamplerConfig
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods, document_log_likelihoods
     from megatron_md.evaluate.load import load_model
-    from megatron_md.run.saved import open_run
+    from megatron_md.run.saved import Placement, open_run
     from megatron_md.train.inference import fill
 
     def expected(tokens: list[int], first: int) -> float:
@@ -36,7 +36,7 @@ def scored(folder: Path) -> None:
         logp_LV = logits[0].log_softmax(dim=-1)
         return sum(float(logp_LV[at - 1, tokens[at]]) for at in range(first, len(tokens)))
 
-    saved = open_run(folder / "run", device="cpu")
+    saved = open_run(folder / "run", Placement(device="cpu"))
     words: Any = SimpleNamespace(mask_token_id=5)
     with parallel.session(saved.config) as world:
         scorer = load_model(saved, world, words)

@@ -13,7 +13,7 @@ from megatron_md.checkpoint.directory import FORMAT_VERSION
 from megatron_md.checkpoint.integrity import CheckpointError, seal
 from megatron_md.config import config_from_mapping, to_yaml
 from megatron_md.evaluate.load import is_causal
-from megatron_md.run.saved import SavedRun, open_run
+from megatron_md.run.saved import Placement, SavedRun, open_run
 
 PLUGIN = """
 from pathlib import Path
@@ -42,7 +42,7 @@ def checkpoint(tmp_path: Path, *, identity: dict[str, Any], **sections: Any) -> 
 
 
 def saved(path: Path, *, trust: bool = False) -> SavedRun:
-    return open_run(path, trust=trust)
+    return open_run(path, Placement(trust=trust))
 
 
 def test_unsealed_checkpoint_needs_trust(tmp_path: Path) -> None:
