@@ -32,7 +32,7 @@ SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 KINDS = ("tokens", "lengths")
 
 
-def index_shards(
+def index_corpus(
     folder: str | Path, tokenizer: str | Path, *, on_progress: Callable[[BuildProgress], None] | None = None
 ) -> Manifest:
     """Index every `.tar` of a folder, and write the manifest of all.

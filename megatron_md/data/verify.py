@@ -14,7 +14,7 @@ from megatron_md.data.shards import Manifest, ShardError, ShardReader, read_inde
 from megatron_md.data.tar import TarError, read_members
 
 
-def verify(manifest: Manifest) -> list[str]:
+def verify_corpus(manifest: Manifest) -> list[str]:
     """Check every hash, every document's crc32 and every token id of a corpus.
 
     Returns:

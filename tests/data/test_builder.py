@@ -17,7 +17,7 @@ import webdataset
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import Document, Rejection
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.data.verify import verify
+from megatron_md.data.verify import verify_corpus
 from tests.data.small_corpus import all_documents
 from tests.test_processes import left_after, marked
 
@@ -45,7 +45,7 @@ def test_documents_come_back_and_totals_agree(tokenizer: Tokenizer, code: list[D
     assert manifest.tokens == sum(len(tokens) for tokens in all_documents(manifest))
     assert manifest.text_bytes == sum(len(document.text.encode()) for document in code)
     assert (manifest.tokenizer_sha256, manifest.vocab_size) == (tokenizer.sha256, 330)
-    assert verify(manifest) == []
+    assert verify_corpus(manifest) == []
 
 
 def test_stock_webdataset_sees_the_same_documents(tokenizer: Tokenizer, code: list[Document], tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_an_interrupted_build_says_how_to_go_on(
     build = ["data", "build", "--input", str(text_folder), "--tokenizer", str(tokenizer.path), "--shard-tokens", "99"]
     with monkeypatch.context() as patch:
         patch.setattr("megatron_md.data.builder.BATCH_CHARACTERS", 100)
-        patch.setattr("megatron_md.data.commands.documents", interrupted)
+        patch.setattr("megatron_md.data.builder.documents", interrupted)
         assert main([*build, "--output", str(tmp_path / "out")]) == 1
     assert "out.partial keeps what is done: the same command goes on from there" in capsys.readouterr().err
     assert main([*build, "--output", str(tmp_path / "out")]) == 0

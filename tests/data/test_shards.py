@@ -19,7 +19,7 @@ from megatron_md.data.shards import (
     token_counts,
     unigram_entropy,
 )
-from megatron_md.data.verify import verify
+from megatron_md.data.verify import verify_corpus
 from tests.data.small_corpus import EOS, WriteCorpus, random_documents
 
 
@@ -97,7 +97,7 @@ def test_missing_and_cut_shards(write_tokens: WriteCorpus, tmp_path: Path) -> No
     manifest = load_manifest(tmp_path / "corpus", check_files=False)
     with pytest.raises(ShardError, match=r"shard-000001\.tar"):
         ShardReader(manifest, 1)
-    assert len(verify(manifest)) == 1
+    assert len(verify_corpus(manifest)) == 1
     path.unlink()
     with pytest.raises(ShardError, match=r"shard-000001\.tar: missing shard"):
         load_manifest(tmp_path / "corpus")
@@ -110,14 +110,14 @@ def test_every_flipped_byte_of_a_tar_is_noticed(write_tokens: WriteCorpus, tmp_p
     start = int(ShardReader(manifest, 0).index["offset"][0])
     for offset in [0, 300, start, start + 5, start + 6, start + 9, start + 10, start + 512 + 40, len(sound) - 1]:
         flip_byte(path, offset)
-        problems = verify(manifest)
+        problems = verify_corpus(manifest)
         assert len(problems) == 1
         if start <= offset < start + 10:
             assert f"shard-000000.tar: document {0 if offset < start + 6 else 1} " in problems[0]
         else:
             assert "its sha256 differs" in problems[0]
         path.write_bytes(sound)
-    assert verify(manifest) == []
+    assert verify_corpus(manifest) == []
 
 
 def test_damaged_index_is_named(write_tokens: WriteCorpus, tmp_path: Path) -> None:
