@@ -43,12 +43,12 @@ def read_regular(path: Path, advice: str, *, most_bytes: int = MOST_BYTES, error
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            mode = os.fstat(descriptor).st_mode
-            if stat.S_ISREG(mode):
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode):
                 with open(descriptor, "rb", closefd=False) as file:
-                    data = file.read(most_bytes + 1)
+                    data = file.read(min(most_bytes, status.st_size) + 1)  # as much as is asked for is allocated
             else:
-                problem = "is a directory" if stat.S_ISDIR(mode) else "is not a regular file"
+                problem = "is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
         finally:
             os.close(descriptor)
     except OSError as failure:

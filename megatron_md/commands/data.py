@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array
+from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array, Rows
 from megatron_md.commands.progress import progress
 from megatron_md.data.builder import build_corpus
 from megatron_md.data.entries import InputError
@@ -22,7 +22,7 @@ from megatron_md.data.index import index_corpus
 from megatron_md.data.readers import DOCUMENT_BYTES
 from megatron_md.data.resume import BuildProgress
 from megatron_md.data.shards import Manifest, document_lengths, load_manifest, unigram_entropy
-from megatron_md.data.stream import WINDOW_SHARDS, Rows, SequenceStream
+from megatron_md.data.stream import WINDOW_SHARDS, SequenceStream
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.verify import verify_corpus
 from megatron_md.data.writer import SHARD_TOKENS
@@ -312,7 +312,7 @@ def masks_of_row(
     objective = build_objective(ObjectiveConfig(mask_schedule=schedule), seed=seed, mask_token_id=mask_token_id)
     g = int(rows.sample_index_B[0])
     position = BatchPosition(g - g % global_batch_size, global_batch_size)
-    corrupted = objective.corrupt(CleanBatch(rows.tokens_BL, rows.is_maskable_BL, rows.sample_index_B, position))
+    corrupted = objective.corrupt(CleanBatch(**vars(rows), position=position))
     is_masked_L = np.zeros(rows.tokens_BL.shape[1], dtype=np.bool_)
     is_masked_L[corrupted.positions_M] = True
     return is_masked_L, float(corrupted.mask_rate_B[0])
@@ -325,6 +325,7 @@ def _show_row(
     masked = f", t = {rate:.4f}, {int(is_masked_L.sum())} masked" if rate is not None else ""
     maskable = int(rows.is_maskable_BL.sum())
     console.print(Text(f"row {rows.sample_index_B[0]}: {maskable} maskable tokens{masked}", style=HEADING_STYLE))
+    assert rows.cu_seqlens is not None
     opening, closing = ("", "") if console.color_system else ("⟦", "⟧")
     for number, (begin, end) in enumerate(pairwise(rows.cu_seqlens[0].tolist()), start=1):
         is_text = bool(rows.is_maskable_BL[0, begin])
