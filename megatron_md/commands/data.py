@@ -21,10 +21,10 @@ from megatron_md.data.entries import InputError
 from megatron_md.data.index import index_corpus
 from megatron_md.data.readers import DOCUMENT_BYTES
 from megatron_md.data.resume import BuildProgress
-from megatron_md.data.shards import Manifest, document_lengths, load_manifest, unigram_entropy
+from megatron_md.data.shards import Manifest, load_manifest
 from megatron_md.data.stream import WINDOW_SHARDS, SequenceStream
+from megatron_md.data.survey import document_lengths, unigram_entropy, verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.data.verify import verify_corpus
 from megatron_md.data.writer import SHARD_TOKENS
 from megatron_md.errors import UserError
 from megatron_md.messages import printable, say, shown, tell

@@ -29,7 +29,6 @@ from megatron_md.errors import UserError
 LARGEST_MEMBER = {"tokens.bin": 1 << 30, "lengths.bin": 1 << 24}
 SUMS_NAME = "SHA256SUMS"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-KINDS = ("tokens", "lengths")
 
 
 def index_corpus(

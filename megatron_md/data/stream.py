@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from megatron_md.batch import BatchPosition, CleanBatch, DamagedDocument, Int64Array, Rows
 from megatron_md.data.cache import WindowFetcher
 from megatron_md.data.packing import Piece, RowOrder, Span, WindowLayout
-from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader, load_manifest
+from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader
 from megatron_md.errors import UserError
 
 T = TypeVar("T")
@@ -53,13 +52,12 @@ class SequenceStream:
     Attributes:
         manifest: the corpus.
         seq_length: tokens per row (L).
-        tokens: tokens of one epoch, `<eos>` included.
         rows_per_epoch: rows of every epoch, ceil(tokens / L).
     """
 
     def __init__(
         self,
-        manifest: str | Path | Manifest,
+        manifest: Manifest,
         *,
         seed: int,
         seq_length: int,
@@ -69,24 +67,19 @@ class SequenceStream:
         """Open a corpus.
 
         Args:
-            manifest: a loaded manifest, or where it lies.
+            manifest: the corpus.
             seed: seed of the order.
             seq_length: tokens per row (L).
             window_shards: shards that are shuffled together (W).
             keep_going: a damaged document becomes a gap in its rows (padding, not maskable) instead of an error.
-
-        Raises:
-            UserError: the corpus is missing or malformed.
         """
-        self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
-        self.seq_length = seq_length
+        self.manifest, self.seq_length = manifest, seq_length
         self._seed, self._window_shards, self._keep_going = seed, window_shards, keep_going
         self._quarantined: dict[str, list[int]] = {}
         shard_tokens = np.array([shard.tokens + shard.documents for shard in self.manifest.shards], dtype=np.int64)
         self._order = RowOrder(
             shard_tokens, seq_length=seq_length, window_shards=window_shards, seed=seed, corpus=self.manifest.sha256
         )
-        self.tokens = int(shard_tokens.sum())
         self.rows_per_epoch = self._order.rows_per_epoch
         remote = self.manifest.remote
         self._fetcher = WindowFetcher(self.manifest.remote_files, remote.cache) if remote is not None else None
@@ -227,7 +220,7 @@ class _Window:
         return tokens_n
 
 
-def validation_rows(manifest: str | Path | Manifest, seq_length: int, count: int) -> Rows:
+def validation_rows(manifest: Manifest, seq_length: int, count: int) -> Rows:
     """A fixed set of distinct rows: the first `count` of the corpus' first epoch, or all where it holds fewer."""
     stream = SequenceStream(manifest, seed=VALIDATION_SEED, seq_length=seq_length)
     return stream.rows(range(min(count, stream.rows_per_epoch)))

@@ -24,8 +24,9 @@ from megatron_md.config import Config
 from megatron_md.data.cache import Cache
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
 from megatron_md.data.mixture import open_stream
-from megatron_md.data.shards import Manifest, load_manifest, unigram_entropy
+from megatron_md.data.shards import Manifest, load_manifest
 from megatron_md.data.stream import validation_rows
+from megatron_md.data.survey import unigram_entropy
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.diffusion.scoring import ScoredRows

@@ -23,9 +23,9 @@ from megatron_md.config import DataConfig, config_from_mapping
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache, _exclusive, default_directory
 from megatron_md.data.remote import RemoteError, RemoteFile
-from megatron_md.data.shards import Manifest, ShardError, ShardReader, content_hash, load_manifest, unigram_entropy
+from megatron_md.data.shards import Manifest, ShardError, ShardReader, content_hash, load_manifest
 from megatron_md.data.stream import SequenceStream
-from megatron_md.data.verify import verify_corpus
+from megatron_md.data.survey import unigram_entropy, verify_corpus
 from megatron_md.run.check import vocabulary
 from megatron_md.run.check_corpora import corpus_problems, missing_files
 from tests.data.file_server import FileServer, file_server

