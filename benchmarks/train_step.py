@@ -76,7 +76,9 @@ def build(shape: str, documents: int | None) -> tuple[dict[str, Callable[[], Non
     tokens = np.random.default_rng(0).integers(MASK + 1, vocab, (rows, length))
     boundaries = np.append(np.arange(0, length, documents or length), length).astype(np.int32)
     position = BatchPosition(0, rows)
-    clean = CleanBatch(tokens, np.ones_like(tokens, dtype=bool), np.arange(rows), position, [boundaries] * rows)
+    clean = CleanBatch(
+        tokens, np.ones_like(tokens, dtype=bool), np.arange(rows), position, cu_seqlens=[boundaries] * rows
+    )
     objective = build_objective(config.objective, seed=0, mask_token_id=MASK)
     batch = objective.corrupt(clean)
     chunks = wrap_data_parallel(build_model(config, world.device, causal=False, mask_token_id=MASK), config)

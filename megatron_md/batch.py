@@ -5,7 +5,7 @@ Shape letters: B rows of the micro-batch, L positions of a row, M predicted posi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -49,24 +49,34 @@ class BatchPosition:
 
 
 @dataclass(frozen=True)
-class CleanBatch:
-    """Rows of one micro-batch before corruption, on the host.
+class Rows:
+    """Rows before corruption, on the host.
 
     Attributes:
         tokens_BL: token ids.
         is_maskable_BL: True where a token may be masked and scored; False on padding and quarantined tokens.
         sample_index_B: global number g of each row, which alone (with the seed) decides its corruption.
-        position: the global batch that the rows belong to.
-        cu_seqlens: per row the boundaries of its documents, from 0 to L ascending, where the source knows them.
+        cu_seqlens: per row the boundaries of its documents, from 0 to L ascending, where the source knows them;
+            padding counts as a last document.
         damaged: documents that left a gap in these rows: padding that is not maskable.
     """
 
     tokens_BL: Int64Array
     is_maskable_BL: BoolArray
     sample_index_B: Int64Array
+    cu_seqlens: list[Int32Array] | None = field(default=None, kw_only=True)
+    damaged: frozenset[DamagedDocument] = field(default=frozenset(), kw_only=True)
+
+
+@dataclass(frozen=True)
+class CleanBatch(Rows):
+    """Rows of one micro-batch before corruption.
+
+    Attributes:
+        position: the global batch that the rows belong to.
+    """
+
     position: BatchPosition
-    cu_seqlens: list[Int32Array] | None = None
-    damaged: frozenset[DamagedDocument] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megatron_md import parallel
 from megatron_md.cli import main
 from megatron_md.config import Config, DataConfig, ModelConfig, ResolvedConfig, resolve
+from megatron_md.data.entries import Document
+from megatron_md.data.tokenizer import Tokenizer, train_tokenizer
 from tests.data.small_corpus import made_up_code
 from tests.ranks import run_ranks
 from tests.train.test_trainer import pretrain
@@ -43,6 +45,16 @@ def world(small_config: ResolvedConfig) -> Iterator[parallel.World]:
     yield _shared_world[0]
     parallel.shutdown()
     _shared_world.clear()
+
+
+@pytest.fixture(scope="session")
+def code() -> list[Document]:
+    return [Document(f"code/{number:03d}.py", made_up_code(number)) for number in range(150)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(code: list[Document], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(code, 330, tmp_path_factory.mktemp("tokenizer") / "small.model")
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def clean_rows(index: np.ndarray[Any, Any], position: BatchPosition) -> CleanBat
     """
     tokens = np.stack([np.random.default_rng(int(g)).integers(4, VOCAB, LENGTH) for g in index])
     is_maskable = np.arange(LENGTH)[None] < np.where(index % 8 == 5, 0, LENGTH - index % 3)[:, None]
-    return CleanBatch(tokens, is_maskable, index, position, [boundaries(int(g)) for g in index])
+    return CleanBatch(tokens, is_maskable, index, position, cu_seqlens=[boundaries(int(g)) for g in index])
 
 
 def boundaries(g: int) -> np.ndarray[Any, Any]:

@@ -1,21 +1,33 @@
-"""`megatron-md data`: build and verify (see `megatron_md.data.commands`), and show, which also knows masks."""
+"""`megatron-md data build | index | verify | show`."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array
-from megatron_md.data import commands
-from megatron_md.data.shards import Manifest, document_lengths, load_manifest, unigram_entropy
-from megatron_md.data.stream import WINDOW_SHARDS, Rows, SequenceStream
+from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array, Rows
+from megatron_md.commands.progress import progress
+from megatron_md.data.builder import build_corpus
+from megatron_md.data.entries import InputError
+from megatron_md.data.index import index_corpus
+from megatron_md.data.readers import DOCUMENT_BYTES
+from megatron_md.data.resume import BuildProgress
+from megatron_md.data.shards import Manifest, load_manifest
+from megatron_md.data.stream import WINDOW_SHARDS, SequenceStream
+from megatron_md.data.survey import document_lengths, unigram_entropy, verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.data.writer import SHARD_TOKENS
 from megatron_md.errors import UserError
-from megatron_md.messages import printable, shown
+from megatron_md.messages import printable, say, shown, tell
 
 BAR_WIDTH = 40
 MAX_SEQ_LENGTH = 1 << 24
@@ -24,7 +36,14 @@ ASSUMED = (
     "(no data.random_length_fraction), with a curriculum at its start"
 )
 MASKED_STYLE, HEADING_STYLE = "bold white on red", "bold cyan"
-EXAMPLES = f"""{commands.EXAMPLES.rstrip()}
+EXAMPLES = """examples:
+  megatron-md data build --input embedded --split train --tokenizer corpus/tokenizer.model --output corpus/train
+  megatron-md data build --input books/ notes.jsonl --tokenizer tokenizer.model --output corpus/books --workers 8
+  megatron-md data build --input dump.jsonl.zst tables/ --text-key content --tokenizer t.model --output corpus/dump
+  megatron-md data build --input datasets:org/name:config:train --tokenizer llada/tokenizer.json --output corpus/hub
+  megatron-md data build --input old/corpus.idx --tokenizer llada/tokenizer.json --output corpus/old
+  megatron-md data index made-elsewhere/ --tokenizer tokenizer.model
+  megatron-md data verify corpus/train
   megatron-md data show corpus/train --stats
   megatron-md data show corpus/train --row 17 --tokenizer corpus/tokenizer.model --masks uniform:0.3,0.7 --seed 1234
 """
@@ -32,10 +51,61 @@ EXAMPLES = f"""{commands.EXAMPLES.rstrip()}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    actions = commands.add_arguments(parser)
-    summary = "print totals; on request lengths, rows, masks"
-    raw = argparse.RawDescriptionHelpFormatter
-    show = actions.add_parser("show", help=summary, description=summary, epilog=EXAMPLES, formatter_class=raw)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add_action(name: str, summary: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        return actions.add_parser(name, help=summary, description=summary, epilog=EXAMPLES, formatter_class=raw)
+
+    _add_build(add_action("build", "tokenise text into shards"))
+    summary = "index tars of tokens that were made elsewhere: sidecars and a manifest beside them"
+    index = add_action("index", summary)
+    index.add_argument("input", nargs="+", metavar="DIR", help="folder of .tar files")
+    index.add_argument("--tokenizer", required=True, metavar="FILE", help="what they were tokenised with")
+    index.add_argument("--verify", action="store_true", help="check every hash afterwards")
+    verify = add_action("verify", "check every hash and crc32")
+    verify.add_argument("manifest", nargs="+", metavar="MANIFEST", help="manifest.json or its folder")
+    _add_show(add_action("show", "print totals; on request lengths, rows, masks"))
+
+
+def _add_build(build: argparse.ArgumentParser) -> None:
+    build.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files (.txt .md .py .jsonl .tar, also .gz or .zst; .parquet; Megatron's .idx), folders of them, "
+        "datasets:NAME[:CONFIG[:SPLIT]] of the Hugging Face hub, or 'embedded'",
+    )
+    build.add_argument(
+        "--split", choices=["all", "train", "valid"], default="all", help="documents to write, by a hash of their names"
+    )
+    build.add_argument("--tokenizer", required=True, metavar="FILE", help="SentencePiece model or tokenizer.json")
+    build.add_argument(
+        "--output", metavar="DIR", help="folder to create; an earlier build is replaced, an interrupted one goes on"
+    )
+    build.add_argument("--text-key", default="text", metavar="NAME", help="field or column of the text (text)")
+    build.add_argument(
+        "--max-document-bytes",
+        type=int,
+        default=DOCUMENT_BYTES,
+        metavar="N",
+        help="longer documents (or JSON lines) are rejected (%(default)s)",
+    )
+    build.add_argument(
+        "--skip-damaged", action="store_true", help="reject what cannot be read of a damaged file, instead of stopping"
+    )
+    build.add_argument(
+        "--index", action="store_true", help="the inputs are folders of tokenised tars: index them where they are"
+    )
+    build.add_argument("--workers", type=int, default=1, metavar="N", help="processes that tokenise (1)")
+    build.add_argument(
+        "--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens per shard (%(default)s)"
+    )
+    build.add_argument("--verify", action="store_true", help="check every hash afterwards")
+
+
+def _add_show(show: argparse.ArgumentParser) -> None:
     show.add_argument("manifest", nargs="+", metavar="MANIFEST", help="manifest.json or its folder")
     show.add_argument("--stats", action="store_true", help="read everything: lengths of documents, unigram entropy")
     show.add_argument(
@@ -63,8 +133,89 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: bad input.
     """
-    if args.action != "show":
-        return commands.run(args)
+    if args.action == "show":
+        return _show(args)
+    if args.action == "verify":
+        return max(_verify(load_manifest(path)) for path in args.manifest)
+    return _index(args) if args.action == "index" or args.index else _build(args)
+
+
+def _build(args: argparse.Namespace) -> int:
+    if not args.output:
+        raise UserError("--output is missing: the folder to create")
+    start = time.perf_counter()
+    with _progress() as on_progress, _saying_what_is_kept(args.output):
+        manifest = build_corpus(
+            args.input,
+            args.tokenizer,
+            args.output,
+            split=args.split,
+            workers=args.workers,
+            shard_tokens=args.shard_tokens,
+            text_key=args.text_key,
+            max_document_bytes=args.max_document_bytes,
+            skip_damaged=args.skip_damaged,
+            on_progress=on_progress,
+        )
+    _report(args.output, manifest, time.perf_counter() - start)
+    return _verify(manifest) if args.verify else 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    if args.action == "build" and args.output is not None:
+        raise UserError("--index takes no --output: the tars are indexed where they are")
+    codes = [0]
+    for folder in args.input:
+        start = time.perf_counter()
+        with _progress() as on_progress:
+            manifest = index_corpus(folder, args.tokenizer, on_progress=on_progress)
+        _report(folder, manifest, time.perf_counter() - start)
+        codes.append(_verify(manifest) if args.verify else 0)
+    return max(codes)
+
+
+def _report(folder: str, manifest: Manifest, seconds: float) -> None:
+    rejected = manifest.source["rejected"]
+    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+    say(
+        f"{folder}: {manifest.documents} documents, {manifest.tokens} tokens, "
+        f"{manifest.text_bytes / 1e6:.2f} MB of text in {len(manifest.shards)} shard(s); "
+        f"rejected: {reasons or 'none'}; {seconds:.1f} s, {manifest.tokens / seconds / 1e6:.2f}M tokens/s"
+    )
+
+
+def _verify(manifest: Manifest) -> int:
+    problems = verify_corpus(manifest)
+    for problem in problems:
+        tell(problem)
+    verdict = f"{len(problems)} problem(s)" if problems else "sound"
+    say(f"{manifest.location}: {len(manifest.shards)} shard(s), {manifest.documents} documents: {verdict}")
+    return 1 if problems else 0
+
+
+@contextmanager
+def _saying_what_is_kept(output: str) -> Iterator[None]:
+    """Say after an interruption or a damaged input that the build can go on, where it can."""
+    try:
+        yield
+    except (KeyboardInterrupt, InputError, OSError):
+        partial = Path(os.path.abspath(output) + ".partial")
+        if partial.is_dir():
+            tell(f"{partial} keeps what is done: the same command goes on from there")
+        raise
+
+
+def _progress() -> AbstractContextManager[Callable[[BuildProgress], None]]:
+    start = time.perf_counter()
+
+    def describe(done: BuildProgress) -> str:
+        rate = done.tokens / (time.perf_counter() - start)
+        return f"{done.documents} documents, {done.tokens / 1e6:.2f}M tokens, {rate / 1e6:.2f}M tokens/s"
+
+    return progress(describe)
+
+
+def _show(args: argparse.Namespace) -> int:
     for name in ("seq_length", "window_shards", "global_batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
@@ -161,7 +312,7 @@ def masks_of_row(
     objective = build_objective(ObjectiveConfig(mask_schedule=schedule), seed=seed, mask_token_id=mask_token_id)
     g = int(rows.sample_index_B[0])
     position = BatchPosition(g - g % global_batch_size, global_batch_size)
-    corrupted = objective.corrupt(CleanBatch(rows.tokens_BL, rows.is_maskable_BL, rows.sample_index_B, position))
+    corrupted = objective.corrupt(CleanBatch(**vars(rows), position=position))
     is_masked_L = np.zeros(rows.tokens_BL.shape[1], dtype=np.bool_)
     is_masked_L[corrupted.positions_M] = True
     return is_masked_L, float(corrupted.mask_rate_B[0])
@@ -174,6 +325,7 @@ def _show_row(
     masked = f", t = {rate:.4f}, {int(is_masked_L.sum())} masked" if rate is not None else ""
     maskable = int(rows.is_maskable_BL.sum())
     console.print(Text(f"row {rows.sample_index_B[0]}: {maskable} maskable tokens{masked}", style=HEADING_STYLE))
+    assert rows.cu_seqlens is not None
     opening, closing = ("", "") if console.color_system else ("⟦", "⟧")
     for number, (begin, end) in enumerate(pairwise(rows.cu_seqlens[0].tolist()), start=1):
         is_text = bool(rows.is_maskable_BL[0, begin])

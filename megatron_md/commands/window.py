@@ -7,20 +7,20 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
+from megatron_md.commands.progress import progress
 from megatron_md.data.shards import Manifest, ShardReader, load_manifest
 from megatron_md.diffusion.ngrams import MIN_COUNT, By, NgramCounter, OrderCounts, Tokens, weights_of, weights_stderr
 from megatron_md.diffusion.theory import ngram_signal, optimal_mask_rate
 from megatron_md.errors import UserError
 from megatron_md.evaluate.plot import picture_format, plain, save_figure
 from megatron_md.files import replace_file
-from megatron_md.messages import say, shown, tell
+from megatron_md.messages import say, shown
 
 WIDTH = 0.1
 GENERATION = (0.5, 1.0)
@@ -28,7 +28,6 @@ GENERATION = (0.5, 1.0)
 RECOMMEND_BY: By = "occurrences"
 POWERS = {"linear": 1, "squared": 2}
 PORTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
-LINE_SECONDS = 10.0
 SEED = 0
 
 WHY_LIKELIHOOD = f"""t* is where masked tokens tell most about the corpus' recurring n-grams: the mean of the linear
@@ -140,7 +139,7 @@ def predict(manifests: Sequence[Manifest], tokens: int) -> list[Prediction]:
     """The predictions after each of PORTIONS of that many tokens, without those that are too small for any."""
     counter = NgramCounter()
     predictions: list[Prediction] = []
-    with _progress(tokens) as advance:
+    with progress(lambda done: f"{done / 1e6:.2f}M of {tokens / 1e6:.2f}M tokens", tokens) as advance:
         reading = documents(manifests, tokens, advance)
         for portion in PORTIONS:
             before = counter.tokens
@@ -276,27 +275,3 @@ def draw(predictions: Sequence[Prediction], name: str, output: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     signal.legend(frameon=False, fontsize=8, loc="lower center")
     save_figure(figure, output)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Progress in tokens on stderr: a bar on a terminal, else a plain line every ten seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        last = time.perf_counter()
-
-        def print_line(done: int) -> None:
-            nonlocal last
-            if time.perf_counter() - last >= LINE_SECONDS:
-                last = time.perf_counter()
-                tell(f"{done / 1e6:.2f}M of {total / 1e6:.2f}M tokens")
-
-        yield print_line
-        return
-    columns = (TextColumn("n-grams"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("n-grams", total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -12,11 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_md.data.entries import Document, Entry, InputError, Rejection, TokenDocument
+from megatron_md.data.entries import Document, Entry, InputError, Rejection
 from megatron_md.data.readers import HUB, SUFFIXES, Reading, read_file, read_hub
 from megatron_md.errors import UserError
-
-__all__ = ["EMBEDDED", "Document", "Entry", "Rejection", "TokenDocument", "documents", "in_validation", "texts"]
 
 Split = Literal["all", "train", "valid"]
 

@@ -29,10 +29,9 @@ from megatron_md.errors import UserError
 LARGEST_MEMBER = {"tokens.bin": 1 << 30, "lengths.bin": 1 << 24}
 SUMS_NAME = "SHA256SUMS"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-KINDS = ("tokens", "lengths")
 
 
-def index_shards(
+def index_corpus(
     folder: str | Path, tokenizer: str | Path, *, on_progress: Callable[[BuildProgress], None] | None = None
 ) -> Manifest:
     """Index every `.tar` of a folder, and write the manifest of all.

@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_md.batch import DamagedDocument, Int32Array, Int64Array
+from megatron_md.batch import DamagedDocument, Int32Array, Int64Array, Rows
 from megatron_md.config import DataConfig
 from megatron_md.data.shards import Manifest
-from megatron_md.data.stream import Rows, RowStream, SequenceStream
+from megatron_md.data.stream import RowStream, SequenceStream
 from megatron_md.errors import UserError
 
 # Shares are exact where they have a common denominator up to this (five decimal places), else rounded to multiples of
@@ -231,10 +231,10 @@ class MixtureStream:
             places = np.flatnonzero(corpus_B == corpus)
             part = self.streams[corpus].rows(row_B[places])
             tokens_BL[places], is_maskable_BL[places] = part.tokens_BL, part.is_maskable_BL
-            boundaries |= dict(zip(places.tolist(), part.cu_seqlens, strict=True))
+            boundaries |= dict(zip(places.tolist(), part.cu_seqlens or (), strict=True))
             damaged |= part.damaged
         cu_seqlens = [boundaries[b] for b in range(len(index_B))]
-        return Rows(tokens_BL, is_maskable_BL, index_B, cu_seqlens, corpus_B, damaged)
+        return Rows(tokens_BL, is_maskable_BL, index_B, cu_seqlens=cu_seqlens, damaged=damaged)
 
     def state(self, rows: int) -> dict[str, Any]:
         """See `RowStream.state`: weights count as far as they hold before row `rows`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -10,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_md.data.entries import Document, Entry, TokenDocument
 from megatron_md.data.shards import REJECTED_NAME, Count, Shard
@@ -60,11 +58,6 @@ class BuildState:
         """Write it into the folder of the build, in one step."""
         content = {**vars(self), "progress": vars(self.progress), "shards": [asdict(shard) for shard in self.shards]}
         replace_file(folder / PROGRESS_NAME, json.dumps(content))
-
-
-def settings_key(settings: dict[str, Any]) -> str:
-    """Hash of the settings of a build."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def load_state(folder: Path, key: str) -> BuildState | None:

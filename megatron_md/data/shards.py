@@ -168,7 +168,7 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
 
     Args:
         path: the `manifest.json` or its folder, on a disk or at a URL (see `megatron_md.data.remote`).
-        check_files: also check that every shard is there with its size (not its content: see `data.verify`);
+        check_files: also check that every shard is there with its size (not its content: see `data.survey`);
             the shards of a remote corpus are checked when they are fetched.
         cache: where the shards of a remote corpus are kept while they are used.
 
@@ -274,10 +274,15 @@ def parse_index(data: bytes, shard: Shard, itemsize: int) -> npt.NDArray[np.void
     index = np.frombuffer(data, INDEX_DTYPE, offset=file.tell())
     if index["offset"].max() > shard.bytes or (index["offset"] % itemsize).any():
         return None
-    starts = index["offset"].astype(np.int64)
-    ends = starts + index["tokens"].astype(np.int64) * itemsize
+    starts, ends = _spans(index, itemsize)
     is_apart = ends[-1] <= shard.bytes and (starts[1:] >= ends[:-1]).all()
     return index if is_apart and int(index["tokens"].sum(dtype=np.int64)) == shard.tokens else None
+
+
+def _spans(index: npt.NDArray[np.void], itemsize: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """At which byte [documents] each document begins and ends."""
+    starts = index["offset"].astype(np.int64)
+    return starts, starts + index["tokens"].astype(np.int64) * itemsize
 
 
 def _cut_off(manifest: Manifest, shard: Shard, size: int) -> str:
@@ -285,7 +290,7 @@ def _cut_off(manifest: Manifest, shard: Shard, size: int) -> str:
     index = read_index(manifest, shard)
     if index is None or size > shard.bytes:
         return ""
-    ends = index["offset"].astype(np.int64) + index["tokens"].astype(np.int64) * manifest.token_dtype.itemsize
+    _, ends = _spans(index, manifest.token_dtype.itemsize)
     lost = np.flatnonzero(ends > size)
     return f"; document {lost[0]} and {len(lost) - 1} after it are lost" if len(lost) else "; no document is lost"
 
@@ -366,8 +371,7 @@ class ShardReader:
         Raises:
             ShardError: the file has been cut.
         """
-        starts = self.index["offset"].astype(np.int64)
-        ends = starts + self.index["tokens"].astype(np.int64) * self._size
+        starts, ends = _spans(self.index, self._dtype.itemsize)
         cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
         for start, stop in zip(starts[[0, *cuts]].tolist(), ends[[*(cuts - 1), -1]].tolist(), strict=True):
             for offset in range(start, stop, BLOCK_BYTES):
@@ -386,34 +390,3 @@ class ShardReader:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         return data
-
-
-def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """Occurrences [vocab_size] of every token, one `<eos>` per document included."""
-    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-    for number in range(len(manifest.shards)):
-        for block in ShardReader(manifest, number).blocks():
-            found = np.bincount(block, minlength=manifest.vocab_size)
-            if len(found) > manifest.vocab_size:
-                raise UserError(
-                    f"{manifest.location}: a token lies outside the vocabulary; check it with `data verify`"
-                )
-            counts += found
-    counts[manifest.eos_id] += manifest.documents
-    return counts
-
-
-def unigram_entropy(manifest: Manifest) -> float:
-    """Entropy in nats per token of the corpus' token distribution, `<eos>` included: H = -sum_v p_v log p_v.
-
-    A model that knows nothing but token frequencies has this cross-entropy on the corpus.
-    """
-    counts = token_counts(manifest)
-    probabilities = counts[counts > 0] / counts.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())
-
-
-def document_lengths(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """Tokens [documents] of every document, in file order."""
-    lengths = [ShardReader(manifest, number).index["tokens"] for number in range(len(manifest.shards))]
-    return np.concatenate(lengths).astype(np.int64)

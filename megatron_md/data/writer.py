@@ -27,7 +27,6 @@ from megatron_md.data.resume import (
     BuildProgress,
     BuildState,
     load_state,
-    settings_key,
 )
 from megatron_md.data.shards import (
     FORMAT,
@@ -187,7 +186,8 @@ def _folders(output_dir: str | Path) -> tuple[Path, Path]:
 
 
 def _settings_key(vocabulary: Vocabulary, shard_tokens: int, block_bytes: int, source: dict[str, Any] | None) -> str:
-    return settings_key({**asdict(vocabulary), "sizes": [shard_tokens, block_bytes], "source": source or {}})
+    settings = {**asdict(vocabulary), "sizes": [shard_tokens, block_bytes], "source": source or {}}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _write_batches(

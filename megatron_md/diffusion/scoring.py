@@ -98,4 +98,7 @@ class ScoredRows:
             if scorer.within_document and self.cu_seqlens is not None:
                 boundaries = [self.cu_seqlens[row] for row in index_B.tolist()]
             position = BatchPosition(0, len(self.tokens_RL))
-            yield CleanBatch(self.tokens_RL[index_B], is_maskable_BL, index_B, position, boundaries), is_real_B
+            yield (
+                CleanBatch(self.tokens_RL[index_B], is_maskable_BL, index_B, position, cu_seqlens=boundaries),
+                is_real_B,
+            )

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_md import parallel
 from megatron_md.config import ResolvedConfig, to_yaml
-from megatron_md.data.shards import Manifest, unigram_entropy
+from megatron_md.data.shards import Manifest
+from megatron_md.data.survey import unigram_entropy
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.errors import RunFailedError
 from megatron_md.json_file import read_json

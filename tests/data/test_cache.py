@@ -23,9 +23,9 @@ from megatron_md.config import DataConfig, config_from_mapping
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache, _exclusive, default_directory
 from megatron_md.data.remote import RemoteError, RemoteFile
-from megatron_md.data.shards import Manifest, ShardError, ShardReader, content_hash, load_manifest, unigram_entropy
+from megatron_md.data.shards import Manifest, ShardError, ShardReader, content_hash, load_manifest
 from megatron_md.data.stream import SequenceStream
-from megatron_md.data.verify import verify
+from megatron_md.data.survey import unigram_entropy, verify_corpus
 from megatron_md.run.check import resolve_config
 from megatron_md.run.check_corpora import corpus_problems, missing_files
 from tests.data.file_server import FileServer, file_server
@@ -120,7 +120,7 @@ def test_a_corpus_in_fsspec_memory_gives_the_rows_of_the_local_one(manifest: Man
     far = load_manifest("memory://bucket/corpus", cache=cache)
     assert digest(far) == digest(manifest)
     assert all_documents(far) == all_documents(manifest)
-    assert verify(far) == [] and unigram_entropy(far) == unigram_entropy(manifest)
+    assert verify_corpus(far) == [] and unigram_entropy(far) == unigram_entropy(manifest)
 
 
 def test_faults_on_the_way_do_not_change_the_rows(
@@ -145,7 +145,7 @@ def test_a_shard_that_cannot_be_had_stops_the_run_with_its_name(
         stream(far).rows(range(stream(far).rows_per_epoch))
     names = settle(cache)
     assert manifest.shards[4].sha256 not in names and not any(name.endswith(".part") for name in names)
-    assert [manifest.shards[4].name in problem for problem in verify(far)] == [True]
+    assert [manifest.shards[4].name in problem for problem in verify_corpus(far)] == [True]
 
 
 def test_corpora_with_equal_file_names_do_not_mix(write_tokens: WriteCorpus, server: FileServer, cache: Cache) -> None:

@@ -191,7 +191,7 @@ def test_autoregressive_begins_every_document_anew_where_they_are_kept_apart() -
         np.ones((2, 4), dtype=bool),
         np.arange(2),
         BatchPosition(0, 2),
-        [np.array([0, 2, 3, 4], dtype=np.int32), np.array([0, 4], dtype=np.int32)],
+        cu_seqlens=[np.array([0, 2, 3, 4], dtype=np.int32), np.array([0, 4], dtype=np.int32)],
     )
     apart = build_objective(ObjectiveConfig(name="autoregressive"), seed=0, mask_token_id=MASK, within_document=True)
     assert apart.corrupt(batch).tokens_BL.tolist() == [[MASK, 5, MASK, MASK], [MASK, 9, 10, 11]]

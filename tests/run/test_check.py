@@ -12,7 +12,8 @@ import pytest
 
 from megatron_md.config import Config, ConfigError, config_from_mapping
 from megatron_md.data.builder import build_shards
-from megatron_md.data.corpus import Document, documents, texts
+from megatron_md.data.corpus import documents, texts
+from megatron_md.data.entries import Document
 from megatron_md.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_md.run.check import Layout, check_config, resolve_config
 from megatron_md.run.check_corpora import corpus_problems, missing_files

@@ -261,7 +261,9 @@ def two_documents_and_each_alone(config: Config) -> tuple[np.ndarray[Any, Any], 
 
         def losses(part: np.ndarray[Any, Any], *cuts: int) -> np.ndarray[Any, Any]:
             ones, cu_seqlens = np.ones_like(part, dtype=bool), [np.array(cuts, dtype=np.int32)]
-            return losses_by_position(run, CleanBatch(part, ones, np.zeros(1), BatchPosition(0, 1), cu_seqlens))[0]
+            return losses_by_position(
+                run, CleanBatch(part, ones, np.zeros(1), BatchPosition(0, 1), cu_seqlens=cu_seqlens)
+            )[0]
 
         first, second = losses(tokens[:, :cut], 0, cut), losses(tokens[:, cut:], 0, LENGTH - cut)
         return losses(tokens, 0, cut, LENGTH), np.concatenate([first, second])

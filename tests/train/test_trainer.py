@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_md.config import Config
-from megatron_md.data.builder import Tokenised, Vocabulary, write_corpus
+from megatron_md.data.writer import Tokenised, Vocabulary, write_corpus
 from tests.ranks import run_ranks
 from tests.small_run import CONFIG, LENGTH, MASK, VOCAB, variant
 

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_md.checkpoint.hf.original import ORIGINAL, hand_on
 from megatron_md.config import load_config, to_yaml
-from megatron_md.data.builder import Tokenised, Vocabulary, write_corpus
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.data.writer import Tokenised, Vocabulary, write_corpus
 from tests.checkpoint.hf.test_convert import convert, export
 from tests.checkpoint.hf_models import contents, shape_of, write_byte_tokenizer, write_model, write_tokenizer
 from tests.ranks import run_ranks

@@ -41,9 +41,11 @@ def damage_in_row(config: Config, g: int) -> DamagedDocument:
     manifest = load_manifest(config.data.train)
 
     def damaged_rows(number: int, document: int) -> list[int]:
-        stream = SequenceStream(manifest, seed=config.seed, seq_length=LENGTH, window_shards=2, verify=False)
-        stream.quarantine([DamagedDocument(manifest.sha256, manifest.shards[number].name, document, 0)])
-        return [row for row in range(64) if stream.rows([row]).damaged]
+        stream = SequenceStream(manifest, seed=config.seed, seq_length=LENGTH, window_shards=2, keep_going=True)
+        name = manifest.shards[number].name
+        stream.quarantine([DamagedDocument(manifest.sha256, name, document, 0)])
+        damaged = [{(lost.shard, lost.document) for lost in stream.rows([row]).damaged} for row in range(64)]
+        return [row for row, lost in enumerate(damaged) if (name, document) in lost]
 
     for number, shard in enumerate(manifest.shards):
         reader = ShardReader(manifest, number)

@@ -1,4 +1,4 @@
-"""Checking of a whole corpus: every hash, every document, and for a damaged shard what is lost with it."""
+"""What takes reading a whole corpus: whether every hash and document is sound, counts of tokens, all lengths."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy.typing as npt
 from megatron_md.data.remote import RemoteError
 from megatron_md.data.shards import Manifest, ShardError, ShardReader, read_index
 from megatron_md.data.tar import TarError, read_members
+from megatron_md.errors import UserError
 
 
-def verify(manifest: Manifest) -> list[str]:
+def verify_corpus(manifest: Manifest) -> list[str]:
     """Check every hash, every document's crc32 and every token id of a corpus.
 
     Returns:
@@ -67,3 +68,34 @@ def _structure(path: Path, index: npt.NDArray[np.void]) -> str:
         place = f"before document {behind}" if behind < len(index) else f"after document {len(index) - 1}"
         return f"; {error.problem} at byte {error.offset}, {place}"
     return ""
+
+
+def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
+    """Occurrences [vocab_size] of every token, one `<eos>` per document included."""
+    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
+    for number in range(len(manifest.shards)):
+        for block in ShardReader(manifest, number).blocks():
+            found = np.bincount(block, minlength=manifest.vocab_size)
+            if len(found) > manifest.vocab_size:
+                raise UserError(
+                    f"{manifest.location}: a token lies outside the vocabulary; check it with `data verify`"
+                )
+            counts += found
+    counts[manifest.eos_id] += manifest.documents
+    return counts
+
+
+def unigram_entropy(manifest: Manifest) -> float:
+    """Entropy in nats per token of the corpus' token distribution, `<eos>` included: H = -sum_v p_v log p_v.
+
+    A model that knows nothing but token frequencies has this cross-entropy on the corpus.
+    """
+    counts = token_counts(manifest)
+    probabilities = counts[counts > 0] / counts.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())
+
+
+def document_lengths(manifest: Manifest) -> npt.NDArray[np.int64]:
+    """Tokens [documents] of every document, in file order."""
+    lengths = [ShardReader(manifest, number).index["tokens"] for number in range(len(manifest.shards))]
+    return np.concatenate(lengths).astype(np.int64)
