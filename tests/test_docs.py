@@ -231,7 +231,7 @@ def test_every_yaml_block_is_a_config(document: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_fenced_block_says_what_it_is(document: Path) -> None:
-    assert {name for name, _ in FENCE.findall(document.read_text())} <= {"bash", "yaml", "text"}
+    assert {name for name, _ in FENCE.findall(document.read_text())} <= {"bash", "yaml", "text", "python"}
 
 
 def anchors(document: Path) -> set[str]:

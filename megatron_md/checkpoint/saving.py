@@ -51,7 +51,7 @@ class Checkpointing(Callback):
         self._finish(trainer, wait=False)
         every = self.keys.every_steps
         compare_every = trainer.config.train.check_replicas_every or 0
-        if result.votes[self] or (every and step % every == 0):
+        if result.votes[id(self)] or (every and step % every == 0):
             self._save(trainer, in_background=self.keys.asynchronous)
         elif compare_every and step % compare_every == 0:
             self._compare(trainer)

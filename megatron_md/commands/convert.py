@@ -6,8 +6,11 @@ import argparse
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
 
-from megatron_md.messages import say, shown
+from megatron_md.checkpoint.hf.families import FAMILIES, Direction, check_asked
+from megatron_md.messages import progress, say
 
 EXAMPLES = """examples:
   megatron-md convert LLaDA-8B-Base runs/llada-8b --family llada --to megatron
@@ -24,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("source", metavar="SRC", help="Hugging Face folder; or run directory or checkpoint")
     parser.add_argument("target", metavar="DST", help="new folder")
-    parser.add_argument("--family", required=True, metavar="NAME", help="llada, dream, llama, qwen2 or qwen3")
-    parser.add_argument("--to", required=True, choices=("megatron", "hf"), help="direction")
+    parser.add_argument("--family", required=True, metavar="NAME", help=", ".join(FAMILIES))
+    parser.add_argument("--to", required=True, choices=get_args(Direction), help="direction")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="data type of the weights; as they are by default"
     )
@@ -41,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: bad input; nothing has been written then.
     """
+    source, target = Path(args.source), None if args.dry_run else Path(args.target)
+    check_asked(source, target, args.family, args.to, add_mask_token=args.add_mask_token)
     from megatron_md.checkpoint.hf.convert import convert, open_conversion
     from megatron_md.checkpoint.hf.tensors import table
 
@@ -71,17 +76,11 @@ def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
 @contextmanager
 def _progress(steps: int, text: str) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, nothing elsewhere; to be told of every tensor."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with _stoppable() as stop_if_asked, Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(shown(text)), total=steps)
+    with _stoppable() as stop_if_asked, progress(text, steps) as move:
 
         def advance() -> None:
             stop_if_asked()
-            bar.advance(task)
+            move()
 
         yield advance
 

@@ -25,7 +25,7 @@ class StepResult:
         damaged: documents that left gaps in this rank's rows.
         is_damaged: any rank has met such a document.
         stop_votes: how many ranks have been asked to stop, by what has asked them.
-        votes: the sum over all ranks of what each callback's `vote` gave before the step.
+        votes: by `id` of a callback: the sum over all ranks of what its `vote` gave before the step.
     """
 
     record: Record
@@ -34,7 +34,7 @@ class StepResult:
     damaged: frozenset[DamagedDocument]
     is_damaged: bool
     stop_votes: list[float]
-    votes: dict[Callback, float]
+    votes: dict[int, float]
 
 
 class Callback:

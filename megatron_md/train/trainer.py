@@ -109,7 +109,7 @@ class Trainer:
         lr = learning_rate(keys, progress.step, self.config.train.steps)
         set_hyperparameters(self.optimizer, lr=lr, weight_decay=keys.weight_decay)
         stop_votes = self.stop_request.votes() if self.stop_request is not None else []
-        votes = {callback: callback.vote(self) for callback in self.callbacks}
+        votes = {id(callback): callback.vote(self) for callback in self.callbacks}
         report = self.stepper.train(
             batch.micro_batches,
             lambda loss, grad_norm: progress.guard.fault(loss, grad_norm, spike_factor),

@@ -27,7 +27,7 @@ from megatron_md.checkpoint.directory import (
 )
 from megatron_md.checkpoint.hf import original
 from megatron_md.checkpoint.hf.configs import LONGEST_ROW, MOST
-from megatron_md.checkpoint.hf.families import Family, check_exportable, family_named
+from megatron_md.checkpoint.hf.families import Direction, Family, check_asked, check_exportable
 from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, write_folder
 from megatron_md.checkpoint.hf.tensors import Exporter, check_folder, import_slices
 from megatron_md.checkpoint.integrity import seal, verify
@@ -248,7 +248,7 @@ def open_conversion(
     source: str | Path,
     *,
     family: str,
-    to: Literal["megatron", "hf"],
+    to: Direction,
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
     trust: bool = False,
@@ -258,11 +258,8 @@ def open_conversion(
     Raises:
         UserError: it cannot be converted.
     """
-    kind, source = family_named(family), Path(source)
-    if add_mask_token and to == "hf":
-        raise UserError("--add-mask-token belongs to --to megatron")
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder")
+    source = Path(source)
+    kind = check_asked(source, None, family, to, add_mask_token=add_mask_token)
     torch_dtype = DTYPES[dtype] if dtype else None
     if to == "hf":
         return open_export(source, kind, dtype=torch_dtype, trust=trust)
@@ -274,7 +271,7 @@ def convert(
     target: str | Path,
     *,
     family: str,
-    to: Literal["megatron", "hf"],
+    to: Direction,
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
     trust: bool = False,
@@ -302,8 +299,8 @@ def convert(
     Raises:
         UserError: bad input; nothing has been written then.
     """
-    source, target, kind = Path(source), Path(target), family_named(family)
-    _refuse_existing(target)
+    source, target = Path(source), Path(target)
+    kind = check_asked(source, target, family, to, add_mask_token=add_mask_token)
     ready = open_conversion(source, family=family, to=to, dtype=dtype, add_mask_token=add_mask_token, trust=trust)
     with ready as conversion, progress(conversion.parts) as advance:
         conversion.write(target, advance=advance)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_md.checkpoint.hf.configs import (
@@ -22,6 +23,7 @@ from megatron_md.config import Config, ResolvedModel
 from megatron_md.errors import UserError
 
 Layout = Literal["plain", "qkv", "gate_up"]
+Direction = Literal["megatron", "hf"]
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,29 @@ def family_named(name: str) -> Family:
     if name not in FAMILIES:
         raise UserError(f"--family {name}: unknown; known are {', '.join(FAMILIES)}")
     return FAMILIES[name]
+
+
+def check_asked(source: Path, target: Path | None, family: str, to: Direction, *, add_mask_token: bool) -> Family:
+    """The family of a conversion, which is refused as far as that can be told before torch is imported.
+
+    Args:
+        source: what to convert.
+        target: what to write, if anything.
+        family: name of the family.
+        to: the direction.
+        add_mask_token: a mask token is asked for.
+
+    Raises:
+        UserError: the conversion cannot be made.
+    """
+    kind = family_named(family)
+    if add_mask_token and to == "hf":
+        raise UserError("--add-mask-token belongs to --to megatron")
+    if target is not None and target.exists():
+        raise UserError(f"{target}: exists already; choose another folder, or remove it")
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    return kind
 
 
 def check_exportable(config: Config, family: Family) -> None:
