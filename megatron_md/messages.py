@@ -10,12 +10,14 @@ import logging
 import re
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 HIDDEN = "***"
+LINE_SECONDS = 10.0
 
 # Control characters (C0, DEL, C1), breaks of line and paragraph, marks that turn the writing direction, surrogates.
 _COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -123,15 +125,16 @@ def _write(file: TextIO, text: object, multiline: bool) -> None:
 
 @contextmanager
 def progress(
-    text: str, total: int | None = None, *, visible: bool = True, transient: bool = False
+    text: str, total: int | None = None, *, visible: bool = True, transient: bool = False, lines: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """A bar on stderr where that is a terminal, nothing elsewhere.
+    """A bar on stderr where that is a terminal; nothing elsewhere, or a line now and then.
 
     Args:
         text: what it is the progress of, told as `shown`.
-        total: number of steps, if it is known already.
+        total: number of steps; None where nobody knows, or does yet.
         visible: False for none, as on all ranks but one.
         transient: leave nothing of it behind.
+        lines: without a terminal, tell the text every ten seconds.
 
     Yields:
         What moves it: `move()` by one step, `move(completed=..., total=..., text=...)` to somewhere.
@@ -140,15 +143,19 @@ def progress(
     from rich.markup import escape
     from rich.progress import Progress
 
-    console = Console(stderr=True)
-    hidden = not (visible and console.is_terminal)
-    with Progress(console=console, disable=hidden, transient=transient) as bar:
+    console, told = Console(stderr=True), time.perf_counter()
+    has_bar = visible and console.is_terminal
+    with Progress(console=console, disable=not has_bar, transient=transient) as bar:
         task = bar.add_task(escape(shown(text)), total=total)
 
         def move(*, completed: float | None = None, total: float | None = None, text: str | None = None) -> None:
-            step = 1.0 if completed is None else None
+            nonlocal told
+            step = 1.0 if completed is None and text is None else None
             description = None if text is None else escape(shown(text))
             bar.update(task, advance=step, completed=completed, total=total, description=description)
+            if lines and text is not None and not has_bar and time.perf_counter() - told >= LINE_SECONDS:
+                told = time.perf_counter()
+                tell(text)
 
         yield move
 

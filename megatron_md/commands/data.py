@@ -6,7 +6,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array, Rows
-from megatron_md.commands.progress import progress
 from megatron_md.data.builder import build_corpus
 from megatron_md.data.entries import InputError
 from megatron_md.data.index import index_corpus
@@ -27,7 +26,7 @@ from megatron_md.data.survey import document_lengths, unigram_entropy, verify_co
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.writer import SHARD_TOKENS
 from megatron_md.errors import UserError
-from megatron_md.messages import printable, say, shown, tell
+from megatron_md.messages import printable, progress, say, shown, tell
 
 BAR_WIDTH = 40
 MAX_SEQ_LENGTH = 1 << 24
@@ -205,14 +204,16 @@ def _saying_what_is_kept(output: str) -> Iterator[None]:
         raise
 
 
-def _progress() -> AbstractContextManager[Callable[[BuildProgress], None]]:
+@contextmanager
+def _progress() -> Iterator[Callable[[BuildProgress], None]]:
     start = time.perf_counter()
+    with progress("starting", transient=True, lines=True) as move:
 
-    def describe(done: BuildProgress) -> str:
-        rate = done.tokens / (time.perf_counter() - start)
-        return f"{done.documents} documents, {done.tokens / 1e6:.2f}M tokens, {rate / 1e6:.2f}M tokens/s"
+        def on_progress(done: BuildProgress) -> None:
+            rate = done.tokens / (time.perf_counter() - start)
+            move(text=f"{done.documents} documents, {done.tokens / 1e6:.2f}M tokens, {rate / 1e6:.2f}M tokens/s")
 
-    return progress(describe)
+        yield on_progress
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -13,14 +13,13 @@ from typing import Any, get_args
 
 import numpy as np
 
-from megatron_md.commands.progress import progress
 from megatron_md.data.shards import Manifest, ShardReader, load_manifest
 from megatron_md.diffusion.ngrams import MIN_COUNT, By, NgramCounter, OrderCounts, Tokens, weights_of, weights_stderr
 from megatron_md.diffusion.theory import ngram_signal, optimal_mask_rate
 from megatron_md.errors import UserError
 from megatron_md.evaluate.plot import picture_format, plain, save_figure
 from megatron_md.files import replace_file
-from megatron_md.messages import say, shown
+from megatron_md.messages import progress, say, shown
 
 WIDTH = 0.1
 GENERATION = (0.5, 1.0)
@@ -139,7 +138,11 @@ def predict(manifests: Sequence[Manifest], tokens: int) -> list[Prediction]:
     """The predictions after each of PORTIONS of that many tokens, without those that are too small for any."""
     counter = NgramCounter()
     predictions: list[Prediction] = []
-    with progress(lambda done: f"{done / 1e6:.2f}M of {tokens / 1e6:.2f}M tokens", tokens) as advance:
+    with progress("tokens", tokens, transient=True, lines=True) as move:
+
+        def advance(done: int) -> None:
+            move(completed=done, text=f"{done / 1e6:.2f}M of {tokens / 1e6:.2f}M tokens")
+
         reading = documents(manifests, tokens, advance)
         for portion in PORTIONS:
             before = counter.tokens
