@@ -64,7 +64,7 @@ def shards(chunks: list[Any]) -> list[tuple[str, tuple[int, ...], tuple[int, ...
     for chunk in chunks:
         for shard in sharded_tensors(chunk.module.sharded_state_dict(metadata=state_dict_metadata())):
             axes = shard.prepend_axis_num
-            data = shard.data.detach().float().numpy().reshape((1,) * axes + tuple(shard.data.shape))
+            data = shard.data.detach().float().cpu().numpy().reshape((1,) * axes + tuple(shard.data.shape))
             pieces.append((shard.key, shard.global_shape, shard.global_offset, data))
     return pieces
 
