@@ -151,13 +151,13 @@ def step_of(writer: MetricsWriter, trainer: Any, **figures: float) -> dict[str, 
     trainer.progress.tokens += 64
     record = {"step": trainer.progress.step, "step_seconds": 0.5, "data_seconds": 0.125, "skipped": 0, **figures}
     record |= {"loss": 2.0, "grad_norm": 1.0, "lr": 1e-3}
-    writer.after_step(trainer, record)
+    writer.after_step(trainer, SimpleNamespace(record=record, fault=None, rows=(0, 0)))
     return record
 
 
 def trainer_at(step: int, *, size: int = 1) -> Any:
     world = SimpleNamespace(is_main=True, size=size, device=torch.device("cpu"))
-    return SimpleNamespace(progress=SimpleNamespace(step=step, tokens=64 * step), world=world, fault=None, rows=(0, 0))
+    return SimpleNamespace(progress=SimpleNamespace(step=step, tokens=64 * step), world=world)
 
 
 def test_speed_and_mfu_are_those_of_the_steps_since_the_last_line(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_full_disk_loses_samples_only_if_told(
     for on_error in ("continue", "stop"):
         config = config_of(trained, "sampling-full", checkpoint={"on_error": on_error})
         words: Any = Tokenizer(str(trained / "tokenizer.model"))
-        callback = sampling.Sampling(config, None, words, None)  # type: ignore[arg-type]
+        callback = sampling.Sampling(config, None, words, None, None)  # type: ignore[arg-type]
         if on_error == "stop":
             with pytest.raises(OSError, match="No space left"):
                 callback._write("line")
