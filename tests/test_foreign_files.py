@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from megatron_md.checkpoint.directory import config_changes, read_progress, read_record
+from megatron_md.checkpoint.contract import config_changes
+from megatron_md.checkpoint.directory import read_progress, read_record
 from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.rollback import Rollback
 from megatron_md.cli import main

@@ -7,27 +7,24 @@ step_00000100/ is complete or absent: it is written under a temporary name, seal
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_md import run_files
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
-from megatron_md.config import ResolvedConfig
-from megatron_md.config import loader as config_loader
 from megatron_md.errors import UserError
 from megatron_md.files import replace_file, sync
 from megatron_md.json_file import as_record, read_json
-from megatron_md.messages import redacted
 from megatron_md.train.bad_numbers import GuardState
 from megatron_md.train.progress import Progress
 
 FORMAT_VERSION = 2
-RECORD_NAME, CONFIG_NAME = "progress.json", "config.yaml"
+RECORD_NAME, CONFIG_NAME = "progress.json", run_files.CONFIG
 _KINDS = {
     "format": int,
     "progress": dict,
@@ -86,7 +83,7 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     Raises:
         UserError: there are checkpoint directories, and none is complete.
     """
-    directory = run_dir / "checkpoints"
+    directory = run_dir / run_files.CHECKPOINTS
     found, latest = named_checkpoints(directory), _latest(directory)
     complete = [path for path in sorted(found.values(), key=lambda path: path.name != latest) if is_complete(path)]
     if found and not complete:
@@ -96,7 +93,7 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 def _latest(directory: Path) -> str:
     """The name in `latest`, which a user may have edited; one that is unreadable, or not there, names nothing."""
-    pointer = directory / "latest"
+    pointer = directory / run_files.LATEST
     return pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
 
 
@@ -145,49 +142,6 @@ def read_progress(checkpoint: Path) -> Progress:
     """
     where = f"{checkpoint / RECORD_NAME}: progress"
     return as_record(Progress, read_record(checkpoint)["progress"], where, f"not a complete checkpoint: {_WAY_OUT}")
-
-
-def model_identity(config: ResolvedConfig) -> dict[str, Any]:
-    """What a model's weights and its function depend on, under the names of the config; defaults spelt out."""
-    model = config.model
-    content = asdict(model)
-    for key in ("preset", "init_std", "scaled_init", "is_length_given"):
-        del content[key]
-    content["kv_heads"], content["head_dim"] = model.key_heads, model.head_width
-    # Rotary positions have no weights: the longest row may change.
-    content["max_length"] = None if model.position == "rope" else model.max_length
-    return {f"model.{key}": value for key, value in content.items()}
-
-
-def resume_contract(config: ResolvedConfig, stream: dict[str, Any], *, tokenizer: str, causal: bool) -> dict[str, Any]:
-    """What a checkpoint and the run that goes on from it must agree on: JSON values by name.
-
-    Args:
-        config: of the run.
-        stream: `RowStream.state` of the rows that the checkpoint has seen.
-        tokenizer: hash of the tokenizer that the corpora were made with.
-        causal: the objective's attention.
-    """
-    return {**stream, **model_identity(config), "tokenizer": tokenizer, "objective is causal": causal}
-
-
-def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any]]:
-    """Keys in which a config differs from the checkpoint's: [value there, value now] by dotted name."""
-    then = _flat(redacted(config_loader.read_yaml(str(checkpoint / CONFIG_NAME))))
-    now = _flat(config_loader.parse_yaml(resolved_config, "config"))
-    keys = sorted(then.keys() | now.keys())
-    return {key: [then.get(key), now.get(key)] for key in keys if then.get(key) != now.get(key)}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, float) and not math.isfinite(value):
-        value = str(value)  # which equals itself, and which JSON knows
-    if not isinstance(value, dict) or not value:
-        return {prefix: value} if prefix else {}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 @dataclass(frozen=True)
@@ -243,7 +197,7 @@ def publish(directory: Path, step: int, retention: Retention) -> Path:
         _set_aside(target)
     os.rename(partial_path(directory, step), target)
     sync(directory)
-    replace_file(directory / "latest", target.name)
+    replace_file(directory / run_files.LATEST, target.name)
     _prune(directory, retention)
     return target
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_md import run_files
 from megatron_md.checkpoint import directory as names
 from megatron_md.checkpoint import state as states
 from megatron_md.checkpoint.integrity import CheckpointError, verify
@@ -88,7 +89,7 @@ class CheckpointManager:
         """
         self.identity = identity or (lambda next_sample_index: {})
         self.texts = texts or {}
-        self.directory = run_dir / "checkpoints"
+        self.directory = run_dir / run_files.CHECKPOINTS
         self.run_dir = run_dir
         self.retention = names.Retention(keep_last, keep_every, keep_best)
         self.resolved_config = resolved_config

@@ -14,6 +14,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from megatron_md import run_files
 from megatron_md.checkpoint.directory import (
     checkpoint_name,
     discard,
@@ -29,7 +30,6 @@ from megatron_md.train.bad_numbers import RECORD, BadNumbersError, Whole
 from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.progress import Progress
 
-FILE_NAME = "rollback.json"
 _WAY_OUT = (
     "it is damaged: restore or remove it; without it the run goes on from its newest checkpoint, and returns again "
     "where it meets the bad numbers again"
@@ -99,7 +99,7 @@ class Rollback:
         Raises:
             UserError: its file is damaged.
         """
-        path = run_dir / FILE_NAME
+        path = run_dir / run_files.ROLLBACK
         if not path.exists():
             return None
         return as_record(cls, read_json(path, _WAY_OUT), path, _WAY_OUT)
@@ -120,11 +120,11 @@ class Rollback:
 
     def discard_newer(self, run_dir: Path) -> None:
         """Remove the checkpoints that the return leaves behind, or set one aside; on one rank, harmless to repeat."""
-        directory = run_dir / "checkpoints"
+        directory = run_dir / run_files.CHECKPOINTS
         newer = [path for step, path in named_checkpoints(directory).items() if step > self.step and is_complete(path)]
         stale = [path for path in newer if self._is_unknown_to(path)]
         if stale:
-            replace_file(directory / "latest", checkpoint_name(self.step))
+            replace_file(directory / run_files.LATEST, checkpoint_name(self.step))
             bad = [path for path in stale if self.bad is not None and path.name == checkpoint_name(self.bad)]
             for path in bad:
                 aside = set_aside_as_bad(path)
@@ -164,7 +164,7 @@ def agreed(run_dir: Path, progress: Progress, *, max_rollbacks: int, poisoned: s
 
     def decide() -> Rollback:
         rollback = Rollback.due(run_dir, progress, max_rollbacks=max_rollbacks, poisoned=poisoned)
-        replace_file(run_dir / FILE_NAME, json.dumps(asdict(rollback)) + "\n")
+        replace_file(run_dir / run_files.ROLLBACK, json.dumps(asdict(rollback)) + "\n")
         rollback.discard_newer(run_dir)
         return rollback
 
@@ -184,7 +184,7 @@ def _finished(run_dir: Path) -> Rollback | None:
     rollback = Rollback.read(run_dir)
     if rollback is not None and not _saved_steps(run_dir):
         # The run begins anew.
-        (run_dir / FILE_NAME).unlink()
+        (run_dir / run_files.ROLLBACK).unlink()
         return None
     if rollback is not None:
         rollback.discard_newer(run_dir)
@@ -193,4 +193,4 @@ def _finished(run_dir: Path) -> Rollback | None:
 
 def _saved_steps(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints of a run, newest first."""
-    return [step for step, path in named_checkpoints(run_dir / "checkpoints").items() if is_complete(path)]
+    return [step for step, path in named_checkpoints(run_dir / run_files.CHECKPOINTS).items() if is_complete(path)]

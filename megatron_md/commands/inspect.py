@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_md.checkpoint.contract import reason
 from megatron_md.messages import redacted, say, shown
-from megatron_md.run.inspection import Changes, Inspection, compare_config, inspect, newest_checkpoint, reason
+from megatron_md.run.inspection import Changes, Inspection, compare_config, inspect, newest_checkpoint
 
 EXAMPLES = """examples:
   megatron-md inspect runs/demo

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_md import run_files
 from megatron_md.errors import UserError
 from megatron_md.files import replacing
 from megatron_md.json_file import read_json
@@ -18,7 +19,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no such file, or it holds no record.
     """
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / run_files.METRICS
     if not path.is_file():
         raise UserError(f"{path}: no such file; is {run_dir} the directory of a run that has trained?")
     lines = read_lines(path)
@@ -91,7 +92,7 @@ def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
 
 def _unigram_entropy(run_dir: Path) -> float | None:
     try:
-        value = read_json(run_dir / "summary.json", "restore it").get("unigram_entropy")
+        value = read_json(run_dir / run_files.SUMMARY, "restore it").get("unigram_entropy")
     except ValueError:  # the line is left out; `inspect` says what is wrong with the file
         return None
     return float(value) if isinstance(value, (int, float)) else None

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from megatron_md import parallel
+from megatron_md import parallel, run_files
 from megatron_md.config import loader as config_loader
 from megatron_md.diffusion.objective import Objective, build_objective
 from megatron_md.diffusion.schedule import parse_schedule
@@ -73,7 +73,7 @@ def run_experiment(
             "seconds": time.time() - start,
         }
         if world.is_main:
-            write_json(directory / "summary.json", summary)
+            write_json(directory / run_files.SUMMARY, summary)
     return summary
 
 
@@ -121,7 +121,7 @@ def _accuracy_report(config: ParityConfig, task: ParityTask, scorer: Scorer) -> 
 
 def _open(config: ParityConfig, directory: Path, world: World) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "metrics.jsonl").unlink(missing_ok=True)
-    replace_file(directory / "config.yaml", config_loader.to_yaml(config))
-    write_json(directory / "env.json", environment(world.size))
-    write_json(directory / "summary.json", {"status": "running"})
+    (directory / run_files.METRICS).unlink(missing_ok=True)
+    replace_file(directory / run_files.CONFIG, config_loader.to_yaml(config))
+    write_json(directory / run_files.ENVIRONMENT, environment(world.size))
+    write_json(directory / run_files.SUMMARY, {"status": "running"})

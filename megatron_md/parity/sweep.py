@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_md import run_files
 from megatron_md.config import loader as config_loader
 from megatron_md.config.loader import ConfigError
 from megatron_md.errors import UserError
@@ -58,8 +59,8 @@ class SweepRun:
     def summary(self) -> dict[str, Any] | None:
         """What came of it, if it has been run to its end exactly as configured."""
         try:
-            summary = read_json(self.directory / "summary.json", "the run is done again")
-            resolved = read_regular(self.directory / "config.yaml", "the run is done again").decode()
+            summary = read_json(self.directory / run_files.SUMMARY, "the run is done again")
+            resolved = read_regular(self.directory / run_files.CONFIG, "the run is done again").decode()
         except ValueError:
             return None
         if not all(isinstance(summary.get(key), kind) for key, kind in _FIGURES.items()):

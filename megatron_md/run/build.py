@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_md import parallel
-from megatron_md.checkpoint.directory import resume_contract
+from megatron_md.checkpoint.contract import resume_contract
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checkpoint.saving import Checkpointing
 from megatron_md.config import ResolvedConfig, to_yaml

@@ -11,26 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_md.checkpoint.directory import config_changes, is_bad, is_checkpoint_name, model_identity
+from megatron_md import run_files
+from megatron_md.checkpoint.contract import config_changes, effect, model_identity
+from megatron_md.checkpoint.directory import CONFIG_NAME, RECORD_NAME, is_bad, is_checkpoint_name
 from megatron_md.checkpoint.integrity import MANIFEST_NAME, verify, verify_listing
 from megatron_md.config import load_config, load_resolved, resolve, to_yaml
 from megatron_md.config.loader import read_yaml
 from megatron_md.errors import UserError
 from megatron_md.json_file import LARGE, as_record, parse_json, read_json, read_regular
 from megatron_md.train.records import Line, damage, read_lines
-
-# What a checkpoint must agree on to be resumed, besides `model_identity`.
-_REFUSED = ("seed", "data.seq_length", "data.window_shards")
-_DEPENDS = {
-    "data.train": "refused unless it is the same corpus",
-    "data.tokenizer": "refused unless it is the same tokenizer",
-    "model.vocab": "refused unless tokenizer or shards give the same number",
-    "train.precision": "refused if the optimizer keeps its state differently",
-    "megatron": "refused if model or optimizer change by it",
-}
-
-# That of `megatron_md.run.lock`, which needs torch.
-_LOCK_NAME = ".lock"
 
 Changes = dict[str, list[Any]]
 T = TypeVar("T")
@@ -129,17 +118,17 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
     found = Inspection(str(path))
     if _is_checkpoint(path):
         found.checkpoints = [_summarise(path, verified)]
-        found.total_steps = _noted(found.notes, _total_steps, path / "config.yaml", None)
+        found.total_steps = _noted(found.notes, _total_steps, path / run_files.CONFIG, None)
         return found
-    directory = path / "checkpoints"
-    if not directory.is_dir() and not (path / "config.yaml").is_file():
+    directory = path / run_files.CHECKPOINTS
+    if not directory.is_dir() and not (path / run_files.CONFIG).is_file():
         raise UserError(f"{path}: neither a run (no config.yaml, no checkpoints/) nor a checkpoint (no progress.json)")
-    found.status = _noted(found.notes, _json, path / "summary.json", {})
-    if found.status.get("status") == "running" and _is_free(path / _LOCK_NAME):
+    found.status = _noted(found.notes, _json, path / run_files.SUMMARY, {})
+    if found.status.get("status") == "running" and _is_free(path / run_files.LOCK):
         found.notes.append("no job on this machine holds the run: it was killed, unless it runs on another machine")
-    found.environment = _noted(found.notes, _json, path / "env.json", {})
-    found.total_steps = _noted(found.notes, _total_steps, path / "config.yaml", None)
-    latest = _noted(found.notes, _text, directory / "latest", "").strip()
+    found.environment = _noted(found.notes, _json, path / run_files.ENVIRONMENT, {})
+    found.total_steps = _noted(found.notes, _total_steps, path / run_files.CONFIG, None)
+    latest = _noted(found.notes, _text, directory / run_files.LATEST, "").strip()
     for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
         if entry.is_dir() and entry.name.startswith("."):
             found.unfinished.append(entry.name)
@@ -148,13 +137,13 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
         elif entry.is_dir():
             summary = _summarise(entry, verified)
             summary.is_latest = entry.name == latest
-            summary.config_changes = _changes(entry, path / "config.yaml")
+            summary.config_changes = _changes(entry, path / run_files.CONFIG)
             found.checkpoints.append(summary)
     if latest and not any(checkpoint.is_latest for checkpoint in found.checkpoints):
         found.notes.append(f"{directory / 'latest'} names {latest!r}, which is not there")
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in (run_files.METRICS, run_files.SAMPLES):
         _records(path / name, "step", found.notes)
-    found.last_event = next(reversed(_records(path / "events.jsonl", "event", found.notes)), {})
+    found.last_event = next(reversed(_records(path / run_files.EVENTS, "event", found.notes)), {})
     return found
 
 
@@ -169,12 +158,12 @@ def compare_config(found: Inspection, config_path: Path) -> None:
     if newest is None:
         raise UserError(f"{found.path}: holds no checkpoint that {config_path} could resume")
     checkpoint = Path(newest.path)
-    saved = load_resolved(checkpoint / "config.yaml")
+    saved = load_resolved(checkpoint / CONFIG_NAME)
     there, here = model_identity(saved), model_identity(resolve(config, saved.model.vocab))
     differing = {key for key in here if there[key] != here[key]}
     for key, change in config_changes(checkpoint, to_yaml(config)).items():
         group = {"refused": found.refused, "depends": found.depends, "harmless": found.harmless}
-        group[_effect(key, change, differing)][key] = change
+        group[effect(key, change, differing)][key] = change
 
 
 def newest_checkpoint(found: Inspection) -> CheckpointSummary | None:
@@ -183,26 +172,8 @@ def newest_checkpoint(found: Inspection) -> CheckpointSummary | None:
     return next((checkpoint for checkpoint in usable if checkpoint.is_latest), usable[-1] if usable else None)
 
 
-def reason(key: str) -> str:
-    """What an undecided key depends on."""
-    return next((text for name, text in _DEPENDS.items() if _is_below(key, name)), "")
-
-
-def _effect(key: str, change: list[Any], differing: set[str]) -> str:
-    """What resuming makes of a key that has changed, given the keys in which the models differ."""
-    if key == "objective.name":
-        return "refused" if "autoregressive" in change else "harmless"
-    if key in _REFUSED or key in differing:
-        return "refused"
-    return "depends" if reason(key) else "harmless"
-
-
-def _is_below(key: str, name: str) -> bool:
-    return key == name or key.startswith((f"{name}.", f"{name}["))
-
-
 def _is_checkpoint(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("progress.json", MANIFEST_NAME, ".metadata"))
+    return any((path / name).is_file() for name in (RECORD_NAME, MANIFEST_NAME, ".metadata"))
 
 
 def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
@@ -216,7 +187,7 @@ def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
             verify(directory)
         else:
             verify_listing(directory)
-        path = directory / "progress.json"
+        path = directory / RECORD_NAME
         record = as_record(_Record, read_json(path, "restore it"), path, "restore it")
         summary.step, summary.tokens = record.progress.step, record.progress.tokens
         summary.total_tokens = record.progress.total_tokens

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_md import parallel
+from megatron_md import parallel, run_files
 from megatron_md.config import ResolvedConfig, to_yaml
 from megatron_md.data.shards import Manifest
 from megatron_md.data.survey import unigram_entropy
@@ -64,7 +64,7 @@ class Keeper:
 
     def close_late(self, trainer: Trainer) -> None:
         """Say that the run is finished where it was cut off between its last save and its summary."""
-        path, progress = self.directory / "summary.json", trainer.progress
+        path, progress = self.directory / run_files.SUMMARY, trainer.progress
         try:
             summary = read_json(path, "it is written anew")
         except ValueError:  # gone, or broken by hand
@@ -75,12 +75,12 @@ class Keeper:
 
     def _open(self, trainer: Trainer) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        write_json(self.directory / "env.json", environment(self.world.size))
-        write_json(self.directory / "summary.json", {"status": "running"})
+        (self.directory / run_files.CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
+        write_json(self.directory / run_files.ENVIRONMENT, environment(self.world.size))
+        write_json(self.directory / run_files.SUMMARY, {"status": "running"})
         if self.config.data.tokenizer is not None:
             # A run carries its tokenizer: it can be moved, evaluated and converted without the corpus.
-            Tokenizer(self.config.data.tokenizer).save(self.directory / "tokenizer.model")
+            Tokenizer(self.config.data.tokenizer).save(self.directory / run_files.TOKENIZER)
         step, restart = trainer.progress.step, parallel.restarts()
         append_event(self.directory, "started", step=step, world_size=self.world.size, restart=restart)
         if restart:
@@ -112,7 +112,7 @@ class Keeper:
             except ValueError as error:
                 # Damage that the run has tolerated must not fail it in the end.
                 logger.warning("no unigram entropy: %s", error)
-        write_json(self.directory / "summary.json", redacted(summary))
+        write_json(self.directory / run_files.SUMMARY, redacted(summary))
         append_event(self.directory, status, step=step, **details, **({"signal": stopped_by} if stopped_by else {}))
         if stopped_by:
             tell(f"stopped by {stopped_by} at step {step}, saved: the same command resumes")

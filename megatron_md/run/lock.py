@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
+from megatron_md import run_files
 from megatron_md.errors import UserError
 from megatron_md.messages import tell
 from megatron_md.parallel import World
 from megatron_md.together import on_main
 from megatron_md.train.logs import logger
 
-LOCK_NAME = ".lock"
 WAIT_SECONDS = 100.0  # the workers of a killed job end in seconds; NFS keeps a dead machine's locks for 90 s by default
 RESTART_WAIT_SECONDS = 5.0  # a launcher that restarts its workers has seen the ones before them end, if it had all
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -68,7 +68,7 @@ def _lock(run_dir: Path, wait_seconds: float) -> IO[str]:
         OSError: it cannot be opened for writing.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / LOCK_NAME).open("a")
+    file = (run_dir / run_files.LOCK).open("a")
     deadline, is_told = time.monotonic() + wait_seconds, False
     while True:
         try:

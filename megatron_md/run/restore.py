@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_md.checkpoint import rollback
-from megatron_md.checkpoint.directory import checkpoint_name, config_changes, find_checkpoint, named_checkpoints
+from megatron_md.checkpoint.contract import config_changes
+from megatron_md.checkpoint.directory import checkpoint_name, find_checkpoint, named_checkpoints
 from megatron_md.checkpoint.hf import original
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checkpoint.saving import Checkpointing

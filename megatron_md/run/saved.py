@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_md.checkpoint.directory import latest_checkpoint, read_progress
+from megatron_md import run_files
+from megatron_md.checkpoint.directory import CONFIG_NAME, RECORD_NAME, latest_checkpoint, read_progress
 from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.integrity import read_manifest
 from megatron_md.config import ParallelConfig, ResolvedConfig, load_resolved
@@ -70,19 +71,19 @@ def open_run(path: str | Path, placement: Placement = Placement(), *, world_size
         CheckpointError: it has no manifest and is not trusted.
     """
     path = Path(path)
-    checkpoint = path if (path / "progress.json").is_file() else latest_checkpoint(path)
+    checkpoint = path if (path / RECORD_NAME).is_file() else latest_checkpoint(path)
     if checkpoint is None:
         raise UserError(_no_run(path))
     if not placement.trust:
         read_manifest(checkpoint)
-    config = load_resolved(checkpoint / "config.yaml")
+    config = load_resolved(checkpoint / CONFIG_NAME)
     config = replace(
         config,
         parallel=_layout(world_size or int(os.environ.get("WORLD_SIZE", "1")), placement),
         train=replace(config.train, device=placement.device),
     )
     check_split(config)
-    copies = [checkpoint.parent.parent / "tokenizer.model", Path(config.data.tokenizer or "")]
+    copies = [checkpoint.parent.parent / run_files.TOKENIZER, Path(config.data.tokenizer or "")]
     tokenizer = next((file for file in copies if file.is_file()), None)
     if tokenizer is None:
         raise UserError(f"{path}: its tokenizer is not there (looked for {copies[0]} and {copies[1]})")

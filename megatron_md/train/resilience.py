@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_md import run_files
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STOP_FILE = "stop"
-NAMES = (f"the file {STOP_FILE}", *(number.name for number in SIGNALS))
+NAMES = (f"the file {run_files.STOP}", *(number.name for number in SIGNALS))
 
 
 class StopRequest:
@@ -25,7 +26,7 @@ class StopRequest:
         Args:
             run_dir: the run's directory, on the one rank that looks for the file.
         """
-        self.file = run_dir / STOP_FILE if run_dir is not None else None
+        self.file = run_dir / run_files.STOP if run_dir is not None else None
         self.signal: int | None = None
         for number in SIGNALS:
             signal.signal(number, self._handle)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_md import run_files
 from megatron_md.parallel import World
-from megatron_md.run.lock import LOCK_NAME, _lock, only_job
+from megatron_md.run.lock import _lock, only_job
 from tests.ranks import run_ranks
 
 HOLDER = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)\n"
@@ -23,7 +24,7 @@ HOLDER = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fc
 
 def hold(run_dir: Path, seconds: int) -> subprocess.Popen[str]:
     """Another process that has the lock when this returns."""
-    words = [sys.executable, "-c", f"{HOLDER}time.sleep({seconds})", str(run_dir / LOCK_NAME)]
+    words = [sys.executable, "-c", f"{HOLDER}time.sleep({seconds})", str(run_dir / run_files.LOCK)]
     holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline()
     return holder

@@ -17,13 +17,14 @@ from typing import Literal
 
 import torch
 
+from megatron_md import run_files
+from megatron_md.checkpoint.contract import model_identity
 from megatron_md.checkpoint.directory import (
     CONFIG_NAME,
     FORMAT_VERSION,
     RECORD_NAME,
     checkpoint_name,
     find_checkpoint,
-    model_identity,
 )
 from megatron_md.checkpoint.hf import original
 from megatron_md.checkpoint.hf.configs import LONGEST_ROW, MOST
@@ -99,18 +100,18 @@ class Import:
             "val_nelbo": None,
         }
         with _new_folder(target) as partial:
-            checkpoint = partial / "checkpoints" / checkpoint_name(0)
+            checkpoint = partial / run_files.CHECKPOINTS / checkpoint_name(0)
             checkpoint.mkdir(parents=True)
             write_tensors(checkpoint, [replace(part, make=_counted(part.make, advance)) for part in self.slices])
             write_synced(checkpoint / CONFIG_NAME, to_yaml(config))
             write_synced(checkpoint / RECORD_NAME, json.dumps(record, indent=1))
             seal(checkpoint)
-            (partial / "checkpoints" / "latest").write_text(checkpoint.name)
-            (partial / "config.yaml").write_text(to_yaml(config))
+            (partial / run_files.CHECKPOINTS / run_files.LATEST).write_text(checkpoint.name)
+            (partial / run_files.CONFIG).write_text(to_yaml(config))
             new = self.tokenizer if self.has_new_token else None
             original.keep(partial, self.folder, self.family, config=self.config, tokenizer=new)
             if self.tokenizer is not None:
-                (partial / original.RUN_TOKENIZER).write_bytes(self.tokenizer)
+                (partial / run_files.TOKENIZER).write_bytes(self.tokenizer)
                 names = self.folder.path / original.NAMES_OF_TOKENS
                 if names.is_file():
                     shutil.copyfile(names, partial / names.name)
@@ -122,7 +123,7 @@ class Import:
             run_dir=str(target),
             model=self.model,
             data=DataConfig(
-                tokenizer=None if self.tokenizer is None else str(target / original.RUN_TOKENIZER),
+                tokenizer=None if self.tokenizer is None else str(target / run_files.TOKENIZER),
                 seq_length=min(self.model.max_length, LONGEST_ROW),
             ),
             objective=ObjectiveConfig(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_md import run_files
 from megatron_md.checkpoint.hf.families import Family
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder, plan_shards
 from megatron_md.checkpoint.hf.tensors import special_tokens
@@ -22,8 +23,6 @@ from megatron_md.data.tokenizer_json import CONFIG_NAME as NAMES_OF_TOKENS
 from megatron_md.errors import UserError
 from megatron_md.json_file import LARGE, as_record, read_json
 
-ORIGINAL = "huggingface"
-RUN_TOKENIZER = "tokenizer.model"  # of whatever kind
 JSON_TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 _RECORD = "source.json"  # the family, and the tensors of each weight file
 
@@ -61,7 +60,7 @@ def keep(run: Path, folder: HuggingFaceFolder, family: Family, *, config: bytes,
         config: content of its `config.json`.
         tokenizer: content of its `tokenizer.json`, where that is not the source's any more.
     """
-    directory = run / ORIGINAL
+    directory = run / run_files.ORIGINAL
     directory.mkdir()
     for file in folder.companions():
         shutil.copyfile(file, directory / file.name)
@@ -73,8 +72,8 @@ def keep(run: Path, folder: HuggingFaceFolder, family: Family, *, config: bytes,
 
 def hand_on(source: Path, target: Path) -> None:
     """Give a run what the run that it starts from keeps of its Hugging Face folder, if that is anything."""
-    if (source / ORIGINAL).is_dir():
-        shutil.copytree(source / ORIGINAL, target / ORIGINAL, dirs_exist_ok=True)
+    if (source / run_files.ORIGINAL).is_dir():
+        shutil.copytree(source / run_files.ORIGINAL, target / run_files.ORIGINAL, dirs_exist_ok=True)
 
 
 def surroundings(run: Path, config: ResolvedConfig, family: Family, sizes: Mapping[str, int]) -> Surroundings:
@@ -89,7 +88,7 @@ def surroundings(run: Path, config: ResolvedConfig, family: Family, sizes: Mappi
     Raises:
         UserError: what the run keeps of the original is damaged.
     """
-    original = run / ORIGINAL
+    original = run / run_files.ORIGINAL
     if original.is_dir() and _has_same_tokenizer(run, original):
         name, shards, kept = _read(original)
         files = {path.name: path.read_bytes() for path in sorted(original.iterdir()) if path.name != _RECORD}
@@ -98,7 +97,9 @@ def surroundings(run: Path, config: ResolvedConfig, family: Family, sizes: Mappi
         if name == family.name and has_same_tensors and _is_same_model(config, family, kept):
             return Surroundings(source, shards, files)
         return Surroundings(_written(config, family, special_tokens(kept)), plan_shards(sizes), files)
-    file = next((path for path in (run / RUN_TOKENIZER, Path(config.data.tokenizer or "")) if path.is_file()), None)
+    file = next(
+        (path for path in (run / run_files.TOKENIZER, Path(config.data.tokenizer or "")) if path.is_file()), None
+    )
     if file is None:
         return Surroundings(_written(config, family, {}), plan_shards(sizes), {})
     tokenizer = Tokenizer(file)
@@ -117,7 +118,7 @@ def _read(original: Path) -> tuple[str, dict[str, list[str]], dict[str, Any]]:
 
 
 def _has_same_tokenizer(run: Path, original: Path) -> bool:
-    own = run / RUN_TOKENIZER
+    own = run / run_files.TOKENIZER
     files = [original / name for name in (JSON_TOKENIZER, SENTENCEPIECE)]
     return not own.is_file() or any(file.is_file() and file.read_bytes() == own.read_bytes() for file in files)
 

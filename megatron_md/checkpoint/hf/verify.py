@@ -14,11 +14,10 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from megatron_md import parallel
+from megatron_md import parallel, run_files
 from megatron_md.checkpoint.directory import find_checkpoint
 from megatron_md.checkpoint.hf.families import FAMILIES, Family
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
-from megatron_md.checkpoint.hf.original import RUN_TOKENIZER
 from megatron_md.checkpoint.hf.tensors import moves
 from megatron_md.checkpoint.state import load_model
 from megatron_md.config import ResolvedConfig, ResolvedModel, load_resolved
@@ -109,7 +108,7 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterato
         UserError: one of the two cannot be opened.
     """
     checkpoint = find_checkpoint(run_path)
-    saved = load_resolved(checkpoint / "config.yaml")
+    saved = load_resolved(checkpoint / run_files.CONFIG)
     with HuggingFaceFolder(folder_path) as folder:
         model = family.read_config(folder.config)
         parameters = sum(math.prod(tensor.shape) for tensor in folder.tensors.values())
@@ -142,7 +141,7 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterato
 
 def _tokenizer(run: Path) -> tuple[Path | None, str]:
     """The tokenizer of a run, if it can be used; else why not."""
-    file = run / RUN_TOKENIZER
+    file = run / run_files.TOKENIZER
     try:
         Tokenizer(file)
     except ValueError as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_md import run_files
 from megatron_md.config import Config
 from megatron_md.files import append, replace_file
 from megatron_md.messages import redacted, tell
@@ -40,7 +41,7 @@ def without_nan(value: Any) -> Any:
 
 def append_event(run_dir: Path, name: str, **details: Any) -> None:
     """Append a line to RUN/events.jsonl: starts, saves, signals, skips; if it fails, tell it on the terminal."""
-    path = run_dir / "events.jsonl"
+    path = run_dir / run_files.EVENTS
     line = json.dumps(redacted(without_nan({"time": time.time(), "event": name, **details})))
     try:
         append(path, line + "\n")
@@ -121,7 +122,7 @@ class MetricsWriter(Callback):
         if not trainer.world.is_main:
             return
         self._unwritten = ""
-        truncate_metrics(self.run_dir / "metrics.jsonl", trainer.progress.step)
+        truncate_metrics(self.run_dir / run_files.METRICS, trainer.progress.step)
         self._console = Console(self.config.train.steps, trainer.progress.step)
         if self.config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -203,7 +204,7 @@ class MetricsWriter(Callback):
 
     def _append(self, line: str) -> None:
         """Write to metrics.jsonl; lines that a full disk does not take follow with the next one that it does."""
-        path, was_full = self.run_dir / "metrics.jsonl", bool(self._unwritten)
+        path, was_full = self.run_dir / run_files.METRICS, bool(self._unwritten)
         self._unwritten += line
         try:
             append(path, self._unwritten)

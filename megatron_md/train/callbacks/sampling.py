@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_md import run_files
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.files import append
@@ -31,7 +32,7 @@ class Sampling(Callback):
     ) -> None:
         """Raises what `sample_requests` does; `alive` hears the run's step at every step of a sampler."""
         self.every, self.last_step = config.sampling.every_steps, config.train.steps
-        self.path = Path(config.run_dir) / "samples.jsonl"
+        self.path = Path(config.run_dir) / run_files.SAMPLES
         self.denoiser, self.tokenizer, self.metrics, self.alive = denoiser, tokenizer, metrics, alive
         self.may_be_lost = config.checkpoint.on_error == "continue"
         self.requests = sample_requests(config, tokenizer)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_md.checkpoint.hf.original import ORIGINAL, hand_on
+from megatron_md import run_files
+from megatron_md.checkpoint.hf.original import hand_on
 from megatron_md.config import load_config, to_yaml
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.writer import Tokenised, Vocabulary, write_corpus
@@ -79,7 +80,7 @@ def test_a_run_that_goes_on_from_a_converted_one_gives_its_files_back(tmp_path: 
     )
     assert run_ranks(pretrain, 1, config) == [0]
     export(more, back, "llada")
-    before, after = contents(run / ORIGINAL), contents(back)
+    before, after = contents(run / run_files.ORIGINAL), contents(back)
     assert all(after[name] == data for name, data in before.items() if name != "source.json")
     assert set(after) == set(contents(hf)) and content_of(back)["transformers_version"] == "4.46.3"
     assert Tokenizer(back).mask_token_id == Tokenizer(more / "tokenizer.model").mask_token_id == 12
@@ -141,7 +142,7 @@ def test_a_tokenizer_of_our_own_gets_the_names_that_hugging_face_looks_for(tmp_p
 def test_a_damaged_original_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "hf", "llama", shape_of("llama"))
     convert(tmp_path / "hf", tmp_path / "run", "llama")
-    kept = tmp_path / "run" / ORIGINAL
+    kept = tmp_path / "run" / run_files.ORIGINAL
     record = json.loads((kept / "source.json").read_text())
     escaping = {**record, "shards": {f"../{name}": tensors for name, tensors in record["shards"].items()}}
     for name, text in (
@@ -152,7 +153,7 @@ def test_a_damaged_original_is_refused(tmp_path: Path) -> None:
     ):
         before = (kept / name).read_text()
         (kept / name).write_text(text)
-        with pytest.raises(ValueError, match=rf"{ORIGINAL}/{name}: .*; remove .* to export"):
+        with pytest.raises(ValueError, match=rf"{run_files.ORIGINAL}/{name}: .*; remove .* to export"):
             export(tmp_path / "run", tmp_path / "back", "llama")
         (kept / name).write_text(before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]

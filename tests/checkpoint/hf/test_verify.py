@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_md import run_files
 from megatron_md.checkpoint.hf.families import FAMILIES
-from megatron_md.checkpoint.hf.original import ORIGINAL
 from tests.checkpoint.hf.test_convert import convert, export
 from tests.checkpoint.hf_models import FAMILY_NAMES, shape_of, write_byte_tokenizer, write_model
 from tests.ranks import run_ranks
@@ -64,7 +64,7 @@ def test_transformers_opens_an_exported_folder(family: str, tmp_path: Path) -> N
     transformers = pytest.importorskip("transformers")
     tensors = write_model(tmp_path / "hf", family, shape_of(family))
     convert(tmp_path / "hf", tmp_path / "run", family)
-    shutil.rmtree(tmp_path / "run" / ORIGINAL)  # so that config.json is written anew
+    shutil.rmtree(tmp_path / "run" / run_files.ORIGINAL)  # so that config.json is written anew
     export(tmp_path / "run", tmp_path / "back", family)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     state = model.state_dict()
