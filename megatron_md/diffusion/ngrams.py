@@ -104,33 +104,12 @@ class NgramCounter:
         return {order: sample.counts() for order, sample in self._samples.items()}
 
 
-def ngram_weights(
-    token_stream: Iterable[Tokens],
-    orders: Iterable[int] = ORDERS,
-    min_count: int = MIN_COUNT,
-    *,
-    by: By = "types",
-    capacity: int = CAPACITY,
-) -> dict[int, float]:
-    """The share of each order among the n-grams that occur at least `min_count` times (arXiv 2601.22450, F.4).
+def weights_of(counts: Mapping[int, OrderCounts], by: By = "types") -> dict[int, float]:
+    """The share of each order among the n-grams that recur (arXiv 2601.22450, F.4); they sum to 1.
 
     Args:
-        token_stream: documents, token ids [n] each; read once, never held.
-        orders: lengths of n-grams.
-        min_count: occurrences from which an n-gram counts.
+        counts: of each order.
         by: count different n-grams (`types`) or their occurrences; the paper does not say which it means.
-        capacity: different n-grams held per order; beyond it the shares are estimates (see `NgramCounter`).
-
-    Raises:
-        UserError: no n-gram occurs that often.
-    """
-    counter = NgramCounter(orders, min_count, capacity=capacity)
-    counter.add(token_stream)
-    return weights_of(counter.counts(), by)
-
-
-def weights_of(counts: Mapping[int, OrderCounts], by: By = "types") -> dict[int, float]:
-    """The shares of the orders; they sum to 1.
 
     Raises:
         UserError: no n-gram recurs.
