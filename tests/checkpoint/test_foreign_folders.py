@@ -56,8 +56,10 @@ def test_other_files_of_a_folder(name: str, profile: str, tmp_path: Path) -> Non
     write_tokenizer(folder)
     path = folder / (SINGLE_NAME if name == "weights" else name)
     sound = path.read_bytes()
-    files = changed_bytes(sound[:4096]).map(lambda head: head + sound[4096:]) if name == "weights" else None
-    files = files or changed_json(json.loads(sound))
+    if name == "weights":
+        files = changed_bytes(sound[:4096]).map(lambda head: head + sound[4096:])
+    else:
+        files = changed_json(json.loads(sound))
     tried((files, path, lambda: imported(folder, "llama", add_mask_token=name == "tokenizer.json")), profile)
 
 

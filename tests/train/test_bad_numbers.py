@@ -233,14 +233,14 @@ def die_at_rollback(config: Config, factors: dict[int, float], moment: str) -> N
     import os
 
     from megatron_md.checkpoint import rollback
-    from megatron_md.run import pretrain
+    from megatron_md.checkpoint.manager import CheckpointManager
 
     if moment == "before it":
         rollback.agreed = lambda *args, **keys: os._exit(9)
     elif moment == "before the checkpoints go":
         rollback.Rollback.discard_newer = lambda *args: os._exit(9)  # type: ignore[method-assign, assignment]
     else:
-        pretrain.CheckpointManager.load = lambda *args: os._exit(9)
+        CheckpointManager.load = lambda *args: os._exit(9)  # type: ignore[method-assign]
     pretrain_with(config, factors)
 
 
