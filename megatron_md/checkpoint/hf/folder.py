@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX_NAME = "model.safetensors.index.json"
+LONGEST_NAME = 255  # of any file system
 SINGLE_NAME = "model.safetensors"
 SHARD_BYTES = 1_000_000_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -98,8 +100,8 @@ class HuggingFaceFolder:
         if not names:
             raise FolderError(f"{self.path}: holds neither {SINGLE_NAME} nor {INDEX_NAME}")
         for name in names:
-            if Path(name).name != name:
-                raise FolderError(f"{self.path / INDEX_NAME}: {name!r} is not a file of the folder")
+            if Path(name).name != name or len(name) > LONGEST_NAME:
+                raise FolderError(f"{self.path / INDEX_NAME}: {reprlib.repr(name)} is not a file of the folder")
             if not os.path.isfile(self.path / name):  # which takes any name
                 raise FolderError(f"{self.path / name}: missing, though {INDEX_NAME} lists it; download it again")
         return names
