@@ -22,7 +22,7 @@ STAMP := .venv/.installed
 WANTED := $(CURDIR) $(TORCH)
 FOUND := $(shell test ! -e .venv/.installing && .venv/bin/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)
 
-.PHONY: help demo test test-slow test-harness lint clean
+.PHONY: help demo test test-slow test-gpu test-harness lint clean
 ifneq ($(FOUND),$(WANTED))
 .PHONY: $(STAMP)
 endif
@@ -31,6 +31,7 @@ help:
 	@echo 'make demo        train a small model on the Python standard library, draw its loss, write a sample'
 	@echo 'make test        run the tests'
 	@echo 'make test-slow   run the slow tests as well'
+	@echo 'make test-gpu    run the tests that need a CUDA device'
 	@echo 'make test-harness  install lm-evaluation-harness (450 MB) into .venv, run the tests that need it'
 	@echo 'make lint        formatting, lint, types, architecture'
 	@echo 'make clean       remove .venv, caches and build outputs (runs/ and corpus/ stay)'
@@ -55,6 +56,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	.venv/bin/python -m pytest -m 'not gpu'
+
+test-gpu: $(STAMP)
+	.venv/bin/python -m pytest -m gpu
 
 test-harness: $(STAMP)
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev,eval]'

@@ -28,7 +28,7 @@ import torch
 
 from megatron_md import parallel
 from megatron_md.batch import BatchPosition, CleanBatch
-from megatron_md.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron_md.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig, resolve
 
 MASK = 3
 CHECKS = ("look for NaN", "sum weights", "sum all")
@@ -47,11 +47,13 @@ def seconds(work: Callable[[], Any]) -> float:
 def build(shape: str) -> tuple[list[Any], Any, Callable[[], None]]:
     """Model chunks, optimizer, and a training step."""
     model, length, rows = SHAPES[shape]
-    config = Config(
-        model=model,
-        data=DataConfig(seq_length=length),
-        parallel=ParallelConfig(distributed_optimizer=True),
-        train=TrainConfig(global_batch_size=rows, micro_batch_size=rows, device="cpu"),
+    config = resolve(
+        Config(
+            model=model,
+            data=DataConfig(seq_length=length),
+            parallel=ParallelConfig(distributed_optimizer=True),
+            train=TrainConfig(global_batch_size=rows, micro_batch_size=rows, device="cpu"),
+        )
     )
     world = parallel.initialize(config)
     from megatron_md.diffusion.objective import build_objective
@@ -64,7 +66,7 @@ def build(shape: str) -> tuple[list[Any], Any, Callable[[], None]]:
     set_hyperparameters(optimizer, lr=1e-4, weight_decay=0.1)
     objective = build_objective(config.objective, seed=0, mask_token_id=MASK)
     stepper = Stepper(config, world, chunks, optimizer, objective)
-    tokens = np.random.default_rng(0).integers(MASK + 1, model.vocab or 0, (rows, length))
+    tokens = np.random.default_rng(0).integers(MASK + 1, config.model.vocab, (rows, length))
     clean = CleanBatch(tokens, np.ones_like(tokens, dtype=bool), np.arange(rows), BatchPosition(0, rows))
     batch = objective.corrupt(clean)
     return chunks, optimizer, lambda: void(stepper.train([batch]))

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from megatron_md.checkpoint.bridge import moves
-from megatron_md.checkpoint.families import FAMILIES
-from megatron_md.checkpoint.hf_folder import plan_shards, write_folder
-from megatron_md.config import ModelConfig
+from megatron_md.checkpoint.hf.families import FAMILIES
+from megatron_md.checkpoint.hf.folder import plan_shards, write_folder
+from megatron_md.checkpoint.hf.tensors import moves
+from megatron_md.config import ResolvedModel
 
 TINY = dict(layers=4, hidden=256, heads=4, ffn=512, vocab=4099, max_length=512, tied=False)
 LLADA_8B = dict(layers=32, hidden=4096, heads=32, ffn=12288, vocab=126464, max_length=4096, tied=False)
@@ -40,7 +40,7 @@ SAMPLE_SECONDS = 0.02
 def make_folder(directory: Path, family_name: str, size: str) -> tuple[int, int]:
     """A folder of random weights, one file of at most 1 GB in memory at a time; parameters and tensors."""
     family = FAMILIES[family_name]
-    model = ModelConfig(
+    model = ResolvedModel(
         **SIZES[size], qkv_bias=family_name in ("qwen2", "dream"), qk_norm=family_name == "qwen3"
     )  # fmt: skip
     shapes = {
@@ -54,7 +54,7 @@ def make_folder(directory: Path, family_name: str, size: str) -> tuple[int, int]
     directory.mkdir()
     write_folder(
         directory,
-        config=json.dumps(family.write_config(model, {}, model.max_length or 0), indent=2).encode(),
+        config=json.dumps(family.write_config(model, {}, model.max_length), indent=2).encode(),
         shards=plan_shards({name: 2 * math.prod(shape) for name, shape in shapes.items()}),
         read=read,
         companions={},

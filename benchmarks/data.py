@@ -76,7 +76,7 @@ def readers(manifest: Manifest, indexed: Any, seq_length: int) -> dict[str, Read
         count = 0
         for g in range(0, stream.rows_per_epoch, ROWS):
             rows = stream.rows(range(g, min(g + ROWS, stream.rows_per_epoch)))
-            assert rows.tokens_BL.dtype == np.int64 and len(rows.cu_seqlens) == len(rows.tokens_BL)
+            assert rows.tokens_BL.dtype == np.int64 and len(rows.cu_seqlens or ()) == len(rows.tokens_BL)
             count += rows.tokens_BL.size
         return count
 

@@ -21,18 +21,18 @@ from pathlib import Path
 from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.estimators import Estimator, EstimatorName
-from megatron_md.evaluate.load import load_scorer
-from megatron_md.evaluate.nelbo import EvaluationRows, NelboReport, evaluate_nelbo
+from megatron_md.diffusion.nelbo import NelboReport, evaluate_nelbo
+from megatron_md.diffusion.scoring import ScoredRows, Scorer
+from megatron_md.evaluate.load import load_model
 from megatron_md.evaluate.rows import evaluation_rows
-from megatron_md.evaluate.saved_run import open_run
-from megatron_md.evaluate.scorer import Scorer
+from megatron_md.run.saved import Placement, open_run
 
 NAMES: tuple[EstimatorName, ...] = ("plain", "stratified_t", "exact", "complementary", "neyman")
 EPS = 1e-3
 
 
 def measure(
-    scorer: Scorer, rows: EvaluationRows, mask_token_id: int, *, passes: int, seed: int, pilot: int
+    scorer: Scorer, rows: ScoredRows, mask_token_id: int, *, passes: int, seed: int, pilot: int
 ) -> dict[str, NelboReport]:
     """Each estimator's report at one seed; `neyman` gets its density from a pilot with a seed of its own."""
     density = evaluate_nelbo(
@@ -65,12 +65,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    saved = open_run(args.run_path, device="cpu")
+    saved = open_run(args.run_path, Placement(device="cpu"))
     saved = replace(saved, config=replace(saved.config, train=replace(saved.config.train, micro_batch_size=8)))
     tokenizer = Tokenizer(saved.tokenizer)
     rows = evaluation_rows(args.data, [saved.config], tokenizer, count=args.rows)
     with parallel.session(saved.config) as world:
-        scorer = load_scorer(saved, world, tokenizer)
+        scorer = load_model(saved, world, tokenizer)
         found = [
             measure(scorer, rows, tokenizer.mask_token_id, passes=args.passes, seed=seed, pilot=args.pilot)
             for seed in range(args.seeds)

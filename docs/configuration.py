@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md to stdout, from the explanations that stand beside the keys in `megatron_md.config`."""
+"""Writes docs/configuration.md to stdout, from the explanations that stand beside the keys in `megatron_md/config/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMMAND = "python docs/configuration.py > docs/configuration.md"
 HEAD = f"""\
 # Configuration
 
-Generated; do not edit. After a change to `megatron_md/config.py`:
+Generated; do not edit. After a change to a key in `megatron_md/config/`:
 
 ```bash
 {COMMAND}

@@ -49,24 +49,34 @@ class BatchPosition:
 
 
 @dataclass(frozen=True)
-class CleanBatch:
-    """Rows of one micro-batch before corruption, on the host.
+class Rows:
+    """Rows before corruption, on the host.
 
     Attributes:
         tokens_BL: token ids.
         is_maskable_BL: True where a token may be masked and scored; False on padding and quarantined tokens.
         sample_index_B: global number g of each row, which alone (with the seed) decides its corruption.
-        position: the global batch that the rows belong to.
-        cu_seqlens: per row the boundaries of its documents, from 0 to L ascending, where the source knows them.
+        cu_seqlens: per row the boundaries of its documents, from 0 to L ascending, where the source knows them;
+            padding counts as a last document.
         damaged: documents that left a gap in these rows: padding that is not maskable.
     """
 
     tokens_BL: Int64Array
     is_maskable_BL: BoolArray
     sample_index_B: Int64Array
+    cu_seqlens: list[Int32Array] | None = field(default=None, kw_only=True)
+    damaged: frozenset[DamagedDocument] = field(default=frozenset(), kw_only=True)
+
+
+@dataclass(frozen=True)
+class CleanBatch(Rows):
+    """Rows of one micro-batch before corruption.
+
+    Attributes:
+        position: the global batch that the rows belong to.
+    """
+
     position: BatchPosition
-    cu_seqlens: list[Int32Array] | None = None
-    damaged: frozenset[DamagedDocument] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,6 @@ class CorruptedBatch:
         weights_M: weight of each one's cross-entropy; fp32.
         denominator: this micro-batch's share of the global count that the loss is divided by; an integer.
         mask_rate_B: the mask rate t drawn for each row (realised l/n for exact-count corruption).
-        maskable: number of maskable tokens.
-        extra: further host arrays that an objective's own `reduce` wants.
         cu_seqlens: boundaries of the documents that attention keeps apart, as in `CleanBatch`; None: whole rows. The
             trainer fills it in, whatever the objective does.
         is_hidden_LL: pairs of a query and a key that attention does not see, the same in all rows of the global batch;
@@ -96,7 +104,27 @@ class CorruptedBatch:
     weights_M: Float32Array
     denominator: int
     mask_rate_B: Float32Array
-    maskable: int
-    extra: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     cu_seqlens: list[Int32Array] | None = None
     is_hidden_LL: BoolArray | None = None
+
+
+@dataclass(frozen=True)
+class RightShift:
+    """At which position a token is predicted: at its own, or (with `enabled`) at the one to its left, as in AR models.
+
+    Nothing lies to the left of a row's first token, so that it cannot be scored then.
+    """
+
+    enabled: bool
+
+    def scorable(self, is_maskable_BL: BoolArray) -> BoolArray:
+        """The tokens that can be scored."""
+        if not self.enabled:
+            return is_maskable_BL
+        is_scorable_BL = is_maskable_BL.copy()
+        is_scorable_BL[:, 0] = False
+        return is_scorable_BL
+
+    def outputs(self, positions: Int64Array) -> Int64Array:
+        """The positions whose output predicts the tokens at these."""
+        return positions - int(self.enabled)

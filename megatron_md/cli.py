@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_md import __version__
-from megatron_md.exit_codes import EXIT_BAD_INPUT, EXIT_ERROR, RunFailedError, final, is_deliberate
-from megatron_md.messages import guard_tracebacks, shown, tell
+from megatron_md.errors import EXIT_BAD_INPUT, EXIT_ERROR, RunFailedError, UserError, final
+from megatron_md.messages import guard_tracebacks, shown, tell, tell_error
 
 # Name: (module with `add_arguments(parser)` and `run(args) -> int`, what it does). The module's EXAMPLES, if any, are
 # shown by --help.
 COMMANDS = {
     "train": ("megatron_md.commands.train", "pretrain a model, as one YAML file says"),
-    "tokenizer": ("megatron_md.data.tokenizer_commands", "train a tokenizer"),
+    "tokenizer": ("megatron_md.commands.tokenizer", "train a tokenizer"),
     "data": ("megatron_md.commands.data", "build, verify and show tokenised corpora"),
-    "generate": ("megatron_md.evaluate.generate", "write text with a trained model"),
+    "generate": ("megatron_md.commands.generate", "write text with a trained model"),
     "convert": ("megatron_md.commands.convert", "convert checkpoints between Hugging Face and Megatron"),
     "evaluate": (
         "megatron_md.commands.evaluate",
@@ -31,9 +31,9 @@ COMMANDS = {
     ),
     "inspect": ("megatron_md.commands.inspect", "say what a run or a checkpoint holds"),
     "window": ("megatron_md.commands.window", "predict a window of mask rates from a corpus"),
-    "plot": ("megatron_md.evaluate.plot", "draw a run's losses"),
+    "plot": ("megatron_md.commands.plot", "draw a run's losses"),
     "parity": ("megatron_md.commands.parity", "the k-parity task: theory against training, and a check of a machine"),
-    "compare": ("megatron_md.evaluate.compare", "say where two runs' figures part"),
+    "compare": ("megatron_md.commands.compare", "say where two runs' figures part"),
 }
 
 EXAMPLES = """examples:
@@ -91,14 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(COMMANDS[args.command][0])
         return final(int(module.run(args)))
-    except ValueError as error:
-        if not is_deliberate(error):
+    except (UserError, RunFailedError) as error:
+        if os.environ.get("MEGATRON_MD_TRACEBACK"):
             raise
-        report_bad_input(error)
-        return final(EXIT_BAD_INPUT)
-    except RunFailedError as error:
-        report_bad_input(error)
-        return final(EXIT_ERROR)
+        _tell(error)
+        return final(EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_ERROR)
     except (IsADirectoryError, NotADirectoryError, PermissionError, FileNotFoundError) as error:
         # A path on the command line that is not what it should be; in training such an error is a fault.
         if args.command == "train" or error.filename is None:
@@ -114,20 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
-def report_bad_input(error: Exception) -> None:
-    """Print an error's lines on stderr; of several processes only the first one of each machine does.
-
-    An error that one rank alone may meet (its class says `of_one_rank`) is printed by that rank, and so is one of which
-    the ranks have agreed that it was the first.
-    """
-    if getattr(error, "of_one_rank", False) and "RANK" in os.environ:
-        prefix = f"megatron-md rank {os.environ['RANK']}: "
-    elif getattr(error, "is_first", False) or int(os.environ.get("RANK", "0")) == 0:
-        prefix = "megatron-md: "
+def _tell(error: Exception) -> None:
+    """Print an error's lines; of several processes that meet it only the first one of each machine does."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        tell_error(error)
     elif os.environ.get("LOCAL_RANK") == "0":
-        prefix = f"megatron-md on {socket.gethostname()}: "
-    else:
-        return
-    # A config may have several faults; any other line break is not ours.
-    lines = [shown(prefix + line) for line in getattr(error, "lines", None) or [str(error)]]
-    tell("\n".join(lines), multiline=True)
+        tell_error(error, f"megatron-md on {socket.gethostname()}")

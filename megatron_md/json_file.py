@@ -17,6 +17,8 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_md.errors import UserError
+
 T = TypeVar("T")
 
 MOST_BYTES = 1 << 24
@@ -25,9 +27,7 @@ DEEPEST = 64
 LONGEST_NUMBER = 40  # characters
 
 
-def read_regular(
-    path: Path, advice: str, *, most_bytes: int = MOST_BYTES, error: type[ValueError] = ValueError
-) -> bytes:
+def read_regular(path: Path, advice: str, *, most_bytes: int = MOST_BYTES, error: type[UserError] = UserError) -> bytes:
     """The content of a regular file; others are not waited for.
 
     Args:
@@ -37,7 +37,7 @@ def read_regular(
         error: what to raise; it takes the message.
 
     Raises:
-        ValueError: there is no such file, it is no regular one, cannot be read, or is longer.
+        UserError: there is no such file, it is no regular one, cannot be read, or is longer.
     """
     problem, data = "", b""
     try:
@@ -63,7 +63,7 @@ def read_regular(
     return data
 
 
-def parse_json(data: bytes | str, source: object, advice: str, *, error: type[ValueError] = ValueError) -> Any:
+def parse_json(data: bytes | str, source: object, advice: str, *, error: type[UserError] = UserError) -> Any:
     """The value of a JSON text, as every reader of JSON understands it.
 
     Args:
@@ -73,7 +73,7 @@ def parse_json(data: bytes | str, source: object, advice: str, *, error: type[Va
         error: what to raise; it takes the message.
 
     Raises:
-        ValueError: it is no JSON, is nested deeper than `DEEPEST`, or holds a number or a text that JSON has not: NaN,
+        UserError: it is no JSON, is nested deeper than `DEEPEST`, or holds a number or a text that JSON has not: NaN,
             one beyond the floats, one of more than `LONGEST_NUMBER` characters, half a surrogate pair.
     """
     try:
@@ -94,12 +94,12 @@ def parse_json(data: bytes | str, source: object, advice: str, *, error: type[Va
 
 
 def read_json(
-    path: Path, advice: str, *, most_bytes: int = MOST_BYTES, error: type[ValueError] = ValueError
+    path: Path, advice: str, *, most_bytes: int = MOST_BYTES, error: type[UserError] = UserError
 ) -> dict[str, Any]:
     """The object in a JSON file; arguments as for `read_regular`.
 
     Raises:
-        ValueError: as `read_regular` and `parse_json`, or it is no object.
+        UserError: as `read_regular` and `parse_json`, or it is no object.
     """
     value = parse_json(read_regular(path, advice, most_bytes=most_bytes, error=error), path, advice, error=error)
     if not isinstance(value, dict):
@@ -117,19 +117,20 @@ def as_record(schema: type[T], value: Any, source: object, advice: str) -> T:
         advice: the way out, for the message.
 
     Raises:
-        ValueError: an entry is missing, unknown, of another type or out of range.
+        UserError: an entry is missing, unknown, of another type or out of range.
     """
     try:
         # Strictness as in JSON: dataclasses and tuples come from objects and lists, nothing else converts.
-        return cast(T, _adapter(cast(Hashable, schema)).validate_json(json.dumps(value), strict=True))
+        return cast(T, adapter(cast(Hashable, schema)).validate_json(json.dumps(value), strict=True))
     except ValidationError as failure:
         problem = failure.errors()[0]
     key = "".join(f"{part}: " for part in problem["loc"])
-    raise ValueError(f"{source}: {key}{problem['msg']}; {advice}")
+    raise UserError(f"{source}: {key}{problem['msg']}; {advice}")
 
 
 @lru_cache(maxsize=16)
-def _adapter(schema: Any) -> TypeAdapter[Any]:
+def adapter(schema: Any) -> TypeAdapter[Any]:
+    """The validator of a dataclass; building one takes tens of milliseconds."""
     return TypeAdapter(schema)
 
 
@@ -148,19 +149,19 @@ def _problem(value: Any, text: str) -> str:
 
 def _integer(text: str) -> int:
     if len(text) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(text)} characters")
+        raise UserError(f"a number of {len(text)} characters")
     return int(text)
 
 
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:LONGEST_NUMBER]}")
+        raise UserError(f"the number {text[:LONGEST_NUMBER]}")
     return value
 
 
 def _constant(text: str) -> float:
-    raise ValueError(f"the number {text}")
+    raise UserError(f"the number {text}")
 
 
 _DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_float, parse_constant=_constant)

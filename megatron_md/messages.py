@@ -5,14 +5,19 @@ Whatever a foreign file, a server or a model may have written passes here on its
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 HIDDEN = "***"
+LINE_SECONDS = 10.0
 
 # Control characters (C0, DEL, C1), breaks of line and paragraph, marks that turn the writing direction, surrogates.
 _COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -85,6 +90,12 @@ def _redacted_authority(match: re.Match[str]) -> str:
     return f"{scheme}{HIDDEN}{authority[len(bare) :]}" if is_cut else match[0]
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the known word most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def shown(text: object, *, multiline: bool = False) -> str:
     """A message as it may be shown: redacted and printable."""
     return printable(redacted(str(text)), multiline=multiline)
@@ -93,6 +104,12 @@ def shown(text: object, *, multiline: bool = False) -> str:
 def tell(text: object, *, multiline: bool = False) -> None:
     """Print a message on stderr, as `shown`; newlines are escaped too unless it is meant to have several lines."""
     _write(sys.stderr, text, multiline)
+
+
+def tell_error(error: Exception, speaker: str = "megatron-md") -> None:
+    """Print what an error says on stderr, behind who says it; one that has several `lines` needs as many."""
+    lines = getattr(error, "lines", None) or [str(error)]
+    tell("\n".join(shown(f"{speaker}: {line}") for line in lines), multiline=True)
 
 
 def say(text: object, *, multiline: bool = False) -> None:
@@ -104,6 +121,43 @@ def _write(file: TextIO, text: object, multiline: bool) -> None:
     # In one write, so that lines of other processes cannot come in between.
     file.write(shown(text, multiline=multiline) + "\n")
     file.flush()
+
+
+@contextmanager
+def progress(
+    text: str, total: int | None = None, *, visible: bool = True, transient: bool = False, lines: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A bar on stderr where that is a terminal; nothing elsewhere, or a line now and then.
+
+    Args:
+        text: what it is the progress of, told as `shown`.
+        total: number of steps; None where nobody knows, or does yet.
+        visible: False for none, as on all ranks but one.
+        transient: leave nothing of it behind.
+        lines: without a terminal, tell the text every ten seconds.
+
+    Yields:
+        What moves it: `move()` by one step, `move(completed=..., total=..., text=...)` to somewhere.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import Progress
+
+    console, told = Console(stderr=True), time.perf_counter()
+    has_bar = visible and console.is_terminal
+    with Progress(console=console, disable=not has_bar, transient=transient) as bar:
+        task = bar.add_task(escape(shown(text)), total=total)
+
+        def move(*, completed: float | None = None, total: float | None = None, text: str | None = None) -> None:
+            nonlocal told
+            step = 1.0 if completed is None and text is None else None
+            description = None if text is None else escape(shown(text))
+            bar.update(task, advance=step, completed=completed, total=total, description=description)
+            if lines and text is not None and not has_bar and time.perf_counter() - told >= LINE_SECONDS:
+                told = time.perf_counter()
+                tell(text)
+
+        yield move
 
 
 class Formatter(logging.Formatter):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_md.config import Config
+from megatron_md.errors import UserError
+from megatron_md.together import together
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 # How often the job's workers have been started before these, as `megatron-md train` tells them.
 ROUND_VARIABLE = "MEGATRON_MD_ROUND"
@@ -55,15 +61,15 @@ def select_device(name: str) -> torch.device:
     """Device for `train.device`: auto takes this process's CUDA device where there is one.
 
     Raises:
-        ValueError: cuda is asked for and there is none, or there are more processes on this node than devices.
+        UserError: cuda is asked for and there is none, or there are more processes on this node than devices.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is cuda, but torch sees no CUDA device: use train.device=auto or cpu")
+        raise UserError("train.device is cuda, but torch sees no CUDA device: use train.device=auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= count > 1:
-        raise ValueError(f"this node has {count} CUDA devices and more processes than that: start one per device")
+        raise UserError(f"this node has {count} CUDA devices and more processes than that: start one per device")
     # A scheduler may show each process its own device only.
     return torch.device("cuda", local_rank if count > 1 else 0)
 
@@ -101,7 +107,7 @@ def initialize(config: Config) -> World:
     """Start torch.distributed and megatron-core's process groups for `config.parallel`; set all seeds.
 
     Raises:
-        ValueError: the device asked for is not there.
+        UserError: the device asked for is not there.
     """
     device = select_device(config.train.device)
     if device.type == "cpu":
@@ -120,7 +126,7 @@ def initialize(config: Config) -> World:
         from megatron.core import optimizer as core_optimizer
 
         if not core_optimizer.USING_PYTORCH_OPTIMIZER:
-            raise ValueError(
+            raise UserError(
                 "train.device is cpu, but megatron-core found Transformer Engine or apex, whose optimizer knows CUDA "
                 "only: run on a CUDA device, or in an environment without them"
             )
@@ -151,6 +157,36 @@ def initialize(config: Config) -> World:
         data_size=parallel_state.get_data_parallel_world_size(),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
     )
+
+
+def sum_over_ranks(figures: torch.Tensor, world: World) -> torch.Tensor:
+    """Sum over data-parallel ranks of what the last pipeline stages hold, given to every rank (on the CPU)."""
+    if world.size == 1:
+        return figures.cpu()
+    from megatron.core import parallel_state
+
+    figures = figures.to(world.device)
+    if world.is_last_stage:
+        dist.all_reduce(figures, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            figures,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return figures.cpu()
+
+
+def shared(world: World, jobs: Sequence[Job], work: Callable[[Job], Result]) -> list[Result]:
+    """`[work(job) for job in jobs]` on every rank, each data-parallel rank doing its share; every rank calls this.
+
+    The ranks of one share call `work` on the same jobs in the same order.
+    """
+    mine = {number: work(jobs[number]) for number in range(world.data_rank, len(jobs), world.data_size)}
+    found: dict[int, Result] = {}
+    for part in together(lambda: mine) if world.data_size > 1 else [mine]:
+        found |= part
+    return [found[number] for number in range(len(jobs))]
 
 
 def shutdown() -> None:

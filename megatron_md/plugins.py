@@ -29,7 +29,7 @@ def import_plugins(config: Config, *, trust: bool = True) -> None:
             except Exception as error:  # whatever the module itself does wrong
                 is_here = not trust and PathFinder.find_spec(name.partition(".")[0], [os.getcwd()]) is not None
                 way_out = "only --trust imports from the working directory" if is_here else "is it on PYTHONPATH?"
-                raise ConfigError([f"imports: module {name!r} cannot be imported ({error}); {way_out}"]) from None
+                raise ConfigError(f"imports: module {name!r} cannot be imported ({error}); {way_out}") from None
 
 
 @contextmanager

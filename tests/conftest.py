@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 from megatron_md import parallel
 from megatron_md.cli import main
-from megatron_md.config import Config, DataConfig, ModelConfig
+from megatron_md.config import Config, DataConfig, ModelConfig, ResolvedConfig, resolve
+from megatron_md.data.entries import Document
+from megatron_md.data.tokenizer import Tokenizer, train_tokenizer
 from tests.data.small_corpus import made_up_code
 from tests.ranks import run_ranks
 from tests.train.test_trainer import pretrain
@@ -18,12 +20,10 @@ from tests.trained_run import run_config
 
 
 @pytest.fixture(scope="session")
-def small_config() -> Config:
+def small_config() -> ResolvedConfig:
     """A model small enough for milliseconds, with every dimension different."""
-    return Config(
-        model=ModelConfig(vocab=101, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48),
-        data=DataConfig(seq_length=16),
-    )
+    shape = ModelConfig(vocab=101, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
+    return resolve(Config(model=shape, data=DataConfig(seq_length=16)))
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +39,22 @@ _shared_world: list[parallel.World] = []
 
 
 @pytest.fixture(scope="session")
-def world(small_config: Config) -> Iterator[parallel.World]:
+def world(small_config: ResolvedConfig) -> Iterator[parallel.World]:
     """This process as a job of one, for tests that build modules without starting ranks."""
     _shared_world.append(parallel.initialize(small_config))
     yield _shared_world[0]
     parallel.shutdown()
     _shared_world.clear()
+
+
+@pytest.fixture(scope="session")
+def code() -> list[Document]:
+    return [Document(f"code/{number:03d}.py", made_up_code(number)) for number in range(150)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(code: list[Document], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(code, 330, tmp_path_factory.mktemp("tokenizer") / "small.model")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_md.exit_codes import is_deliberate
+from megatron_md.errors import UserError
 
 COMMON = settings(
     deadline=None, derandomize=True, database=None, print_blob=False, suppress_health_check=list(HealthCheck)
@@ -129,7 +129,7 @@ def refused(read: Callable[[], Any]) -> str | None:
     try:
         read()
     except Exception as error:
-        assert is_deliberate(error), "".join(traceback.format_exception(error))
+        assert isinstance(error, UserError), "".join(traceback.format_exception(error))
         message = str(error)
         assert message and len(message) < 4000, message
         return message

@@ -11,10 +11,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megatron_md.pretrain", "megatron_md.checkpoint.manager", "torch.utils.tensorboard"])
+# CUDA does not outlive a fork, not even where it was only asked whether it is there.
+_CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+if _CONTEXT.get_start_method() == "forkserver":
+    _CONTEXT.set_forkserver_preload(
+        ["megatron_md.run.pretrain", "megatron_md.checkpoint.manager", "torch.utils.tensorboard"]
+    )
 
 
 class RankError(AssertionError):

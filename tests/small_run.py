@@ -11,19 +11,19 @@ import numpy as np
 
 from megatron_md.batch import BatchPosition, CleanBatch
 from megatron_md.config import (
-    Config,
     DataConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
+    ResolvedConfig,
+    ResolvedModel,
     TrainConfig,
 )
 
 ROWS, LENGTH, VOCAB, MASK = 8, 32, 211, 3
 
-CONFIG = Config(
-    model=ModelConfig(vocab=VOCAB, max_length=LENGTH, layers=4, hidden=64, heads=4, kv_heads=2, ffn=96),
+CONFIG = ResolvedConfig(
+    model=ResolvedModel(vocab=VOCAB, max_length=LENGTH, layers=4, hidden=64, heads=4, kv_heads=2, ffn=96),
     parallel=ParallelConfig(distributed_optimizer=False),
     data=DataConfig(seq_length=LENGTH),
     objective=ObjectiveConfig(mask_schedule="uniform:0.3,0.7", head_chunk=16),
@@ -34,7 +34,7 @@ CONFIG = Config(
 Curve = list[tuple[float, float, float, float]]
 
 
-def variant(config: Config = CONFIG, **sections: dict[str, Any]) -> Config:
+def variant(config: ResolvedConfig = CONFIG, **sections: dict[str, Any]) -> ResolvedConfig:
     """A config with some keys of some sections replaced: `variant(model={"tied": False})`."""
     return replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()})
 
@@ -46,7 +46,7 @@ def clean_rows(index: np.ndarray[Any, Any], position: BatchPosition) -> CleanBat
     """
     tokens = np.stack([np.random.default_rng(int(g)).integers(4, VOCAB, LENGTH) for g in index])
     is_maskable = np.arange(LENGTH)[None] < np.where(index % 8 == 5, 0, LENGTH - index % 3)[:, None]
-    return CleanBatch(tokens, is_maskable, index, position, [boundaries(int(g)) for g in index])
+    return CleanBatch(tokens, is_maskable, index, position, cu_seqlens=[boundaries(int(g)) for g in index])
 
 
 def boundaries(g: int) -> np.ndarray[Any, Any]:
@@ -58,9 +58,10 @@ def boundaries(g: int) -> np.ndarray[Any, Any]:
 class SmallRun:
     """Model, optimizer and stepper of one rank."""
 
-    def __init__(self, config: Config, world: Any) -> None:
+    def __init__(self, config: ResolvedConfig, world: Any) -> None:
         from megatron_md.diffusion.objective import build_objective
         from megatron_md.model.build import build_model, wrap_data_parallel
+        from megatron_md.train.inference import Inference
         from megatron_md.train.optimizer import build_optimizer, set_hyperparameters
         from megatron_md.train.step import Stepper
 
@@ -76,6 +77,7 @@ class SmallRun:
         self.optimizer = build_optimizer(config, self.chunks)
         set_hyperparameters(self.optimizer, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
         self.stepper = Stepper(config, world, self.chunks, self.optimizer, objective)
+        self.inference = Inference(config, world, self.chunks, causal=objective.causal, mask_token_id=MASK)
 
     def batches(self, step: int) -> list[CleanBatch]:
         """This rank's micro-batches of a step."""
@@ -94,7 +96,7 @@ class SmallRun:
 
 
 @contextmanager
-def small_run(config: Config) -> Iterator[SmallRun]:
+def small_run(config: ResolvedConfig) -> Iterator[SmallRun]:
     """A `SmallRun` in this process's place of the job."""
     from megatron_md import parallel
 

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_md import __version__, cli
 from megatron_md.config import Config
+from megatron_md.errors import UserError
 
 TINY = "model: {preset: tiny, vocab: 300}\n"
 
@@ -141,9 +142,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         calls["launch"] = (args, keys)
         return 0
 
-    monkeypatch.setitem(sys.modules, "megatron_md.pretrain", types.SimpleNamespace(pretrain=pretrain))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "megatron_md.run.pretrain", types.SimpleNamespace(pretrain=pretrain))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "megatron_md.train.launch", types.SimpleNamespace(launch=launch))  # type: ignore[arg-type]
-    monkeypatch.setattr("megatron_md.checks.missing_files", lambda config: [])
+    monkeypatch.setattr("megatron_md.run.check.missing_files", lambda config: [])
     return calls
 
 
@@ -199,22 +200,29 @@ def test_faults_keep_their_traceback(
     def pretrain(config: Config) -> int:
         return int("no number")
 
-    monkeypatch.setattr(sys.modules["megatron_md.pretrain"], "pretrain", pretrain)
+    monkeypatch.setattr(sys.modules["megatron_md.run.pretrain"], "pretrain", pretrain)
     with pytest.raises(ValueError, match="invalid literal"):
         main("train", config_file)
 
 
-def test_deliberate_errors_are_those_raised_in_this_package() -> None:
-    from megatron_md.config_loader import read_yaml
+def test_a_missing_file_is_bad_input_and_a_slip_of_the_code_is_not(config_file: Path, tmp_path: Path) -> None:
+    from megatron_md.config.loader import read_yaml
 
-    def caught(function: Any, *args: Any) -> ValueError:
-        with pytest.raises(ValueError) as info:
-            function(*args)
-        return info.value
+    with pytest.raises(UserError, match="no such file"):
+        read_yaml(str(tmp_path / "none.yaml"))
+    assert not issubclass(json.JSONDecodeError, UserError)
 
-    assert cli.is_deliberate(caught(read_yaml, "none.yaml"))
-    assert not cli.is_deliberate(caught(int, "x"))
-    assert not cli.is_deliberate(caught(json.loads, "{"))
+
+def test_a_dry_run_takes_no_torch(config_file: Path, tmp_path: Path) -> None:
+    words = ["train", str(config_file), "--dry-run", "data.tokenizer=none.model", "sampling.every_steps=5"]
+    code = "import sys\nfrom megatron_md.cli import main\nsys.modules['torch'] = None\nsys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "# layout and estimates" in done.stdout and "no such file" in done.stderr
+    words[-1:] = ["sampling.every_steps=5", "sampling.strategy=guess", "objective.name=guess"]
+    done = subprocess.run([sys.executable, "-c", code, *words], check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and "objective.name 'guess' is unknown (known: masked_diffusion," in done.stderr
+    assert "sampling: unknown sampling strategy 'guess' (known: ancestral, entropy," in done.stderr
 
 
 def test_refusal_takes_no_torch(config_file: Path) -> None:

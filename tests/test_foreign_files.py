@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from megatron_md import config_loader
-from megatron_md.checkpoint.directory import config_changes, read_progress, read_record
+from megatron_md.checkpoint.contract import config_changes
+from megatron_md.checkpoint.directory import read_progress, read_record
 from megatron_md.checkpoint.integrity import seal, verify
 from megatron_md.checkpoint.rollback import Rollback
-from megatron_md.checks import smallest_world
 from megatron_md.cli import main
 from megatron_md.commands import train
-from megatron_md.commands.inspect import inspect
-from megatron_md.commands.inspect_text import show
+from megatron_md.commands.inspect import show
 from megatron_md.config import Config, ModelConfig, config_from_mapping, load_config, to_yaml
+from megatron_md.config import loader as config_loader
+from megatron_md.config.schema import describe_type, keys_of
 from megatron_md.data.ledger import QuarantineLedger
 from megatron_md.data.resume import PROGRESS_NAME, BuildState, load_state
 from megatron_md.diffusion.schedule import parse_schedule
@@ -32,6 +32,7 @@ from megatron_md.evaluate.likelihood import _read_state
 from megatron_md.evaluate.prompts import read_prompts
 from megatron_md.parity.config import load_parity_config
 from megatron_md.parity.validate import default_reference, read_reference
+from megatron_md.run.inspection import inspect
 from tests.hostile import Case, changed_bytes, changed_json, changed_yaml, fuzz, profiles, refused, tried
 
 PROGRESS = {"step": 3, "next_sample_index": 24, "tokens": 96, "total_tokens": 960, "jumps": [[8, 16]],
@@ -220,13 +221,13 @@ def test_configs_are_refused_or_reported(profile: str, tmp_path: Path) -> None:
 def _dry_run(path: Path, *words: str) -> None:
     config = load_config(path, words)
     with redirect_stdout(io.StringIO()) as text:
-        train._dry_run(config, smallest_world(config), trust=False)
+        train._dry_run(config, config.parallel.replica, trust=False)
     assert "parameters" in text.getvalue()
 
 
 def test_every_whole_number_of_a_config_at_its_bound(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {vocab: 100}\n")
-    keys = [path for path, hint in config_loader.keys_of(Config) if "whole number" in config_loader.describe_type(hint)]
+    keys = [path for path, hint in keys_of(Config) if "whole number" in describe_type(hint)]
     assert ("train", "steps") in keys and len(keys) > 40
     for path in keys:
         for value in (10**4, 10**15):

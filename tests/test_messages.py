@@ -7,13 +7,14 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_md import cli
+from megatron_md import cli, messages
 from megatron_md.config import config_from_mapping, load_config, to_yaml
-from megatron_md.messages import Formatter, printable, redacted, shown
+from megatron_md.messages import Formatter, printable, progress, redacted, shown
 
 HOSTILE = "a\x1b]0;b\x07\r\x7f\x9b31m\u202e\u2066\u2028\ud800"
 ESCAPED = r"a\x1b]0;b\x07\r\x7f\x9b31m\u202e\u2066\u2028\ud800"
@@ -139,3 +140,28 @@ def test_tracebacks_and_logs_of_a_process() -> None:
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert f"{ESCAPED}\n" in done.stderr and f"RuntimeError: {ESCAPED}https://***@host/\n" in done.stderr
     assert done.stderr == shown(done.stderr, multiline=True)
+
+
+def test_lines_are_apart_in_time(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 4.0, 10.0, 10.0, 19.0, 21.0, 21.0])
+    monkeypatch.setattr(messages, "time", SimpleNamespace(perf_counter=clock.__next__))
+    with progress("here", lines=True) as move:
+        for done in range(1, 5):
+            move(text=f"{done} done")
+    assert capsys.readouterr().err == "2 done\n4 done\n"
+
+
+@pytest.mark.parametrize("total", [None, 4])
+def test_a_terminal_has_a_bar(
+    total: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress("starting", total) as move:
+        move(completed=2, text="[2] done\x1b[2J")
+        move()
+    shown = capsys.readouterr().err
+    assert "[2] done\\x1b[2J" in shown and ("75%" in shown) == (total is not None)
+    with progress("starting", total, visible=False, lines=True) as move:
+        move(completed=2, text="2 done")
+    assert capsys.readouterr().err == ""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_md.checks import check_config
 from megatron_md.config import load_config, preset_names
+from megatron_md.run.check import check_config
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_md import parallel
-from megatron_md.config import Config, ParallelConfig
+from megatron_md.config import Config, ParallelConfig, TrainConfig
 from tests.ranks import run_ranks
 
 
@@ -56,3 +57,18 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         parallel.select_device("cuda")
     assert parallel.select_device("auto") == parallel.select_device("cpu") == torch.device("cpu")
     assert parallel.peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def kernels(config: Config) -> tuple[bool, str | None, str | None]:
+    """Whether a job asks torch for deterministic kernels only, and what it asks cuBLAS and NCCL for."""
+    with parallel.session(config):
+        wanted = (os.environ.get(name) for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"))
+        return (torch.are_deterministic_algorithms_enabled(), *wanted)
+
+
+@pytest.mark.distributed
+def test_deterministic_asks_every_library_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
+        monkeypatch.delenv(name, raising=False)
+    assert run_ranks(kernels, 1, Config()) == [(False, None, None)]
+    assert run_ranks(kernels, 1, Config(train=TrainConfig(deterministic=True))) == [(True, ":4096:8", "Ring")]

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 
 from megatron_md.batch import BoolArray, CleanBatch, CorruptedBatch
-from megatron_md.diffusion.objective import Metrics, ObjectiveContext, build_objective, register_objective
+from megatron_md.diffusion.objective import (
+    MEAN_METRICS,
+    Metrics,
+    ObjectiveContext,
+    build_objective,
+    register_objective,
+)
 from megatron_md.diffusion.schedule import FloatArray, MaskSchedule, register_schedule
 
 
@@ -53,6 +59,7 @@ class ContextAdaptive:
 
     name = "context_adaptive"
     causal = False
+    metric_names = MEAN_METRICS
 
     def __init__(self, context: ObjectiveContext, *, sharpness: float = 0.1) -> None:
         """`context` comes from the trainer, `sharpness` (p) from the config's `objective.options`."""

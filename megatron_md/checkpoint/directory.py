@@ -7,26 +7,24 @@ step_00000100/ is complete or absent: it is written under a temporary name, seal
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_md import config_loader
+from megatron_md import run_files
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
-from megatron_md.config import Config
+from megatron_md.errors import UserError
 from megatron_md.files import replace_file, sync
 from megatron_md.json_file import as_record, read_json
-from megatron_md.messages import redacted
 from megatron_md.train.bad_numbers import GuardState
 from megatron_md.train.progress import Progress
 
 FORMAT_VERSION = 2
-RECORD_NAME, CONFIG_NAME = "progress.json", "config.yaml"
+RECORD_NAME, CONFIG_NAME = "progress.json", run_files.CONFIG
 _KINDS = {
     "format": int,
     "progress": dict,
@@ -83,19 +81,19 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run: the one that `latest` names first, then the others, newest first.
 
     Raises:
-        ValueError: there are checkpoint directories, and none is complete.
+        UserError: there are checkpoint directories, and none is complete.
     """
-    directory = run_dir / "checkpoints"
+    directory = run_dir / run_files.CHECKPOINTS
     found, latest = named_checkpoints(directory), _latest(directory)
     complete = [path for path in sorted(found.values(), key=lambda path: path.name != latest) if is_complete(path)]
     if found and not complete:
-        raise ValueError(f"{directory}: none of its {len(found)} checkpoints is complete; remove them to start anew")
+        raise UserError(f"{directory}: none of its {len(found)} checkpoints is complete; remove them to start anew")
     return complete
 
 
 def _latest(directory: Path) -> str:
     """The name in `latest`, which a user may have edited; one that is unreadable, or not there, names nothing."""
-    pointer = directory / "latest"
+    pointer = directory / run_files.LATEST
     return pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
 
 
@@ -103,7 +101,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run: the one that `latest` names or, if it is gone, the newest there is.
 
     Raises:
-        ValueError: there are checkpoint directories, and none is complete.
+        UserError: there are checkpoint directories, and none is complete.
     """
     return next(iter(complete_checkpoints(run_dir)), None)
 
@@ -112,11 +110,11 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a path means: a checkpoint directory itself, or the newest one of a run.
 
     Raises:
-        ValueError: it is neither.
+        UserError: it is neither.
     """
     checkpoint = path if is_complete(path) else latest_checkpoint(path)
     if checkpoint is None:
-        raise ValueError(f"{path}: neither a run directory with a complete checkpoint nor a checkpoint")
+        raise UserError(f"{path}: neither a run directory with a complete checkpoint nor a checkpoint")
     return checkpoint
 
 
@@ -124,15 +122,15 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint records about itself: progress, layout, identity, optimizer, val_nelbo.
 
     Raises:
-        ValueError: the directory is not a complete checkpoint of this format.
+        UserError: the directory is not a complete checkpoint of this format.
     """
     path = checkpoint / RECORD_NAME
     record = {**_DEFAULTS, **read_json(path, f"not a complete checkpoint: {_WAY_OUT}")}
     for key, kind in _KINDS.items():
         if not isinstance(record.get(key), kind):
-            raise ValueError(f"{path}: {key} is missing or of a wrong type: not a complete checkpoint: {_WAY_OUT}")
+            raise UserError(f"{path}: {key} is missing or of a wrong type: not a complete checkpoint: {_WAY_OUT}")
     if record["format"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {record['format']} is not {FORMAT_VERSION}, which this version reads")
+        raise UserError(f"{path}: format {record['format']} is not {FORMAT_VERSION}, which this version reads")
     return record
 
 
@@ -140,42 +138,10 @@ def read_progress(checkpoint: Path) -> Progress:
     """The progress recorded in a checkpoint.
 
     Raises:
-        ValueError: the directory is not a complete checkpoint of this format.
+        UserError: the directory is not a complete checkpoint of this format.
     """
     where = f"{checkpoint / RECORD_NAME}: progress"
     return as_record(Progress, read_record(checkpoint)["progress"], where, f"not a complete checkpoint: {_WAY_OUT}")
-
-
-def model_identity(config: Config) -> dict[str, Any]:
-    """What a model's weights and its function depend on, under the names of the config; defaults spelt out."""
-    model = config.model
-    content = asdict(model)
-    for key in ("preset", "init_std", "scaled_init"):
-        del content[key]
-    content["kv_heads"] = model.kv_heads or model.heads
-    content["head_dim"] = model.head_dim or model.hidden // model.heads
-    # Rotary positions have no weights: the longest row may change.
-    content["max_length"] = None if model.position == "rope" else model.max_length or config.data.seq_length
-    return {f"model.{key}": value for key, value in content.items()}
-
-
-def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any]]:
-    """Keys in which a config differs from the checkpoint's: [value there, value now] by dotted name."""
-    then = _flat(redacted(config_loader.read_yaml(str(checkpoint / CONFIG_NAME))))
-    now = _flat(config_loader.parse_yaml(resolved_config, "config"))
-    keys = sorted(then.keys() | now.keys())
-    return {key: [then.get(key), now.get(key)] for key in keys if then.get(key) != now.get(key)}
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, float) and not math.isfinite(value):
-        value = str(value)  # which equals itself, and which JSON knows
-    if not isinstance(value, dict) or not value:
-        return {prefix: value} if prefix else {}
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 @dataclass(frozen=True)
@@ -231,7 +197,7 @@ def publish(directory: Path, step: int, retention: Retention) -> Path:
         _set_aside(target)
     os.rename(partial_path(directory, step), target)
     sync(directory)
-    replace_file(directory / "latest", target.name)
+    replace_file(directory / run_files.LATEST, target.name)
     _prune(directory, retention)
     return target
 

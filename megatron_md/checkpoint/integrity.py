@@ -10,15 +10,15 @@ import hashlib
 import heapq
 import json
 import stat
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from megatron_md.checkpoint.safe_pickle import CheckpointError, check, is_plain_name
 from megatron_md.files import sync, write_synced
+from megatron_md.together import on_main, place, together
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -74,9 +74,9 @@ def seal(directory: Path, own: Mapping[str, FileRecord] | None = None) -> None:
         CheckpointError: a file cannot be read, or is not what was hashed; the same on every rank.
     """
     records: dict[str, FileRecord] = {}
-    for part in _gather(lambda: dict(own or {})):
+    for part in together(lambda: dict(own or {})):
         records.update(part)
-    sizes = _from_first(lambda: _sizes(directory))
+    sizes = on_main(lambda: _sizes(directory))
     missing = sorted(name for name in records if sizes.get(name) != records[name].bytes)
     if missing:
         raise CheckpointError(f"{directory / missing[0]}: is not there any more as it was hashed")
@@ -87,7 +87,7 @@ def seal(directory: Path, own: Mapping[str, FileRecord] | None = None) -> None:
         write_synced(directory / MANIFEST_NAME, _manifest_text(records))
         sync(directory)
 
-    _from_first(write)
+    on_main(write)
 
 
 def verify(directory: Path, *, trust: bool = False) -> None:
@@ -110,7 +110,7 @@ def verify(directory: Path, *, trust: bool = False) -> None:
             return None
         return verify_listing(directory)
 
-    records = _from_first(expect)
+    records = on_main(expect)
     if records is None:
         return
     found: dict[str, FileRecord] = {}
@@ -119,7 +119,7 @@ def verify(directory: Path, *, trust: bool = False) -> None:
     _refuse(
         directory, [f"{name} is damaged (its sha256 has changed)" for name in records if found[name] != records[name]]
     )
-    _from_first(lambda: _refuse(directory, _foreign_data(directory, records)))
+    on_main(lambda: _refuse(directory, _foreign_data(directory, records)))
 
 
 def verify_listing(directory: Path) -> dict[str, FileRecord]:
@@ -215,8 +215,7 @@ def _refuse(directory: Path, damages: list[str]) -> None:
 
 def _digest_shares(directory: Path, sizes: Mapping[str, int]) -> list[dict[str, FileRecord]]:
     """Hash files, each on one rank, about the same number of bytes on every rank; the results of all ranks."""
-    dist = _distributed()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist else (0, 1)
+    rank, world_size = place()
     loads = [(0, number) for number in range(world_size)]
     mine = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -224,46 +223,4 @@ def _digest_shares(directory: Path, sizes: Mapping[str, int]) -> list[dict[str, 
         heapq.heappush(loads, (load + sizes[name], number))
         if number == rank:
             mine.append(name)
-    return _gather(lambda: digest_files(directory, mine))
-
-
-def _distributed() -> Any:
-    """torch.distributed where a job is running, else None; never imports it."""
-    dist = sys.modules.get("torch.distributed")
-    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
-
-
-def _gather(work: Callable[[], T]) -> list[T]:
-    """What `work` returns on every rank, in order; an error of one rank is raised on all."""
-    result, problem = _attempt(work)
-    outcomes: list[Any] = [(result, problem)]
-    dist = _distributed()
-    if dist is not None:
-        outcomes = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, problem))
-    for _, text in outcomes:
-        if text is not None:
-            raise CheckpointError(text)
-    return [value for value, _ in outcomes]
-
-
-def _from_first(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, where alone it is called; its error is raised on all ranks."""
-    dist = _distributed()
-    outcome: list[Any] = [_attempt(work) if dist is None or dist.get_rank() == 0 else None]
-    if dist is not None:
-        dist.broadcast_object_list(outcome, src=0)
-    result, text = outcome[0]
-    if text is not None:
-        raise CheckpointError(text)
-    return result
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
-    try:
-        return work(), None
-    except CheckpointError as error:
-        return None, str(error)
-    except Exception as error:
-        # The other ranks wait for this one's answer, whatever went wrong.
-        return None, f"{type(error).__name__}: {error}"
+    return together(lambda: digest_files(directory, mine))

@@ -18,14 +18,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_md import run_files
 from megatron_md.checkpoint import directory as names
 from megatron_md.checkpoint import state as states
 from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.writer import CheckpointWrite, SaveError, raise_together
+from megatron_md.errors import UserError
 from megatron_md.model.build import settled_parameters
+from megatron_md.together import on_main, together
 from megatron_md.train.bad_numbers import BadNumbersError
+from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.logs import logger
-from megatron_md.train.metrics import append_event
 from megatron_md.train.progress import Progress
 
 
@@ -86,7 +89,7 @@ class CheckpointManager:
         """
         self.identity = identity or (lambda next_sample_index: {})
         self.texts = texts or {}
-        self.directory = run_dir / "checkpoints"
+        self.directory = run_dir / run_files.CHECKPOINTS
         self.run_dir = run_dir
         self.retention = names.Retention(keep_last, keep_every, keep_best)
         self.resolved_config = resolved_config
@@ -213,22 +216,12 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: there are checkpoints, and every one is damaged.
-            ValueError: as `load`.
+            UserError: as `load`.
         """
         self.finish()
         # Rank 0 lists, so that all ranks try the same ones.
-        found: list[Any] = [None, None]
-        if dist.get_rank() == 0:
-            try:
-                found = [names.complete_checkpoints(self.run_dir), None]
-            except (OSError, ValueError) as error:
-                found = [None, str(error)]
-        dist.broadcast_object_list(found)
-        checkpoints, problem = found
-        if problem is not None:
-            raise CheckpointError(problem)
         damages = []
-        for checkpoint in checkpoints:
+        for checkpoint in on_main(lambda: names.complete_checkpoints(self.run_dir)):
             try:
                 verify(checkpoint)
             except CheckpointError as error:
@@ -251,7 +244,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: it is damaged.
-            ValueError: it is incomplete, belongs to another run, or holds optimizer state of another kind.
+            UserError: it is incomplete, belongs to another run, or holds optimizer state of another kind.
         """
         self.finish()
         verify(checkpoint)
@@ -264,7 +257,7 @@ class CheckpointManager:
         states.allocate_optimizer(optimizer)
         needed = states.state_names(optimizer)
         if record["optimizer"] != needed:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint}: its optimizer state is {record['optimizer']}, this run's is {needed}: put "
                 "train.precision and megatron.optimizer back to what it was trained with"
             )
@@ -282,7 +275,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: it is damaged.
-            ValueError: its model has another shape, or another tokenizer.
+            UserError: its model has another shape, or another tokenizer.
         """
         verify(checkpoint)
         there = names.read_record(checkpoint)["identity"]
@@ -307,8 +300,7 @@ def _refuse_poison(chunks: list[Any], optimizer: MegatronOptimizer, step: int) -
     found = states.names_of_not_finite(chunks, optimizer)
     if not _on_any_rank(bool(found)):
         return
-    by_rank: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(by_rank, found)
+    by_rank = together(lambda: found)
     lines = [f"{tensors[0]} on rank {rank}" for rank, tensors in enumerate(by_rank) if tensors]
     count = sum(map(len, by_rank))
     raise PoisonedError(
@@ -320,7 +312,7 @@ def _refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str,
     here = json.loads(json.dumps(here))
     lines = [f"{key}: {there.get(key)} there, {value} now" for key, value in here.items() if there.get(key) != value]
     if lines:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} belongs to another run ({'; '.join(lines)}): "
             "choose another run_dir, or put these keys back to what it was trained with"
         )

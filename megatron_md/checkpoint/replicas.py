@@ -20,8 +20,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_md.checkpoint.state import named_parameters, optimizer_slices
-from megatron_md.exit_codes import RunFailedError
+from megatron_md.errors import RunFailedError
 from megatron_md.model.build import settled_parameters
+from megatron_md.together import together
 
 NAMED = 3
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -144,10 +145,8 @@ def _report(held: list[_Held], sums_2P: torch.Tensor, step: int) -> str:
     for number, item in enumerate(held):
         part = None if item.is_whole else tensor_rank
         table[item.name, part], table[f"optimizer state of {item.name}", part] = sums_2P[:, number].tolist()
-    tables: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(tables, table)
     ranks_by_sum: dict[tuple[str, int | None], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for rank, there in enumerate(tables):
+    for rank, there in enumerate(together(lambda: table)):
         for key, value in there.items():
             ranks_by_sum[key][value].append(rank)
     found = [_divided(name, sums) for (name, _), sums in ranks_by_sum.items() if len(sums) > 1]

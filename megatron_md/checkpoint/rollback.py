@@ -14,8 +14,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch.distributed as dist
-
+from megatron_md import run_files
 from megatron_md.checkpoint.directory import (
     checkpoint_name,
     discard,
@@ -26,11 +25,11 @@ from megatron_md.checkpoint.directory import (
 )
 from megatron_md.files import replace_file
 from megatron_md.json_file import as_record, read_json
+from megatron_md.together import on_main
 from megatron_md.train.bad_numbers import RECORD, BadNumbersError, Whole
-from megatron_md.train.metrics import append_event
+from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.progress import Progress
 
-FILE_NAME = "rollback.json"
 _WAY_OUT = (
     "it is damaged: restore or remove it; without it the run goes on from its newest checkpoint, and returns again "
     "where it meets the bad numbers again"
@@ -98,9 +97,9 @@ class Rollback:
         """The newest return of a run, if there was one.
 
         Raises:
-            ValueError: its file is damaged.
+            UserError: its file is damaged.
         """
-        path = run_dir / FILE_NAME
+        path = run_dir / run_files.ROLLBACK
         if not path.exists():
             return None
         return as_record(cls, read_json(path, _WAY_OUT), path, _WAY_OUT)
@@ -121,11 +120,11 @@ class Rollback:
 
     def discard_newer(self, run_dir: Path) -> None:
         """Remove the checkpoints that the return leaves behind, or set one aside; on one rank, harmless to repeat."""
-        directory = run_dir / "checkpoints"
+        directory = run_dir / run_files.CHECKPOINTS
         newer = [path for step, path in named_checkpoints(directory).items() if step > self.step and is_complete(path)]
         stale = [path for path in newer if self._is_unknown_to(path)]
         if stale:
-            replace_file(directory / "latest", checkpoint_name(self.step))
+            replace_file(directory / run_files.LATEST, checkpoint_name(self.step))
             bad = [path for path in stale if self.bad is not None and path.name == checkpoint_name(self.bad)]
             for path in bad:
                 aside = set_aside_as_bad(path)
@@ -162,44 +161,30 @@ def agreed(run_dir: Path, progress: Progress, *, max_rollbacks: int, poisoned: s
     Raises:
         BadNumbersError: on all ranks, as `Rollback.due` says.
     """
-    answer: list[Rollback | str] = [""]
-    if dist.get_rank() == 0:
-        try:
-            rollback = Rollback.due(run_dir, progress, max_rollbacks=max_rollbacks, poisoned=poisoned)
-            replace_file(run_dir / FILE_NAME, json.dumps(asdict(rollback)) + "\n")
-            rollback.discard_newer(run_dir)
-            answer = [rollback]
-        except BadNumbersError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], str):
-        raise BadNumbersError(answer[0])
-    return answer[0]
+
+    def decide() -> Rollback:
+        rollback = Rollback.due(run_dir, progress, max_rollbacks=max_rollbacks, poisoned=poisoned)
+        replace_file(run_dir / run_files.ROLLBACK, json.dumps(asdict(rollback)) + "\n")
+        rollback.discard_newer(run_dir)
+        return rollback
+
+    return on_main(decide)
 
 
 def finish(run_dir: Path) -> Rollback | None:
     """The run's newest return, carried out on disk where a crash has kept it from that; every rank calls this.
 
     Raises:
-        ValueError: on all ranks, as `Rollback.read` says.
+        UserError: on all ranks, as `Rollback.read` says.
     """
-    answer: list[Rollback | str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            answer = [_finished(run_dir)]
-        except ValueError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], str):
-        raise ValueError(answer[0])
-    return answer[0]
+    return on_main(lambda: _finished(run_dir))
 
 
 def _finished(run_dir: Path) -> Rollback | None:
     rollback = Rollback.read(run_dir)
     if rollback is not None and not _saved_steps(run_dir):
         # The run begins anew.
-        (run_dir / FILE_NAME).unlink()
+        (run_dir / run_files.ROLLBACK).unlink()
         return None
     if rollback is not None:
         rollback.discard_newer(run_dir)
@@ -208,4 +193,4 @@ def _finished(run_dir: Path) -> Rollback | None:
 
 def _saved_steps(run_dir: Path) -> list[int]:
     """Steps of the complete checkpoints of a run, newest first."""
-    return [step for step, path in named_checkpoints(run_dir / "checkpoints").items() if is_complete(path)]
+    return [step for step, path in named_checkpoints(run_dir / run_files.CHECKPOINTS).items() if is_complete(path)]

@@ -20,6 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from megatron_md.errors import UserError
+
 _LARGEST = 2**28  # bytes of a `.metadata`, which has a hundred or so for each piece of a tensor
 _DEEPEST, _HIGHEST = 100, 10_000  # marks within marks and values above one; real ones have about 10 and 2,000
 
@@ -56,7 +58,7 @@ _PLAIN_OPCODES = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that must not be loaded: damaged, incomplete, unverifiable or malicious."""
 
 

@@ -25,9 +25,10 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megatron_md.checkpoint.integrity import CheckpointError, FileRecord, digest_files, seal
 from megatron_md.checkpoint.storage import explained
-from megatron_md.exit_codes import RunFailedError
+from megatron_md.errors import RunFailedError
 from megatron_md.files import write_synced
 from megatron_md.model.initialize import sharded_tensors
+from megatron_md.together import together
 
 
 class SaveError(RunFailedError):
@@ -43,8 +44,7 @@ def raise_together(error: BaseException | None) -> None:
     Raises:
         SaveError: names every rank that failed, and how.
     """
-    texts: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}")
+    texts = together(lambda: None if error is None else f"{type(error).__name__}: {error}")
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
     if failed:
         raise SaveError(f"the checkpoint could not be written ({'; '.join(failed)})") from error

@@ -7,12 +7,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
-from megatron_md.messages import say, shown
-
-if TYPE_CHECKING:
-    from megatron_md.checkpoint.families import Family
+from megatron_md.checkpoint.hf.families import FAMILIES, Direction, check_asked
+from megatron_md.messages import progress, say
 
 EXAMPLES = """examples:
   megatron-md convert LLaDA-8B-Base runs/llada-8b --family llada --to megatron
@@ -24,16 +22,16 @@ The Megatron side is a run directory with one checkpoint at step 0 that any tens
 training starts from its weights with checkpoint.load=RUN checkpoint.load_only=model.
 """
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("source", metavar="SRC", help="Hugging Face folder; or run directory or checkpoint")
     parser.add_argument("target", metavar="DST", help="new folder")
-    parser.add_argument("--family", required=True, metavar="NAME", help="llada, dream, llama, qwen2 or qwen3")
-    parser.add_argument("--to", required=True, choices=("megatron", "hf"), help="direction")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="data type of the weights; as they are by default")
+    parser.add_argument("--family", required=True, metavar="NAME", help=", ".join(FAMILIES))
+    parser.add_argument("--to", required=True, choices=get_args(Direction), help="direction")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="data type of the weights; as they are by default"
+    )
     parser.add_argument("--add-mask-token", action="store_true", help="add <|mask|> to a causal model's vocabulary")
     parser.add_argument("--verify", action="store_true", help="compare the logits of both sides (needs transformers)")
     parser.add_argument("--dry-run", action="store_true", help="check the source, print the table, write nothing")
@@ -44,60 +42,28 @@ def run(args: argparse.Namespace) -> int:
     """Convert.
 
     Raises:
-        ValueError: bad input; nothing has been written then.
+        UserError: bad input; nothing has been written then.
     """
-    from megatron_md.checkpoint.families import family_named
+    source, target = Path(args.source), None if args.dry_run else Path(args.target)
+    check_asked(source, target, args.family, args.to, add_mask_token=args.add_mask_token)
+    from megatron_md.checkpoint.hf.convert import convert, open_conversion
+    from megatron_md.checkpoint.hf.tensors import table
 
-    family = family_named(args.family)
-    if args.add_mask_token and args.to == "hf":
-        raise ValueError("--add-mask-token belongs to --to megatron")
-    source, target = Path(args.source), Path(args.target)
-    if not args.dry_run and target.exists():
-        raise ValueError(f"{target}: exists already; choose another folder, or remove it")
-    if not source.exists():
-        raise ValueError(f"{source}: no such file or folder")
-    (_to_megatron if args.to == "megatron" else _to_hf)(args, family, source, target)
-    if args.verify and not args.dry_run:
-        from megatron_md.evaluate.verify_conversion import compare_logits
-
-        folder, ours = (source, target) if args.to == "megatron" else (target, source)
-        for line in compare_logits(folder, ours, family):
-            say(line)
+    keys = {key: getattr(args, key) for key in ("family", "to", "dtype", "add_mask_token", "trust")}
+    if args.dry_run:
+        with open_conversion(args.source, **keys) as conversion:
+            _print_table(table(conversion.family, conversion.model))
+        return 0
+    title = f"{args.source} -> {args.target}"
+    convert(
+        args.source,
+        args.target,
+        **keys,
+        verify=args.verify,
+        progress=lambda parts: _progress(parts, title),
+        tell=say,
+    )
     return 0
-
-
-def _to_megatron(args: argparse.Namespace, family: Family, source: Path, target: Path) -> None:
-    import torch
-
-    from megatron_md.checkpoint.bridge import table
-    from megatron_md.checkpoint.conversion import import_folder, plan_import
-    from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
-
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    with HuggingFaceFolder(source) as folder:
-        plan = plan_import(folder, family, dtype=dtype, add_mask_token=args.add_mask_token)
-        if args.dry_run:
-            _print_table(table(family, plan.model))
-            return
-        with _progress(len(plan.slices), f"{source} -> {target}") as advance:
-            import_folder(folder, plan, family, target, advance=advance)
-    say(f"{target}: a run at step 0; train from it with checkpoint.load={target} checkpoint.load_only=model")
-
-
-def _to_hf(args: argparse.Namespace, family: Family, source: Path, target: Path) -> None:
-    import torch
-
-    from megatron_md.checkpoint.bridge import table
-    from megatron_md.checkpoint.conversion import open_export
-
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    with open_export(source, family, dtype=dtype, trust=args.trust) as export:
-        if args.dry_run:
-            _print_table(table(family, export.model))
-            return
-        with _progress(len(export.exporter.tensors), f"{source} -> {target}") as advance:
-            export.write(target, advance=advance)
-    say(f"{target}: a {family.name} folder of Hugging Face")
 
 
 def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
@@ -110,17 +76,11 @@ def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
 @contextmanager
 def _progress(steps: int, text: str) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal, nothing elsewhere; to be told of every tensor."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with _stoppable() as stop_if_asked, Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(shown(text)), total=steps)
+    with _stoppable() as stop_if_asked, progress(text, steps) as move:
 
         def advance() -> None:
             stop_if_asked()
-            bar.advance(task)
+            move()
 
         yield advance
 

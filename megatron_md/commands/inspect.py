@@ -1,24 +1,21 @@
-"""`megatron-md inspect RUN`: what a run or a checkpoint holds, from its JSON and YAML files alone.
-
-Nothing is unpickled, imported or run, and torch is not needed: a foreign directory can be looked at.
-"""
+"""`megatron-md inspect RUN`: what a run or a checkpoint holds, in 80 columns or as JSON."""
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_md.checkpoint.directory import config_changes, is_bad, is_checkpoint_name, model_identity
-from megatron_md.checkpoint.integrity import MANIFEST_NAME, verify, verify_listing
-from megatron_md.config import load_config, to_yaml
-from megatron_md.config_loader import ConfigError, read_yaml
-from megatron_md.json_file import LARGE, as_record, parse_json, read_json, read_regular
-from megatron_md.messages import redacted, say
-from megatron_md.train.records import damage, read_lines
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_md.checkpoint.contract import reason
+from megatron_md.messages import redacted, say, shown
+from megatron_md.run.inspection import Changes, Inspection, compare_config, inspect, newest_checkpoint
 
 EXAMPLES = """examples:
   megatron-md inspect runs/demo
@@ -30,98 +27,6 @@ exit codes: 0 as it should be, 1 a checkpoint is damaged or --against would be r
 """
 
 _SIZES = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "context": "CP", "data": "DP"}
-# What a checkpoint must agree on to be resumed, besides `model_identity`.
-_REFUSED = ("seed", "data.seq_length", "data.window_shards")
-_DEPENDS = {
-    "data.train": "refused unless it is the same corpus",
-    "data.tokenizer": "refused unless it is the same tokenizer",
-    "model.vocab": "refused unless tokenizer or shards give the same number",
-    "train.precision": "refused if the optimizer keeps its state differently",
-    "megatron": "refused if model or optimizer change by it",
-}
-
-# That of `megatron_md.train.run_lock`, which needs torch.
-_LOCK_NAME = ".lock"
-
-Changes = dict[str, list[Any]]
-
-
-@dataclass(frozen=True)
-class _Progress:
-    step: int
-    tokens: int
-    total_tokens: int
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What is shown of `progress.json`, of whatever format."""
-
-    format: int
-    progress: _Progress
-    layout: dict[str, int]
-
-
-@dataclass
-class CheckpointSummary:
-    """What one checkpoint says about itself.
-
-    Attributes:
-        path: its directory.
-        state: complete, unsealed (no manifest), damaged, or bad (set aside: no update was accepted after it).
-        problem: what is wrong with it, if anything.
-        step: optimizer steps done.
-        tokens: tokens served.
-        total_tokens: tokens of the whole run.
-        saved: when it was completed, in seconds since 1970.
-        bytes: size of its files.
-        format: version of the directory's format.
-        layout: parallel sizes that wrote it.
-        is_latest: `latest` names it.
-        config_changes: keys in which RUN/config.yaml differs from its config: [there, now].
-    """
-
-    path: str
-    state: str = "complete"
-    problem: str | None = None
-    step: int | None = None
-    tokens: int | None = None
-    total_tokens: int | None = None
-    saved: float | None = None
-    bytes: int = 0
-    format: int | None = None
-    layout: dict[str, int] = field(default_factory=dict)
-    is_latest: bool = False
-    config_changes: Changes = field(default_factory=dict)
-
-
-@dataclass
-class Inspection:
-    """What `inspect` has found.
-
-    Attributes:
-        path: the run or checkpoint directory.
-        status: RUN/summary.json.
-        last_event: last whole line of RUN/events.jsonl.
-        environment: RUN/env.json.
-        total_steps: steps that its config asks for.
-        checkpoints: oldest first.
-        unfinished: directories of saves or removals that were cut short.
-        refused, depends, harmless: keys of `--against` that differ from the newest checkpoint's: [there, now].
-        notes: files of the run, or lines of them, that could not be read.
-    """
-
-    path: str
-    status: dict[str, Any] = field(default_factory=dict)
-    last_event: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    total_steps: int | None = None
-    checkpoints: list[CheckpointSummary] = field(default_factory=list)
-    unfinished: list[str] = field(default_factory=list)
-    refused: Changes = field(default_factory=dict)
-    depends: Changes = field(default_factory=dict)
-    harmless: Changes = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Inspect and print.
 
     Raises:
-        ValueError: the path is no run and no checkpoint, or `--against` is no config.
+        UserError: the path is no run and no checkpoint, or `--against` is no config.
     """
     found = inspect(args.path, verified=args.verify)
     if args.against is not None:
@@ -145,193 +50,130 @@ def run(args: argparse.Namespace) -> int:
         # DEL is the one control character that JSON leaves as it is.
         say(json.dumps(redacted(asdict(found)), indent=1).replace("\x7f", "\\u007f"), multiline=True)
     else:
-        from megatron_md.commands.inspect_text import show
-
         show(found, verified=args.verify, against=args.against)
     return int(bool(found.refused) or any(checkpoint.state == "damaged" for checkpoint in found.checkpoints))
 
 
-def inspect(path: Path, *, verified: bool = False) -> Inspection:
-    """Look at a run or a checkpoint directory.
+def show(found: Inspection, *, verified: bool, against: Path | None) -> None:
+    """Print an inspection.
 
     Args:
-        path: the directory.
-        verified: read every file of every checkpoint and compare hashes, not only names and sizes.
-
-    Raises:
-        ValueError: it is neither.
+        found: what to print.
+        verified: hashes were compared, not only names and sizes.
+        against: the config that was compared.
     """
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such directory")
-    found = Inspection(str(path))
-    if _is_checkpoint(path):
-        found.checkpoints = [_summarise(path, verified)]
-        found.total_steps = _total_steps(path / "config.yaml", found.notes)
-        return found
-    directory = path / "checkpoints"
-    if not directory.is_dir() and not (path / "config.yaml").is_file():
-        raise ValueError(f"{path}: neither a run (no config.yaml, no checkpoints/) nor a checkpoint (no progress.json)")
-    found.status = _read_json(path / "summary.json", found.notes)
-    if found.status.get("status") == "running" and _is_free(path / _LOCK_NAME):
-        found.notes.append("no job on this machine holds the run: it was killed, unless it runs on another machine")
-    found.environment = _read_json(path / "env.json", found.notes)
-    found.total_steps = _total_steps(path / "config.yaml", found.notes)
-    latest = _read_text(directory / "latest", found.notes).strip()
-    for entry in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if entry.is_dir() and entry.name.startswith("."):
-            found.unfinished.append(entry.name)
-        elif entry.is_dir() and not is_checkpoint_name(entry.name) and not is_bad(entry):
-            found.notes.append(f"{entry} is no checkpoint of the run by its name: it is neither resumed nor removed")
-        elif entry.is_dir():
-            summary = _summarise(entry, verified)
-            summary.is_latest = entry.name == latest
-            summary.config_changes = _changes(entry, path / "config.yaml")
-            found.checkpoints.append(summary)
-    if latest and not any(checkpoint.is_latest for checkpoint in found.checkpoints):
-        found.notes.append(f"{directory / 'latest'} names {latest!r}, which is not there")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        _read_records(path / name, "step", found.notes)
-    found.last_event = next(reversed(_read_records(path / "events.jsonl", "event", found.notes)), {})
-    return found
+    console = Console(highlight=False, soft_wrap=True)
+    _show_state(console, found)
+    if found.checkpoints:
+        console.print()
+        Console(highlight=False).print(_table(found, verified))
+    for checkpoint in found.checkpoints:
+        if checkpoint.problem:
+            _print(console, f"{Path(checkpoint.path).name}: {checkpoint.state}: {checkpoint.problem}", "red")
+    if found.unfinished:
+        _print(console, f"cut short, removed by the next save: {', '.join(found.unfinished)}")
+    for note in found.notes:
+        _print(console, f"note: {note}", "red")
+    for checkpoint in found.checkpoints:
+        if checkpoint.config_changes:
+            _print(console, f"\nconfig.yaml has changed since {Path(checkpoint.path).name}:")
+            _show_changes(console, checkpoint.config_changes)
+    if against is not None:
+        _show_comparison(console, found, against)
 
 
-def compare_config(found: Inspection, config_path: Path) -> None:
-    """Sort the keys in which a config differs from the newest checkpoint's into what resuming makes of them.
-
-    Raises:
-        ValueError: there is no checkpoint to compare with, or no such config.
-    """
-    config = load_config(config_path)
+def _show_state(console: Console, found: Inspection) -> None:
     newest = newest_checkpoint(found)
-    if newest is None:
-        raise ValueError(f"{found.path}: holds no checkpoint that {config_path} could resume")
-    checkpoint = Path(newest.path)
-    there, here = model_identity(load_config(checkpoint / "config.yaml")), model_identity(config)
-    differing = {key for key in here if there[key] != here[key]}
-    for key, change in config_changes(checkpoint, to_yaml(config)).items():
-        group = {"refused": found.refused, "depends": found.depends, "harmless": found.harmless}
-        group[_effect(key, change, differing)][key] = change
+    is_checkpoint = newest is not None and newest.path == found.path
+    status = "checkpoint" if is_checkpoint else str(found.status.get("status", "unknown"))
+    _print(console, f"{found.path}: {status}", "bold")
+    step = found.status.get("step")
+    if not isinstance(step, int):
+        step = newest.step if newest else None
+    if isinstance(step, int):
+        total = f" of {found.total_steps}" if found.total_steps else ""
+        tokens = ""
+        if newest is not None and newest.step == step and newest.tokens is not None:
+            tokens = f", {newest.tokens:,} of {newest.total_tokens:,} tokens"
+        _print(console, f"step {step}{total}{tokens}")
+    for key in ("error", "stopped_by"):
+        if found.status.get(key):
+            _print(console, f"{key.replace('_', ' ')}: {found.status[key]}")
+    if found.last_event:
+        details = {key: value for key, value in found.last_event.items() if key not in ("time", "event")}
+        said = " ".join(f"{key}={_value(value)}" for key, value in details.items())
+        _print(console, f"last event: {_time(found.last_event.get('time'))} {found.last_event.get('event')} {said}")
+    versions = found.environment.get("versions")
+    if isinstance(versions, dict):
+        names = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        _print(console, f"written with {names}")
 
 
-def newest_checkpoint(found: Inspection) -> CheckpointSummary | None:
-    """The one that resuming would take: what `latest` names, else the last one that is not damaged."""
-    usable = [checkpoint for checkpoint in found.checkpoints if checkpoint.state not in ("damaged", "bad")]
-    return next((checkpoint for checkpoint in usable if checkpoint.is_latest), usable[-1] if usable else None)
+def _table(found: Inspection, verified: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("checkpoint", "saved", "size", "layout", "format", "state"):
+        table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
+    for checkpoint in found.checkpoints:
+        state = "verified" if verified and checkpoint.state == "complete" else checkpoint.state
+        cells = (
+            Path(checkpoint.path).name,
+            _time(checkpoint.saved),
+            _size(checkpoint.bytes),
+            _layout(checkpoint.layout),
+            "" if checkpoint.format is None else str(checkpoint.format),
+            state + (", latest" if checkpoint.is_latest else ""),
+        )
+        style = "red" if checkpoint.problem else ""
+        table.add_row(*(Text(shown(cell), style) for cell in cells))
+    return table
 
 
-def reason(key: str) -> str:
-    """What an undecided key depends on."""
-    return next((text for name, text in _DEPENDS.items() if _is_below(key, name)), "")
+def _show_comparison(console: Console, found: Inspection, against: Path) -> None:
+    newest = newest_checkpoint(found)
+    name = Path(newest.path).name if newest else ""
+    verdict = "would be refused" if found.refused else "may be refused, see below" if found.depends else "can resume"
+    _print(console, f"\n{against} at {name}: {verdict}", "bold")
+    for title, changes in (("refused", found.refused), ("depends", found.depends), ("harmless", found.harmless)):
+        if changes:
+            _print(console, f"{title}:", "red" if title == "refused" else "")
+            _show_changes(console, changes, reasons=title == "depends")
 
 
-def _effect(key: str, change: list[Any], differing: set[str]) -> str:
-    """What resuming makes of a key that has changed, given the keys in which the models differ."""
-    if key == "objective.name":
-        return "refused" if "autoregressive" in change else "harmless"
-    if key == "model.vocab" and change[1] is None:
-        return "depends"
-    if key in _REFUSED or key in differing:
-        return "refused"
-    return "depends" if reason(key) else "harmless"
+def _show_changes(console: Console, changes: Changes, *, reasons: bool = False) -> None:
+    for key, (there, now) in changes.items():
+        text = f"  {key}: {_value(there)} there, {_value(now)} now"
+        _print(console, f"{text} ({reason(key)})" if reasons else text)
 
 
-def _is_below(key: str, name: str) -> bool:
-    return key == name or key.startswith((f"{name}.", f"{name}["))
+def _print(console: Console, text: str, style: str = "") -> None:
+    """A foreign run's words are shown as they are, without markup or what a terminal would obey."""
+    console.print(Text(shown(text, multiline=True), style))
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("progress.json", MANIFEST_NAME, ".metadata"))
+def _value(value: Any) -> str:
+    text = redacted(value if isinstance(value, str) and value else json.dumps(value, default=str))
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
-    summary = CheckpointSummary(str(directory))
-    files = [path for path in directory.iterdir() if path.is_file() and not path.is_symlink()]
-    summary.bytes = sum(path.stat().st_size for path in files)
+def _time(seconds: Any) -> str:
+    if not isinstance(seconds, (int, float)):
+        return ""
     try:
-        if not (directory / MANIFEST_NAME).exists():
-            summary.state, summary.problem = "unsealed", f"no {MANIFEST_NAME}: it cannot be verified"
-        elif verified:
-            verify(directory)
-        else:
-            verify_listing(directory)
-        path = directory / "progress.json"
-        record = as_record(_Record, read_json(path, "restore it"), path, "restore it")
-        summary.step, summary.tokens = record.progress.step, record.progress.tokens
-        summary.total_tokens = record.progress.total_tokens
-        summary.saved, summary.format, summary.layout = path.stat().st_mtime, record.format, record.layout
-        if is_bad(directory):
-            summary.state = "bad"
-            summary.problem = "the run returned to it, and no update was accepted after that: never taken, nor removed"
-    except (OSError, ValueError) as error:
-        summary.state, summary.problem = "damaged", str(error).removeprefix(f"{directory}: ")
-    return summary
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):  # a number that is no time
+        return ""
 
 
-def layout_text(layout: dict[str, int]) -> str:
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def _layout(layout: dict[str, int]) -> str:
     """`TP2 PP2`: the sizes above 1."""
     sizes = [f"{_SIZES.get(name, name + ' ')}{size}" for name, size in layout.items() if size > 1]
     return " ".join(sizes) if sizes else "1" if layout else ""
-
-
-def _is_free(path: Path) -> bool:
-    """Whether a run's lock is there and no job holds it."""
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _read_text(path: Path, notes: list[str]) -> str:
-    if not path.exists():
-        return ""
-    try:
-        return read_regular(path, "restore it", most_bytes=LARGE).decode()
-    except UnicodeDecodeError as error:
-        notes.append(f"{path} cannot be read ({error})")
-    except ValueError as error:
-        notes.append(str(error))
-    return ""
-
-
-def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
-    text = _read_text(path, notes)
-    try:
-        value = parse_json(text, path, "restore it") if text else {}
-    except ValueError as error:
-        value = {}
-        notes.append(str(error))
-    return value if isinstance(value, dict) else {}
-
-
-def _read_records(path: Path, key: str, notes: list[str]) -> list[dict[str, Any]]:
-    """The whole lines; a killed run may have left half of one behind them."""
-    try:
-        lines = read_lines(path, key)
-    except OSError as error:
-        notes.append(f"{path} cannot be read ({error})")
-        return []
-    if problem := damage(path, lines):
-        notes.append(problem)
-    return [line.record for line in lines if line.record is not None]
-
-
-def _total_steps(path: Path, notes: list[str]) -> int | None:
-    try:
-        steps = read_yaml(path).get("train", {})
-        steps = steps.get("steps") if isinstance(steps, dict) else None
-    except ConfigError as error:
-        notes.append(str(error))
-        return None
-    return steps if isinstance(steps, int) else None
-
-
-def _changes(checkpoint: Path, config: Path) -> Changes:
-    """Keys in which a run's config differs from a checkpoint's; none where one of them cannot be read."""
-    try:
-        return config_changes(checkpoint, read_regular(config, "").decode())
-    except ValueError:
-        return {}

@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_md import config_loader
-from megatron_md.arguments import positive
-from megatron_md.config_loader import ConfigError
+from megatron_md.commands.arguments import positive
+from megatron_md.config.loader import ConfigError
+from megatron_md.config.schema import explain
 from megatron_md.messages import say
 from megatron_md.parity.config import ParityConfig, check_parity, load_parity_config
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     raw = argparse.RawDescriptionHelpFormatter
-    keys = f"keys of the YAML file and of section.key=value:\n\n{config_loader.explain(ParityConfig)}\n"
+    keys = f"keys of the YAML file and of section.key=value:\n\n{explain(ParityConfig)}\n"
     summaries = {
         "run": "train one run",
         "sweep": "train every arm with every seed; finished runs are not repeated",
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the action that was asked for.
 
     Raises:
-        ValueError: bad input.
+        UserError: bad input.
     """
     return {"run": _run, "sweep": _sweep, "plot": _plot, "validate": _validate}[args.action](args)
 
@@ -79,39 +79,35 @@ def _world_size(args: argparse.Namespace) -> tuple[bool, int]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from megatron_md.errors import EXIT_DONE, EXIT_STOPPED
+
     config = load_parity_config(args.config, args.overrides)
     is_worker, world = _world_size(args)
-    _check(config, world, args.config)
-    if not is_worker and world > 1:
-        from megatron_md.train.launch import launch
-
-        return launch(args.config, args.overrides, nproc_per_node=world, command=("parity", "run"))
-    from megatron_md.exit_codes import EXIT_DONE, EXIT_STOPPED
-    from megatron_md.parity.experiment import run_experiment
-
-    summary = run_experiment(config, handle_signals=True)
-    if os.environ.get("RANK", "0") == "0":
-        reached = summary["reached_step"]
-        say(
-            f"{config.run_dir}: {'goal not reached' if reached is None else f'goal reached at step {reached}'} "
-            f"(train {summary['train_accuracy']:.3f}, validation {summary['valid_accuracy']:.3f}, "
-            f"largest gap {summary['largest_gap']:.3f})"
-        )
-    return EXIT_STOPPED if summary["status"] == "stopped" else EXIT_DONE
-
-
-def _check(config: ParityConfig, world: int, source: str) -> None:
     try:
         check_parity(config, world)
     except ConfigError as error:
-        raise ConfigError([f"{source}: {line}" for line in error.lines]) from None
+        raise ConfigError([f"{args.config}: {line}" for line in error.lines]) from None
+    if not is_worker and world > 1:
+        return _launch(args, args.config, world, "run")
+    from megatron_md.parity.experiment import run_experiment
+
+    summary = run_experiment(config, handle_signals=True)
+    reached = summary["reached_step"]
+    _say_once(
+        f"{config.run_dir}: {'goal not reached' if reached is None else f'goal reached at step {reached}'} "
+        f"(train {summary['train_accuracy']:.3f}, validation {summary['valid_accuracy']:.3f}, "
+        f"largest gap {summary['largest_gap']:.3f})"
+    )
+    return EXIT_STOPPED if summary["status"] == "stopped" else EXIT_DONE
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from megatron_md.parity.sweep import run_sweep
+    from megatron_md.parity.sweep import run_sweep, table
 
-    config = load_parity_config(args.config, args.overrides)
-    return 1 if run_sweep(config, workers=args.workers) else 0
+    rows, failed = run_sweep(load_parity_config(args.config, args.overrides), workers=args.workers)
+    if rows:
+        say(table(rows).rstrip("\n"), multiline=True)
+    return 1 if failed else 0
 
 
 def _plot(args: argparse.Namespace) -> int:
@@ -132,15 +128,20 @@ def _validate(args: argparse.Namespace) -> int:
         return 0
     is_worker, world = _world_size(args)
     path = args.reference or validate.default_reference()
-    reference = validate.read_reference(path)
-    config = validate.layout_config(reference, args.overrides, world)
     if not is_worker and world > 1:
-        from megatron_md.train.launch import launch
+        validate.layout_config(validate.read_reference(path), args.overrides, world)  # before processes are started
+        return _launch(args, str(path), world, "validate", "--reference")
+    passed, line = validate.validate(args.overrides, reference=path, world_size=world)
+    _say_once(line)
+    return 0 if passed else 1
 
-        command = ("parity", "validate", "--reference")
-        return launch(str(path), args.overrides, nproc_per_node=world, command=command)
-    summary, loss, grad_norm = validate.train_recorded(config)
-    verdict = validate.compare(reference, loss, grad_norm, summary["reached_step"])
+
+def _launch(args: argparse.Namespace, file: str, world: int, *command: str) -> int:
+    from megatron_md.train.launch import launch
+
+    return launch(file, args.overrides, nproc_per_node=world, command=("parity", *command))
+
+
+def _say_once(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        say(validate.report(config, world, reference, verdict))
-    return 0 if verdict.passed else 1
+        say(line)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_md.arguments import positive
-from megatron_md.checks import (
-    check_config,
-    smallest_world,
-    vocabulary,
-)
+from megatron_md.commands.arguments import positive
 from megatron_md.config import Config, ConfigError, explain, load_config
-from megatron_md.corpus_checks import corpus_problems, missing_files
-from megatron_md.estimates import report
 from megatron_md.messages import say, tell
+from megatron_md.run.check import check_config, resolve_config
+from megatron_md.run.check_corpora import corpus_problems, missing_files
+from megatron_md.run.estimate import report
 
 EXAMPLES = f"""examples:
   megatron-md train examples/tiny/demo.yaml --nproc-per-node 2
@@ -75,26 +71,24 @@ def run(args: argparse.Namespace) -> int:
     nproc = args.nproc_per_node or 1
     world = int(os.environ["WORLD_SIZE"]) if is_worker else nproc * args.nnodes
     if args.world_size is not None and not args.dry_run:
-        raise ConfigError(["--world-size belongs to --dry-run; to train, give --nproc-per-node and --nnodes"])
+        raise ConfigError("--world-size belongs to --dry-run; to train, give --nproc-per-node and --nnodes")
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and not is_worker and args.nnodes == 1 and not args.dry_run:
         raise ConfigError(
-            [
-                f"srun started {tasks} tasks without RANK and WORLD_SIZE: {tasks} runs in one directory; "
-                "start one task per node with --nnodes and --rdzv-endpoint, as examples/8b/train.sbatch does"
-            ]
+            f"srun started {tasks} tasks without RANK and WORLD_SIZE: {tasks} runs in one directory; "
+            "start one task per node with --nnodes and --rdzv-endpoint, as examples/8b/train.sbatch does"
         )
     if args.nnodes > 1 and args.rdzv_endpoint is None and not is_worker and not args.dry_run:
-        raise ConfigError(["--nnodes above 1 needs --rdzv-endpoint HOST:PORT, the same on every machine"])
+        raise ConfigError("--nnodes above 1 needs --rdzv-endpoint HOST:PORT, the same on every machine")
     try:
         if args.dry_run:
             given = is_worker or args.nproc_per_node or args.nnodes > 1
-            return _dry_run(config, args.world_size or (world if given else smallest_world(config)), trust=args.trust)
+            return _dry_run(config, args.world_size or (world if given else config.parallel.replica), trust=args.trust)
         check_config(config, world)
     except ConfigError as error:
         raise ConfigError([f"{args.config}: {line}" for line in error.lines]) from None
     if is_worker or (world == 1 and not args.max_restarts):
-        from megatron_md.pretrain import pretrain
+        from megatron_md.run.pretrain import pretrain
 
         return pretrain(config)
     from megatron_md.train.launch import launch
@@ -116,7 +110,7 @@ def _dry_run(config: Config, world_size: int, *, trust: bool) -> int:
     problems = list(corpus_problems(config))
     if problems:
         raise ConfigError(problems)
-    text = report(config, layout, vocabulary(config))
+    text = report(resolve_config(config), layout)
     if os.environ.get("RANK", "0") == "0":
         say(text, multiline=True)
         for line in missing_files(config):

@@ -7,7 +7,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,9 +16,10 @@ import numpy as np
 from megatron_md.data.shards import Manifest, ShardReader, load_manifest
 from megatron_md.diffusion.ngrams import MIN_COUNT, By, NgramCounter, OrderCounts, Tokens, weights_of, weights_stderr
 from megatron_md.diffusion.theory import ngram_signal, optimal_mask_rate
+from megatron_md.errors import UserError
 from megatron_md.evaluate.plot import picture_format, plain, save_figure
 from megatron_md.files import replace_file
-from megatron_md.messages import say, shown, tell
+from megatron_md.messages import progress, say, shown
 
 WIDTH = 0.1
 GENERATION = (0.5, 1.0)
@@ -27,7 +27,6 @@ GENERATION = (0.5, 1.0)
 RECOMMEND_BY: By = "occurrences"
 POWERS = {"linear": 1, "squared": 2}
 PORTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
-LINE_SECONDS = 10.0
 SEED = 0
 
 WHY_LIKELIHOOD = f"""t* is where masked tokens tell most about the corpus' recurring n-grams: the mean of the linear
@@ -77,7 +76,7 @@ class Prediction:
         """The prediction from a counter's figures.
 
         Raises:
-            ValueError: no n-gram recurs.
+            UserError: no n-gram recurs.
         """
         weights = {by: weights_of(counts, by) for by in get_args(By)}
         return cls(
@@ -102,27 +101,27 @@ def run(args: argparse.Namespace) -> int:
     """Read the corpus, print figures and windows, draw the picture.
 
     Raises:
-        ValueError: bad input, or a corpus too small to have recurring n-grams.
+        UserError: bad input, or a corpus too small to have recurring n-grams.
     """
     if args.max_tokens is not None and args.max_tokens < 1:
-        raise ValueError(f"--max-tokens {args.max_tokens}: must be at least 1")
+        raise UserError(f"--max-tokens {args.max_tokens}: must be at least 1")
     picture_format(args.output)
     if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"--json {args.json}: the folder {args.json.parent} does not exist")
+        raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist")
     manifests = [load_manifest(path) for path in args.manifest]
     first, *others = manifests
     for other in others:
         if other.tokenizer_sha256 != first.tokenizer_sha256:
-            raise ValueError(f"{first.location} and {other.location} were tokenised with different tokenizers")
+            raise UserError(f"{first.location} and {other.location} were tokenised with different tokenizers")
     name = shown(", ".join(manifest.location for manifest in manifests))
     available = sum(manifest.tokens for manifest in manifests)
     if not available:
-        raise ValueError(f"{name}: the corpus holds no tokens, only empty documents")
+        raise UserError(f"{name}: the corpus holds no tokens, only empty documents")
     start = time.perf_counter()
     tokens = min(args.max_tokens or available, available)
     predictions = predict(manifests, tokens)
     if not predictions:
-        raise ValueError(
+        raise UserError(
             f"{name}: no n-gram recurs often enough in {tokens} tokens: take a larger corpus or --max-tokens"
         )
     draw(predictions, name, args.output)
@@ -139,7 +138,11 @@ def predict(manifests: Sequence[Manifest], tokens: int) -> list[Prediction]:
     """The predictions after each of PORTIONS of that many tokens, without those that are too small for any."""
     counter = NgramCounter()
     predictions: list[Prediction] = []
-    with _progress(tokens) as advance:
+    with progress("tokens", tokens, transient=True, lines=True) as move:
+
+        def advance(done: int) -> None:
+            move(completed=done, text=f"{done / 1e6:.2f}M of {tokens / 1e6:.2f}M tokens")
+
         reading = documents(manifests, tokens, advance)
         for portion in PORTIONS:
             before = counter.tokens
@@ -244,7 +247,7 @@ def draw(predictions: Sequence[Prediction], name: str, output: Path) -> None:
     """Draw Signal(t) with both windows shaded, and how t* moves with the size of the corpus.
 
     Raises:
-        ValueError: the picture's format is unknown.
+        UserError: the picture's format is unknown.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -275,27 +278,3 @@ def draw(predictions: Sequence[Prediction], name: str, output: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     signal.legend(frameon=False, fontsize=8, loc="lower center")
     save_figure(figure, output)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Progress in tokens on stderr: a bar on a terminal, else a plain line every ten seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        last = time.perf_counter()
-
-        def print_line(done: int) -> None:
-            nonlocal last
-            if time.perf_counter() - last >= LINE_SECONDS:
-                last = time.perf_counter()
-                tell(f"{done / 1e6:.2f}M of {total / 1e6:.2f}M tokens")
-
-        yield print_line
-        return
-    columns = (TextColumn("n-grams"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("n-grams", total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -1,4 +1,4 @@
-"""Builder of shards: documents are tokenised by several processes; the bytes are the same for any number of them."""
+"""Building of corpora: documents are tokenised by several processes; the bytes are the same for any number of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_md.data.corpus import EMBEDDED, Split, documents
 from megatron_md.data.entries import Document, Entry, Rejection, TokenDocument
+from megatron_md.data.readers import DOCUMENT_BYTES, HUB, Reading
 from megatron_md.data.resume import fingerprint, skip_done
 from megatron_md.data.shards import Manifest
 from megatron_md.data.tokenizer import Tokenizer
@@ -28,12 +30,66 @@ from megatron_md.data.writer import (
     interrupted_build,
     write_corpus,
 )
+from megatron_md.errors import UserError
 from megatron_md.processes import die_with_parent
 
 BATCH_CHARACTERS = 1 << 18
 ROUND_TRIP_STRIDE = 64
 
 Corpus = Iterable[Entry]
+
+
+def build_corpus(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path,
+    output: str | Path,
+    *,
+    split: Split = "all",
+    workers: int = 1,
+    shard_tokens: int = SHARD_TOKENS,
+    text_key: str = "text",
+    max_document_bytes: int = DOCUMENT_BYTES,
+    skip_damaged: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
+    """Tokenise files, folders and data sets into a folder of shards; what `megatron-md data build` does.
+
+    Args:
+        inputs: what to read, see `megatron_md.data.corpus.documents`.
+        tokenizer: SentencePiece model or `tokenizer.json`.
+        output: folder to create; an earlier build is replaced, an interrupted one of the same settings goes on.
+        split: `train` or `valid` takes that part of the documents, by a hash of their names.
+        workers: processes that tokenise, see `build_shards`.
+        shard_tokens: tokens per shard.
+        text_key: field of a JSON record, or column of a table, that holds the text.
+        max_document_bytes: longer documents (for JSON lines: longer lines) are rejected.
+        skip_damaged: reject what cannot be read of a damaged file, instead of stopping.
+        on_progress: called after every batch of documents.
+
+    Raises:
+        UserError: a number is below 1, an input cannot be read, or as `build_shards`.
+        InputError: a file is damaged.
+    """
+    for name, number in (
+        ("workers", workers),
+        ("shard-tokens", shard_tokens),
+        ("max-document-bytes", max_document_bytes),
+    ):
+        if number < 1:
+            raise UserError(f"--{name} {number}: must be at least 1")
+    names = [
+        str(path) if str(path) == EMBEDDED or str(path).startswith(HUB) else Path(path).resolve().name
+        for path in inputs
+    ]
+    return build_shards(
+        documents(inputs, split, reading=Reading(text_key, max_document_bytes), skip_damaged=skip_damaged),
+        tokenizer,
+        output,
+        workers=workers,
+        shard_tokens=shard_tokens,
+        source={"inputs": names, "split": split},
+        on_progress=on_progress,
+    )
 
 
 def build_shards(
@@ -64,7 +120,7 @@ def build_shards(
         on_progress: called after every batch of documents.
 
     Raises:
-        ValueError: as `write_corpus` and `interrupted_build`; also when the corpus is not the one of the interrupted
+        UserError: as `write_corpus` and `interrupted_build`; also when the corpus is not the one of the interrupted
             build, when the tokenizer does not keep the text of one of the documents that are checked (every 64th),
             or when documents that come as tokens do not fit it.
     """
@@ -108,7 +164,7 @@ def _result(future: Future[Batch]) -> Batch:
         return future.result()
     except ValueError as error:
         # The worker's traceback says nothing more than its one line.
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def _batches(corpus: Corpus, first: int) -> Iterator[tuple[int, list[Entry]]]:
@@ -161,7 +217,7 @@ def _take_tokens(tokenizer: Tokenizer, entry: TokenDocument, checksum: int) -> T
     if not tokens.size:
         return Rejection(entry.name, "empty", fingerprint=checksum)
     if int(tokens.min()) < 0 or int(tokens.max()) >= tokenizer.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{entry.name}: holds token {int(tokens.max())}, but {tokenizer.path} has {tokenizer.vocab_size}; "
             "give the tokenizer that it was made with"
         )

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_md.data.entries import Document, Entry, InputError, Rejection, TokenDocument
+from megatron_md.data.entries import Document, Entry, InputError, Rejection
 from megatron_md.data.readers import HUB, SUFFIXES, Reading, read_file, read_hub
-
-__all__ = ["EMBEDDED", "Document", "Entry", "Rejection", "TokenDocument", "documents", "in_validation", "texts"]
+from megatron_md.errors import UserError
 
 Split = Literal["all", "train", "valid"]
 
@@ -45,7 +44,7 @@ def documents(
         skip_damaged: a damaged file becomes one rejection with what could not be read of it, instead of an error.
 
     Raises:
-        ValueError: an input does not exist, holds no file of a known kind, or cannot be read for want of a package.
+        UserError: an input does not exist, holds no file of a known kind, or cannot be read for want of a package.
         InputError: a file is damaged.
     """
     reading = reading or Reading()
@@ -88,7 +87,7 @@ def _files(source: str | Path) -> Iterator[tuple[str, Path]]:
     path = Path(source)
     if path.is_file():
         if not path.name.endswith((*SUFFIXES, ".bin")):
-            raise ValueError(f"{path}: unknown kind of file, none of {', '.join(SUFFIXES)}; give text the name *.txt")
+            raise UserError(f"{path}: unknown kind of file, none of {', '.join(SUFFIXES)}; give text the name *.txt")
         yield path.name, path
     elif path.is_dir():
         folder = path.resolve()
@@ -96,10 +95,10 @@ def _files(source: str | Path) -> Iterator[tuple[str, Path]]:
             file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.name.endswith(SUFFIXES)
         )
         if not files:
-            raise ValueError(f"{path}: no text file in this folder; looked for {', '.join(SUFFIXES)}")
+            raise UserError(f"{path}: no text file in this folder; looked for {', '.join(SUFFIXES)}")
         yield from ((name, folder / name) for name in files if (folder / name).is_file())
     else:
-        raise ValueError(f"{path}: no such file or folder; give files, folders of them, or '{EMBEDDED}'")
+        raise UserError(f"{path}: no such file or folder; give files, folders of them, or '{EMBEDDED}'")
 
 
 def _embedded_files() -> Iterator[tuple[str, Path]]:

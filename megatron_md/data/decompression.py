@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from megatron_md.data.entries import InputError
 from megatron_md.data.optional import optional_package
+from megatron_md.errors import UserError
 
 SUFFIXES = (".gz", ".zst")
 # Text compresses 3 to 10 times; 200 times is beyond any corpus, and gzip reaches 1,032.
@@ -27,12 +28,12 @@ def open_stream(path: Path) -> BinaryIO:
     Reading raises an `InputError` where the compressed data is damaged or cut, or grows beyond 200 times its size.
 
     Raises:
-        ValueError: the file cannot be opened, or zstandard is not installed.
+        UserError: the file cannot be opened, or zstandard is not installed.
     """
     try:
         file = path.open("rb")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if path.name.endswith((".gz", ".tgz")):
         return io.BufferedReader(_Bounded(gzip.GzipFile(fileobj=file), path, file), BUFFER_BYTES)
     if path.name.endswith(".zst"):

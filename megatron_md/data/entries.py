@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from megatron_md.errors import UserError
+
 
 @dataclass(frozen=True)
 class Document:
@@ -44,7 +46,7 @@ class Rejection:
 Entry = Document | TokenDocument | Rejection
 
 
-class InputError(ValueError):
+class InputError(UserError):
     """A file of the input is damaged or unfit as a whole: how many documents it holds cannot be known.
 
     Attributes:

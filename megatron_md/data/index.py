@@ -23,15 +23,15 @@ from megatron_md.data.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest, ShardE
 from megatron_md.data.tar import Member, TarError, read_members
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.writer import Vocabulary, describe_shard, write_manifest
+from megatron_md.errors import UserError
 
 # Bytes. 16 MiB of lengths are 4 million documents, whose entries in the index take four times that.
 LARGEST_MEMBER = {"tokens.bin": 1 << 30, "lengths.bin": 1 << 24}
 SUMS_NAME = "SHA256SUMS"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-KINDS = ("tokens", "lengths")
 
 
-def index_shards(
+def index_corpus(
     folder: str | Path, tokenizer: str | Path, *, on_progress: Callable[[BuildProgress], None] | None = None
 ) -> Manifest:
     """Index every `.tar` of a folder, and write the manifest of all.
@@ -42,16 +42,16 @@ def index_shards(
         on_progress: called after every shard.
 
     Raises:
-        ValueError: the folder holds no tar, or a manifest already.
+        UserError: the folder holds no tar, or a manifest already.
         ShardError: a tar is damaged or not in our format; names the shard, the member and the document.
     """
     folder = Path(folder)
     loaded = Tokenizer(tokenizer)
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if not tars:
-        raise ValueError(f"{folder}: no .tar file in this folder")
+        raise UserError(f"{folder}: no .tar file in this folder")
     if (folder / MANIFEST_NAME).exists():
-        raise ValueError(f"{folder / MANIFEST_NAME}: exists; check it with `data verify`, or delete it to index again")
+        raise UserError(f"{folder / MANIFEST_NAME}: exists; check it with `data verify`, or delete it to index again")
     sums = _read_sums(folder)
     progress, scans, itemsize = BuildProgress(), [], 0
     for path in tars:
@@ -187,6 +187,6 @@ def _read_sums(folder: Path) -> dict[str, str]:
     for number, line in enumerate(file.read_text("utf-8", "replace").splitlines(), start=1):
         match = SUMS_LINE.fullmatch(line)
         if match is None:
-            raise ValueError(f"{file}: line {number} is not '<sha256>  <file>'")
+            raise UserError(f"{file}: line {number} is not '<sha256>  <file>'")
         sums[match[2]] = match[1]
     return sums

@@ -61,7 +61,7 @@ class QuarantineLedger:
         """Read a ledger; no file is an empty one.
 
         Raises:
-            ValueError: a line is malformed.
+            UserError: a line is malformed.
         """
         ledger = cls()
         if not path.exists():

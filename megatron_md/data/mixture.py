@@ -29,10 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_md.batch import DamagedDocument, Int32Array, Int64Array
+from megatron_md.batch import DamagedDocument, Int32Array, Int64Array, Rows
 from megatron_md.config import DataConfig
 from megatron_md.data.shards import Manifest
-from megatron_md.data.stream import Rows, RowStream, SequenceStream
+from megatron_md.data.stream import RowStream, SequenceStream
+from megatron_md.errors import UserError
 
 # Shares are exact where they have a common denominator up to this (five decimal places), else rounded to multiples of
 # 1 / this.
@@ -82,12 +83,12 @@ def whole_units(weights: Sequence[float]) -> tuple[int, ...]:
     """Rows of each corpus per period for weights of any scale; exact up to `LONGEST_PERIOD`, see there.
 
     Raises:
-        ValueError: all weights are 0.
+        UserError: all weights are 0.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     total = sum(exact)
     if not total:
-        raise ValueError("all weights are 0: give at least one corpus a weight above 0")
+        raise UserError("all weights are 0: give at least one corpus a weight above 0")
     shares = [weight / total for weight in exact]
     if math.lcm(*(share.denominator for share in shares)) > LONGEST_PERIOD:
         rounded = [max(1, round(share * LONGEST_PERIOD)) if share else 0 for share in shares]
@@ -160,11 +161,11 @@ class MixtureSchedule:
                 its first point a corpus has weight 0. The rows before any g do not depend on the points from there on.
 
         Raises:
-            ValueError: the g of a corpus do not ascend, or at some g all weights are 0.
+            UserError: the g of a corpus do not ascend, or at some g all weights are 0.
         """
         for own in points:
             if [g for g, _ in own] != sorted({g for g, _ in own}):
-                raise ValueError(f"the rows {[g for g, _ in own]} at which a weight changes must ascend")
+                raise UserError(f"the rows {[g for g, _ in own]} at which a weight changes must ascend")
         changes = sorted({0, *(g for own in points for g, _ in own)})
         self._stretches: list[_Stretch] = []
         served_K, due = np.zeros(len(points), dtype=np.int64), [Fraction(0)] * len(points)
@@ -173,7 +174,7 @@ class MixtureSchedule:
             try:
                 units = whole_units(weights)
             except ValueError as error:
-                raise ValueError(f"at row {start} {error}") from None
+                raise UserError(f"at row {start} {error}") from None
             stretch = _Stretch.lay_out(start, stop, served_K, due, units)
             self._stretches.append(stretch)
             if stop is not None:
@@ -207,7 +208,7 @@ class MixtureStream:
         """Mix streams of equal row length.
 
         Raises:
-            ValueError: see `MixtureSchedule`.
+            UserError: see `MixtureSchedule`.
         """
         assert len(streams) == len(points) and len({stream.seq_length for stream in streams}) == 1
         self.streams = list(streams)
@@ -230,10 +231,10 @@ class MixtureStream:
             places = np.flatnonzero(corpus_B == corpus)
             part = self.streams[corpus].rows(row_B[places])
             tokens_BL[places], is_maskable_BL[places] = part.tokens_BL, part.is_maskable_BL
-            boundaries |= dict(zip(places.tolist(), part.cu_seqlens, strict=True))
+            boundaries |= dict(zip(places.tolist(), part.cu_seqlens or (), strict=True))
             damaged |= part.damaged
         cu_seqlens = [boundaries[b] for b in range(len(index_B))]
-        return Rows(tokens_BL, is_maskable_BL, index_B, cu_seqlens, corpus_B, damaged)
+        return Rows(tokens_BL, is_maskable_BL, index_B, cu_seqlens=cu_seqlens, damaged=damaged)
 
     def state(self, rows: int) -> dict[str, Any]:
         """See `RowStream.state`: weights count as far as they hold before row `rows`."""
@@ -259,7 +260,7 @@ def open_stream(config: DataConfig, manifests: Sequence[Manifest], *, seed: int)
         seed: the run's seed.
 
     Raises:
-        ValueError: see `MixtureSchedule`.
+        UserError: see `MixtureSchedule`.
     """
     streams = [
         SequenceStream(

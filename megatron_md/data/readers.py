@@ -21,6 +21,7 @@ from megatron_md.data.entries import Document, Entry, InputError, Rejection
 from megatron_md.data.megatron_indexed import read_indexed
 from megatron_md.data.optional import optional_package
 from megatron_md.data.tar import read_members
+from megatron_md.errors import UserError
 
 HUB = "datasets:"
 DOCUMENT_BYTES = 1 << 24
@@ -56,7 +57,7 @@ def read_file(name: str, path: Path, reading: Reading) -> Iterator[Entry]:
 
     Raises:
         InputError: the file is damaged.
-        ValueError: it cannot be opened, or a package that reads it is not installed.
+        UserError: it cannot be opened, or a package that reads it is not installed.
     """
     if path.suffix in (".idx", ".bin"):
         yield from read_indexed(name, path)
@@ -144,7 +145,7 @@ def _read_parquet(name: str, path: Path, reading: Reading) -> Iterator[Entry]:
         raise InputError(f"{path}: not a readable Parquet file ({_one_line(error)}); restore it") from error
     with file:
         if reading.text_key not in columns:
-            raise ValueError(f"{path}: no column {reading.text_key!r}; it has {', '.join(columns)}: say --text-key")
+            raise UserError(f"{path}: no column {reading.text_key!r}; it has {', '.join(columns)}: say --text-key")
         kind = types.get(reading.text_key)
         if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view", "null"):
             raise InputError(f"{path}: column {reading.text_key!r} holds {kind}, not text: say --text-key")
@@ -192,11 +193,11 @@ def read_hub(source: str, reading: Reading) -> Iterator[Entry]:
     """Rows of `datasets:NAME[:CONFIG[:SPLIT]]`, streamed; the split is `train` unless given.
 
     Raises:
-        ValueError: it names no data set, or `datasets` is not installed or cannot load it.
+        UserError: it names no data set, or `datasets` is not installed or cannot load it.
     """
     name, config, split, *rest = (*source.removeprefix(HUB).split(":"), "", "")
     if not name or any(rest):
-        raise ValueError(f"{source}: names no data set; write {HUB}NAME[:CONFIG[:SPLIT]]")
+        raise UserError(f"{source}: names no data set; write {HUB}NAME[:CONFIG[:SPLIT]]")
     datasets = optional_package("datasets", source)
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
@@ -204,7 +205,7 @@ def read_hub(source: str, reading: Reading) -> Iterator[Entry]:
             raise KeyError(f"no column {reading.text_key!r} among {', '.join(rows.column_names)}: say --text-key")
         entries = iter(rows.select_columns([reading.text_key]))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{source}: cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"{source}: cannot be loaded: {_one_line(error)}") from error
     for number, row in enumerate(entries, start=1):
         yield _checked(f"{name}#{number}", row.get(reading.text_key), reading)
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TypeVar
 
+from megatron_md.errors import UserError
 from megatron_md.messages import HIDDEN, redacted
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ CHUNK_BYTES = 1 << 20
 PASSING_STATUS = {408, 425, 429}  # besides 5xx
 
 
-class RemoteError(ValueError):
+class RemoteError(UserError):
     """A remote file cannot be had as it should be; the message names its URL, without the secrets in it."""
 
     def __init__(self, message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -10,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_md.data.entries import Document, Entry, TokenDocument
 from megatron_md.data.shards import REJECTED_NAME, Count, Shard
+from megatron_md.errors import UserError
 from megatron_md.files import replace_file
 from megatron_md.json_file import LARGE, as_record, read_json
 
@@ -61,16 +60,11 @@ class BuildState:
         replace_file(folder / PROGRESS_NAME, json.dumps(content))
 
 
-def settings_key(settings: dict[str, Any]) -> str:
-    """Hash of the settings of a build."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
 def load_state(folder: Path, key: str) -> BuildState | None:
     """State of the interrupted build in a folder, None where there is none; what came after it is removed.
 
     Raises:
-        ValueError: the folder holds an interrupted build with other settings, or its shards were changed.
+        UserError: the folder holds an interrupted build with other settings, or its shards were changed.
     """
     file = folder / PROGRESS_NAME
     if not file.exists():
@@ -78,7 +72,7 @@ def load_state(folder: Path, key: str) -> BuildState | None:
     way_out = f"delete {folder} to start over"
     state = as_record(BuildState, read_json(file, way_out, most_bytes=LARGE), file, way_out)
     if state.key != key:
-        raise ValueError(
+        raise UserError(
             f"{folder}: holds an interrupted build with other settings or another tokenizer; finish that one first, "
             "or delete the folder to start over"
         )
@@ -87,11 +81,11 @@ def load_state(folder: Path, key: str) -> BuildState | None:
         for name, size in ((shard.name, shard.bytes), (shard.index, None)):
             path = folder / name
             if not os.path.isfile(path) or size not in (None, path.stat().st_size):
-                raise ValueError(f"{path}: missing or changed since the build was interrupted; delete {folder}")
+                raise UserError(f"{path}: missing or changed since the build was interrupted; delete {folder}")
             kept.add(name)
     rejected = folder / REJECTED_NAME
     if not rejected.is_file() or rejected.stat().st_size < state.rejected_bytes:
-        raise ValueError(f"{rejected}: missing or cut since the build was interrupted; delete {folder}")
+        raise UserError(f"{rejected}: missing or cut since the build was interrupted; delete {folder}")
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink()
@@ -113,12 +107,12 @@ def skip_done(entries: Iterator[Entry], state: BuildState, folder: Path) -> None
     """Read past the entries that an interrupted build has dealt with, and check that they are the same.
 
     Raises:
-        ValueError: the corpus has changed meanwhile.
+        UserError: the corpus has changed meanwhile.
     """
     again = BuildState(state.key)
     while again.entries < state.entries and (entry := next(entries, None)) is not None:
         again.add(fingerprint(entry))
     if (again.entries, again.fingerprint) != (state.entries, state.fingerprint):
-        raise ValueError(
+        raise UserError(
             f"{folder}: the input has changed since the build was interrupted; delete the folder to start over"
         )

@@ -34,6 +34,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache
 from megatron_md.data.remote import RemoteFile
+from megatron_md.errors import UserError
 from megatron_md.json_file import parse_json, read_regular
 from megatron_md.messages import redacted
 
@@ -51,10 +52,8 @@ Count = Annotated[int, Field(ge=0, lt=2**62)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard or its index is damaged; the message names the file and, where known, the document."""
-
-    of_one_rank = True  # other ranks read other documents
 
 
 class DamagedDocumentError(ShardError):
@@ -169,12 +168,12 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
 
     Args:
         path: the `manifest.json` or its folder, on a disk or at a URL (see `megatron_md.data.remote`).
-        check_files: also check that every shard is there with its size (not its content: see `data.verify`);
+        check_files: also check that every shard is there with its size (not its content: see `data.survey`);
             the shards of a remote corpus are checked when they are fetched.
         cache: where the shards of a remote corpus are kept while they are used.
 
     Raises:
-        ValueError: it is missing, malformed or contradicts itself, or (a `ShardError`) a shard is missing or cut,
+        UserError: it is missing, malformed or contradicts itself, or (a `ShardError`) a shard is missing or cut,
             or (a `RemoteError`) it cannot be fetched.
     """
     file: str | Path
@@ -187,7 +186,7 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
     path = Path(path)
     file = path / MANIFEST_NAME if path.is_dir() else path
     if not file.exists():
-        raise ValueError(f"{file}: no such manifest; build shards with `megatron-md data build`")
+        raise UserError(f"{file}: no such manifest; build shards with `megatron-md data build`")
     data = read_regular(file, "build the shards again", most_bytes=MAX_MANIFEST_BYTES)
     manifest = _parse_manifest(file, data, file.parent, None)
     if check_files:
@@ -199,7 +198,7 @@ def load_manifest(path: str | Path, *, check_files: bool = True, cache: Cache | 
 def _parse_manifest(file: str | Path, data: bytes, directory: Path, origin: Remote | None) -> Manifest:
     content = parse_json(data, file, "build the shards again")
     if not isinstance(content, dict) or content.get("format") != FORMAT or PLACES & content.keys():
-        raise ValueError(f"{file}: not a manifest of {FORMAT}")
+        raise UserError(f"{file}: not a manifest of {FORMAT}")
     sha256 = content_hash(content)
     try:
         # The bytes themselves, as writing a large manifest anew would take as long as reading it.
@@ -208,14 +207,14 @@ def _parse_manifest(file: str | Path, data: bytes, directory: Path, origin: Remo
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"{file}: {key}: {problem['msg']}; build the shards again") from error
+        raise UserError(f"{file}: {key}: {problem['msg']}; build the shards again") from error
     _check_consistent(file, manifest, sha256)
     return replace(manifest, remote=origin)
 
 
 def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None:
     if sha256 != manifest.sha256:
-        raise ValueError(
+        raise UserError(
             f"{file}: its content does not match its own hash: it was edited or cut; build the shards again"
         )
     names = [name for shard in manifest.shards for name in (shard.name, shard.index)]
@@ -223,15 +222,15 @@ def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None
         # By hand: pathlib takes seconds for the shards of a trillion tokens.
         is_bad = not name.strip("./") or name.startswith("/") or "\\" in name or "\0" in name
         if is_bad or ".." in name.split("/"):
-            raise ValueError(f"{file}: shard name {name!r} must be relative and beneath the manifest")
+            raise UserError(f"{file}: shard name {name!r} must be relative and beneath the manifest")
     if len(set(names)) < len(names):
-        raise ValueError(f"{file}: a shard is named twice")
+        raise UserError(f"{file}: a shard is named twice")
     for key in ("documents", "tokens"):
         if sum(getattr(shard, key) for shard in manifest.shards) != getattr(manifest, key):
-            raise ValueError(f"{file}: {key} is not the sum over the shards")
+            raise UserError(f"{file}: {key} is not the sum over the shards")
     for key in ("eos_id", "mask_id", "pad_id"):
         if getattr(manifest, key) >= manifest.vocab_size:
-            raise ValueError(f"{file}: {key} lies outside the vocabulary of {manifest.vocab_size}")
+            raise UserError(f"{file}: {key} lies outside the vocabulary of {manifest.vocab_size}")
 
 
 def _check_size(manifest: Manifest, shard: Shard) -> None:
@@ -275,10 +274,15 @@ def parse_index(data: bytes, shard: Shard, itemsize: int) -> npt.NDArray[np.void
     index = np.frombuffer(data, INDEX_DTYPE, offset=file.tell())
     if index["offset"].max() > shard.bytes or (index["offset"] % itemsize).any():
         return None
-    starts = index["offset"].astype(np.int64)
-    ends = starts + index["tokens"].astype(np.int64) * itemsize
+    starts, ends = _spans(index, itemsize)
     is_apart = ends[-1] <= shard.bytes and (starts[1:] >= ends[:-1]).all()
     return index if is_apart and int(index["tokens"].sum(dtype=np.int64)) == shard.tokens else None
+
+
+def _spans(index: npt.NDArray[np.void], itemsize: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """At which byte [documents] each document begins and ends."""
+    starts = index["offset"].astype(np.int64)
+    return starts, starts + index["tokens"].astype(np.int64) * itemsize
 
 
 def _cut_off(manifest: Manifest, shard: Shard, size: int) -> str:
@@ -286,7 +290,7 @@ def _cut_off(manifest: Manifest, shard: Shard, size: int) -> str:
     index = read_index(manifest, shard)
     if index is None or size > shard.bytes:
         return ""
-    ends = index["offset"].astype(np.int64) + index["tokens"].astype(np.int64) * manifest.token_dtype.itemsize
+    _, ends = _spans(index, manifest.token_dtype.itemsize)
     lost = np.flatnonzero(ends > size)
     return f"; document {lost[0]} and {len(lost) - 1} after it are lost" if len(lost) else "; no document is lost"
 
@@ -367,8 +371,7 @@ class ShardReader:
         Raises:
             ShardError: the file has been cut.
         """
-        starts = self.index["offset"].astype(np.int64)
-        ends = starts + self.index["tokens"].astype(np.int64) * self._size
+        starts, ends = _spans(self.index, self._dtype.itemsize)
         cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
         for start, stop in zip(starts[[0, *cuts]].tolist(), ends[[*(cuts - 1), -1]].tolist(), strict=True):
             for offset in range(start, stop, BLOCK_BYTES):
@@ -387,34 +390,3 @@ class ShardReader:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         return data
-
-
-def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """Occurrences [vocab_size] of every token, one `<eos>` per document included."""
-    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-    for number in range(len(manifest.shards)):
-        for block in ShardReader(manifest, number).blocks():
-            found = np.bincount(block, minlength=manifest.vocab_size)
-            if len(found) > manifest.vocab_size:
-                raise ValueError(
-                    f"{manifest.location}: a token lies outside the vocabulary; check it with `data verify`"
-                )
-            counts += found
-    counts[manifest.eos_id] += manifest.documents
-    return counts
-
-
-def unigram_entropy(manifest: Manifest) -> float:
-    """Entropy in nats per token of the corpus' token distribution, `<eos>` included: H = -sum_v p_v log p_v.
-
-    A model that knows nothing but token frequencies has this cross-entropy on the corpus.
-    """
-    counts = token_counts(manifest)
-    probabilities = counts[counts > 0] / counts.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())
-
-
-def document_lengths(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """Tokens [documents] of every document, in file order."""
-    lengths = [ShardReader(manifest, number).index["tokens"] for number in range(len(manifest.shards))]
-    return np.concatenate(lengths).astype(np.int64)

@@ -8,17 +8,17 @@ import queue
 import threading
 from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, DamagedDocument, Int32Array, Int64Array
+from megatron_md.batch import BatchPosition, CleanBatch, DamagedDocument, Int64Array, Rows
 from megatron_md.data.cache import WindowFetcher
 from megatron_md.data.packing import RowOrder, Span, WindowLayout
-from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader, load_manifest
+from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader
+from megatron_md.errors import UserError
 
 T = TypeVar("T")
 
@@ -27,27 +27,6 @@ VALIDATION_SEED = 0
 _CHECKED, _UNCHECKED, _LEFT_OUT = range(3)  # states of a document
 
 logger = logging.getLogger("megatron_md")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Packed rows.
-
-    Attributes:
-        tokens_BL: token ids; an epoch's last row ends in padding.
-        is_maskable_BL: False on padding, also where a quarantined document would stand.
-        sample_index_B: g of each row.
-        cu_seqlens: per row the boundaries of its documents, from 0 to L ascending; padding counts as a last document.
-        corpus_B: number of the corpus that each row comes from.
-        damaged: documents that left a gap in these rows.
-    """
-
-    tokens_BL: Int64Array
-    is_maskable_BL: BoolArray
-    sample_index_B: Int64Array
-    cu_seqlens: list[Int32Array]
-    corpus_B: Int64Array
-    damaged: frozenset[DamagedDocument]
 
 
 class RowStream(Protocol):
@@ -72,43 +51,34 @@ class SequenceStream:
     Attributes:
         manifest: the corpus.
         seq_length: tokens per row (L).
-        tokens: tokens of one epoch, `<eos>` included.
         rows_per_epoch: rows of every epoch, ceil(tokens / L).
     """
 
     def __init__(
         self,
-        manifest: str | Path | Manifest,
+        manifest: Manifest,
         *,
         seed: int,
         seq_length: int,
         window_shards: int = WINDOW_SHARDS,
-        verify: bool = True,
         keep_going: bool = False,
     ) -> None:
         """Open a corpus.
 
         Args:
-            manifest: a loaded manifest, or where it lies.
+            manifest: the corpus.
             seed: seed of the order.
             seq_length: tokens per row (L).
             window_shards: shards that are shuffled together (W).
-            verify: check the crc32 of every document when a window first uses it.
             keep_going: a damaged document becomes a gap in its rows (padding, not maskable) instead of an error.
-
-        Raises:
-            ValueError: the corpus is missing or malformed.
         """
-        self.manifest = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
-        self.seq_length = seq_length
-        self._seed, self._window_shards, self._verify = seed, window_shards, verify
-        self._keep_going = keep_going
+        self.manifest, self.seq_length = manifest, seq_length
+        self._seed, self._window_shards, self._keep_going = seed, window_shards, keep_going
         self._quarantined: dict[str, list[int]] = {}
         shard_tokens = np.array([shard.tokens + shard.documents for shard in self.manifest.shards], dtype=np.int64)
         self._order = RowOrder(
             shard_tokens, seq_length=seq_length, window_shards=window_shards, seed=seed, corpus=self.manifest.sha256
         )
-        self.tokens = int(shard_tokens.sum())
         self.rows_per_epoch = self._order.rows_per_epoch
         remote = self.manifest.remote
         self._fetcher = WindowFetcher(self.manifest.remote_files, remote.cache) if remote is not None else None
@@ -142,7 +112,7 @@ class SequenceStream:
                 boundaries.append(self.seq_length)
             cu_seqlens.append(np.array(boundaries, dtype=np.int32))
         index_B = np.asarray(sample_index, dtype=np.int64)
-        return Rows(tokens_BL, is_maskable_BL, index_B, cu_seqlens, np.zeros_like(index_B), frozenset(damaged))
+        return Rows(tokens_BL, is_maskable_BL, index_B, cu_seqlens=cu_seqlens, damaged=frozenset(damaged))
 
     def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
         """Leave these documents out from here on without looking at them; those of other corpora do not matter."""
@@ -168,7 +138,7 @@ class SequenceStream:
         document_tokens = np.concatenate([reader.index["tokens"] for reader in readers]).astype(np.int64)
         layout = WindowLayout(document_tokens, *self._order.key, epoch, window)
         names = [self.manifest.shards[shard].name for shard in shards.tolist()]
-        opened = _Window(self.manifest, names, readers, layout, document_tokens, self._verify, self._keep_going)
+        opened = _Window(self.manifest, names, readers, layout, document_tokens, self._keep_going)
         for number, name in enumerate(names):
             opened.leave_out(number, self._quarantined.get(name, []))
         return opened
@@ -184,14 +154,13 @@ class _Window:
         readers: list[ShardReader],
         layout: WindowLayout,
         document_tokens: Int64Array,
-        verify: bool,
         keep_going: bool,
     ) -> None:
         self._manifest, self._names, self._readers, self._layout = manifest, names, readers, layout
         self._document_tokens = document_tokens
         self._first_documents = [0, *itertools.accumulate(len(reader.index) for reader in readers)]
         # A byte for each document: what a numpy array gives one by one takes several times as long.
-        self._states = bytearray([_UNCHECKED if verify else _CHECKED]) * len(document_tokens)
+        self._states = bytearray([_UNCHECKED]) * len(document_tokens)
         self._keep_going = keep_going
         self._dtype = manifest.token_dtype
         self._eos_slot = bytes(self._dtype.itemsize)
@@ -253,7 +222,7 @@ class _Window:
         return part
 
 
-def validation_rows(manifest: str | Path | Manifest, seq_length: int, count: int) -> Rows:
+def validation_rows(manifest: Manifest, seq_length: int, count: int) -> Rows:
     """A fixed set of distinct rows: the first `count` of the corpus' first epoch, or all where it holds fewer."""
     stream = SequenceStream(manifest, seed=VALIDATION_SEED, seq_length=seq_length)
     return stream.rows(range(min(count, stream.rows_per_epoch)))
@@ -274,11 +243,11 @@ def micro_batches(
     global batch sees the same rows. Under `length`, all rows are cut to their first `length` tokens.
 
     Raises:
-        ValueError: the global batch does not divide into micro-batches of this size over the ranks.
+        UserError: the global batch does not divide into micro-batches of this size over the ranks.
     """
     rows_per_round = micro_batch_size * data_size
     if position.global_batch_size % rows_per_round:
-        raise ValueError(
+        raise UserError(
             f"train.global_batch_size {position.global_batch_size} is not a multiple of train.micro_batch_size "
             f"{micro_batch_size} x data-parallel size {data_size}"
         )
@@ -286,23 +255,20 @@ def micro_batches(
     for slot in range(data_rank * micro_batch_size, position.global_batch_size, rows_per_round):
         first = position.first_sample_index + slot
         rows = stream.rows(range(first, first + micro_batch_size))
-        batch = CleanBatch(
-            rows.tokens_BL, rows.is_maskable_BL, rows.sample_index_B, position, rows.cu_seqlens, rows.damaged
-        )
         if length is not None and length < rows.tokens_BL.shape[1]:
-            batch = _cut(batch, length)
-        batches.append(batch)
+            rows = _cut(rows, length)
+        batches.append(CleanBatch(**vars(rows), position=position))
     return batches
 
 
-def _cut(batch: CleanBatch, length: int) -> CleanBatch:
+def _cut(rows: Rows, length: int) -> Rows:
     """The first `length` tokens of every row; damage beyond them counts as seen all the same."""
-    assert batch.cu_seqlens is not None
+    assert rows.cu_seqlens is not None
     return replace(
-        batch,
-        tokens_BL=np.ascontiguousarray(batch.tokens_BL[:, :length]),
-        is_maskable_BL=np.ascontiguousarray(batch.is_maskable_BL[:, :length]),
-        cu_seqlens=[np.append(cuts[cuts < length], np.int32(length)) for cuts in batch.cu_seqlens],
+        rows,
+        tokens_BL=np.ascontiguousarray(rows.tokens_BL[:, :length]),
+        is_maskable_BL=np.ascontiguousarray(rows.is_maskable_BL[:, :length]),
+        cu_seqlens=[np.append(cuts[cuts < length], np.int32(length)) for cuts in rows.cu_seqlens],
     )
 
 
@@ -333,7 +299,7 @@ class Prefetcher(Generic[T]):
 
     def __next__(self) -> T:
         if self._stop.is_set():
-            raise ValueError("the prefetcher is closed")
+            raise UserError("the prefetcher is closed")
         if self._thread is None:
             return next(self._items)
         if self._end is None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from megatron_md.data.entries import Document
 from megatron_md.data.tokenizer_json import JsonTokenizer
+from megatron_md.errors import UserError
 from megatron_md.files import replacing
 from megatron_md.json_file import LARGE, read_regular
 
@@ -75,16 +76,16 @@ class Tokenizer:
             pad_token: name of the token that fills rows; else the model's own, or `eos_token`.
 
         Raises:
-            ValueError: the file is missing, not a tokenizer, or lacks a mask or an end-of-text token.
+            UserError: the file is missing, not a tokenizer, or lacks a mask or an end-of-text token.
         """
         self.path = Path(path)
         if (self.path / JSON_NAME).is_file():
             self.path /= JSON_NAME
         if not self.path.exists():
-            raise ValueError(f"{path}: no such tokenizer file; train one with `megatron-md tokenizer train`")
+            raise UserError(f"{path}: no such tokenizer file; train one with `megatron-md tokenizer train`")
         data = read_regular(self.path, "train one with `megatron-md tokenizer train`", most_bytes=LARGE)
         if not data.strip():
-            raise ValueError(f"{self.path}: is empty; train one with `megatron-md tokenizer train`")
+            raise UserError(f"{self.path}: is empty; train one with `megatron-md tokenizer train`")
         tokens = {"mask_token": mask_token, "eos_token": eos_token, "pad_token": pad_token}
         self._model: TokenizerModel
         # By content, since a run keeps its copy under one name, whatever the kind.
@@ -102,12 +103,12 @@ class Tokenizer:
         """Token ids [n] of a text, without any special token: `<mask>` in a text is six characters like any other.
 
         Raises:
-            ValueError: the text holds lone surrogates, which have no UTF-8 form.
+            UserError: the text holds lone surrogates, which have no UTF-8 form.
         """
         try:
             ids = self._model.encode(text)
         except (RuntimeError, UnicodeEncodeError, TypeError) as error:
-            raise ValueError("cannot encode a text with lone surrogates: it has no UTF-8 form") from error
+            raise UserError("cannot encode a text with lone surrogates: it has no UTF-8 form") from error
         return np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer], *, show_special: bool = False) -> str:
@@ -132,14 +133,14 @@ class Tokenizer:
         """Check that a document survives encoding.
 
         Raises:
-            ValueError: it does not; names the document and the first place that differs.
+            UserError: it does not; names the document and the first place that differs.
         """
         decoded, expected = self.decode(self.encode(document.text)), self._model.kept(document.text)
         if decoded != expected:
             pairs = zip(decoded, expected, strict=False)
             shorter = min(len(decoded), len(expected))
             at = next((i for i, (one, other) in enumerate(pairs) if one != other), shorter)
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: the tokenizer does not keep the text of {document.name}: at character {at} "
                 f"{expected[at : at + 20]!r} becomes {decoded[at : at + 20]!r}; train it without normalisation"
             )
@@ -167,13 +168,13 @@ class _SentencePiece:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
             pieces = [self._processor.id_to_piece(id) for id in range(self._processor.vocab_size())]
         except (RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a SentencePiece model, or one whose pieces are not UTF-8") from error
+            raise UserError(f"{path}: not a SentencePiece model, or one whose pieces are not UTF-8") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.mask_token_id = self._special(tokens["mask_token"] or MASK)
         own_eos, own_pad = self._processor.eos_id(), self._processor.pad_id()
         self.eos_token_id: int = self._special(tokens["eos_token"]) if tokens["eos_token"] else own_eos
         if self.eos_token_id < 0:
-            raise ValueError(f"{path}: the tokenizer has no end-of-text piece, which separates documents")
+            raise UserError(f"{path}: the tokenizer has no end-of-text piece, which separates documents")
         self.pad_token_id: int = own_pad if own_pad >= 0 else self.eos_token_id
         if tokens["pad_token"]:
             self.pad_token_id = self._special(tokens["pad_token"])
@@ -200,7 +201,7 @@ class _SentencePiece:
     def _special(self, piece: str) -> int:
         id: int = self._processor.piece_to_id(piece)
         if self._processor.id_to_piece(id) != piece:
-            raise ValueError(
+            raise UserError(
                 f"{self._path}: the tokenizer has no {piece} piece; train one with `megatron-md tokenizer train`"
             )
         return id
@@ -224,17 +225,17 @@ def train_tokenizer(
         The tokenizer, loaded from `output` and checked: 200 excerpts survive a round trip.
 
     Raises:
-        ValueError: a size is out of range, there is no text or too little for `vocab_size`, or the round trip fails.
+        UserError: a size is out of range, there is no text or too little for `vocab_size`, or the round trip fails.
     """
     if vocab_size < FEWEST_PIECES:
-        raise ValueError(
+        raise UserError(
             f"--vocab {vocab_size}: must be at least {FEWEST_PIECES}: bytes and special tokens take the rest"
         )
     if training_bytes < 1:
-        raise ValueError(f"--sample-bytes {training_bytes}: must be at least 1")
+        raise UserError(f"--sample-bytes {training_bytes}: must be at least 1")
     sample = _sample(documents, training_bytes)
     if not sample:
-        raise ValueError("no text to train a tokenizer on; give text files, folders of them, or 'embedded'")
+        raise UserError("no text to train a tokenizer on; give text files, folders of them, or 'embedded'")
     model = _trained_model(sample, vocab_size)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -278,7 +279,7 @@ def _trained_model(sample: list[Document], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"cannot train {vocab_size} pieces on this text: {_advice(error)}") from error
+        raise UserError(f"cannot train {vocab_size} pieces on this text: {_advice(error)}") from error
     return model.getvalue()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_md.data.optional import optional_package
 from megatron_md.data.shards import LARGEST_VOCABULARY
+from megatron_md.errors import UserError
 from megatron_md.files import replace_file
 from megatron_md.json_file import parse_json, read_json
 
@@ -42,7 +43,7 @@ class JsonTokenizer:
             tokens: names of the special tokens by `mask_token`, `eos_token`, `pad_token`; None: to be found.
 
         Raises:
-            ValueError: it is malformed, `tokenizers` is not installed, or a special token is missing.
+            UserError: it is malformed, `tokenizers` is not installed, or a special token is missing.
         """
         library = optional_package("tokenizers", str(path))
         content = parse_json(data, path, "not a tokenizer.json of the tokenizers library")
@@ -54,23 +55,23 @@ class JsonTokenizer:
         try:
             self._tokenizer = library.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"{path}: the tokenizers library cannot read it ({str(error)[:200]})") from error
+            raise UserError(f"{path}: the tokenizers library cannot read it ({str(error)[:200]})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self._is_nfc = isinstance(normalizer, dict) and normalizer.get("type") == "NFC"
         for name, token in added.items():
             if self._tokenizer.token_to_id(name) != token["id"]:
-                raise ValueError(f"{path}: the added token {name!r} should have id {token['id']}, but has another one")
+                raise UserError(f"{path}: the added token {name!r} should have id {token['id']}, but has another one")
         self.mask_token_id, self.eos_token_id, self.pad_token_id = (
             int(added[names[kind]]["id"]) for kind in ("mask_token", "eos_token", "pad_token")
         )
         if self.mask_token_id in (self.eos_token_id, self.pad_token_id):
-            raise ValueError(f"{path}: the mask token {names['mask_token']!r} must differ from eos and pad")
+            raise UserError(f"{path}: the mask token {names['mask_token']!r} must differ from eos and pad")
         self.special_names = {int(token["id"]): name for name, token in added.items() if token.get("special")}
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         if self.vocab_size > LARGEST_VOCABULARY:
-            raise ValueError(
+            raise UserError(
                 f"{path}: a token has the id {self.vocab_size - 1}; {LARGEST_VOCABULARY - 1} is the largest"
             )
         self._config = dict(names)
@@ -98,9 +99,9 @@ def _added_tokens(path: Path, content: Any) -> dict[str, dict[str, Any]]:
     """The added tokens of a `tokenizer.json`, by what they stand for."""
     added = content.get("added_tokens") if isinstance(content, dict) else None
     if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-        raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library: it has no list of added_tokens")
+        raise UserError(f"{path}: not a tokenizer.json of the tokenizers library: it has no list of added_tokens")
     if not all(isinstance(token.get("content"), str) and type(token.get("id")) is int for token in added):
-        raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library: an added token lacks content or id")
+        raise UserError(f"{path}: not a tokenizer.json of the tokenizers library: an added token lacks content or id")
     return {token["content"]: token for token in added}
 
 
@@ -114,12 +115,12 @@ def _special_names(path: Path, tokens: dict[str, str | None], added: dict[str, A
         if found is None and kind == "pad_token":
             found = names["eos_token"]
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no {kind} known; name one of its added tokens by `megatron-md tokenizer import "
                 f"--{kind.replace('_', '-')}`"
             )
         if found not in added:
-            raise ValueError(f"{path}: its {kind} {found[:80]!r} is not among its added tokens")
+            raise UserError(f"{path}: its {kind} {found[:80]!r} is not among its added tokens")
         names[kind] = found
     return names
 

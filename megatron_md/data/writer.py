@@ -27,7 +27,6 @@ from megatron_md.data.resume import (
     BuildProgress,
     BuildState,
     load_state,
-    settings_key,
 )
 from megatron_md.data.shards import (
     FORMAT,
@@ -40,6 +39,7 @@ from megatron_md.data.shards import (
     load_manifest,
 )
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.errors import UserError
 from megatron_md.files import replace_file, write_synced
 
 BLOCK_BYTES = 1 << 20
@@ -130,7 +130,7 @@ def write_corpus(
         resume_from: what `interrupted_build` found; `batches` begin after its entries.
 
     Raises:
-        ValueError: `output_dir` holds something else or cannot be made, there is no document to write, or a token
+        UserError: `output_dir` holds something else or cannot be made, there is no document to write, or a token
             lies outside the vocabulary.
     """
     output_dir, partial = _folders(output_dir)
@@ -140,14 +140,14 @@ def write_corpus(
         try:
             partial.mkdir(parents=True)
         except OSError as error:
-            raise ValueError(f"{output_dir}: cannot be made ({error.strerror}); give another --output") from error
+            raise UserError(f"{output_dir}: cannot be made ({error.strerror}); give another --output") from error
         state = BuildState(_settings_key(vocabulary, shard_tokens, block_bytes, source))
     try:
         writer = _CorpusWriter(partial, vocabulary, shard_tokens, block_bytes, state.shards)
         _write_batches(batches, writer, partial, state, on_progress)
         if not state.shards:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(state.progress.rejected.items()))
-            raise ValueError(
+            raise UserError(
                 f"{output_dir}: no document to write ({reasons or 'none found'}); check --input and --split"
             )
         write_manifest(partial, vocabulary, state.progress, state.shards, source or {})
@@ -170,7 +170,7 @@ def interrupted_build(
     """Where an interrupted build of the same settings stopped, at the end of a shard; None where there is none.
 
     Raises:
-        ValueError: `output_dir` or its partial folder holds something else, or a build with other settings.
+        UserError: `output_dir` or its partial folder holds something else, or a build with other settings.
     """
     _, partial = _folders(output_dir)
     return load_state(partial, _settings_key(vocabulary, shard_tokens, block_bytes, source))
@@ -186,7 +186,8 @@ def _folders(output_dir: str | Path) -> tuple[Path, Path]:
 
 
 def _settings_key(vocabulary: Vocabulary, shard_tokens: int, block_bytes: int, source: dict[str, Any] | None) -> str:
-    return settings_key({**asdict(vocabulary), "sizes": [shard_tokens, block_bytes], "source": source or {}})
+    settings = {**asdict(vocabulary), "sizes": [shard_tokens, block_bytes], "source": source or {}}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _write_batches(
@@ -251,10 +252,10 @@ def _check_own(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder}: exists and is not a folder; give another --output")
+        raise UserError(f"{folder}: exists and is not a folder; give another --output")
     foreign = sorted(entry.name for entry in folder.iterdir() if not OWN_FILES.fullmatch(entry.name))
     if foreign:
-        raise ValueError(f"{folder}: holds files that are no shards ({foreign[0]}); give an empty or new --output")
+        raise UserError(f"{folder}: holds files that are no shards ({foreign[0]}); give an empty or new --output")
 
 
 def _replace(partial: Path, output_dir: Path) -> None:
@@ -283,7 +284,7 @@ class _CorpusWriter:
     def add(self, tokens: Tokens) -> bool:
         """Append a document; True when it ended a shard."""
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocabulary.size:
-            raise ValueError(f"{self._folder}: a token lies outside the vocabulary of {self._vocabulary.size}")
+            raise UserError(f"{self._folder}: a token lies outside the vocabulary of {self._vocabulary.size}")
         if self._writer is None:
             self._writer = _ShardWriter(self._folder, len(self._shards), self._block_bytes)
         self._writer.add(tokens.astype(self._vocabulary.token_dtype))

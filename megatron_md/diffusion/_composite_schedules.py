@@ -19,6 +19,7 @@ from megatron_md.diffusion._schedule_base import (
     parse_schedule,
     register_schedule,
 )
+from megatron_md.errors import UserError
 
 
 class _Composite(MaskSchedule):
@@ -44,7 +45,7 @@ class _Composite(MaskSchedule):
     def from_text(cls, arguments: str) -> Self:
         """Refused: composites are mappings."""
         name = cls.__name__.lower()
-        raise ValueError(
+        raise UserError(
             f"is written as a mapping: {{name: {name}, {cls._list}: [{{{cls._number}: 1, schedule: ...}}]}}"
         )
 
@@ -65,11 +66,9 @@ class Mixture(_Composite):
 
     def __post_init__(self) -> None:
         if not self.components:
-            raise ValueError("components must not be empty")
+            raise UserError("components must not be empty")
         if any(weight <= 0.0 for weight in self.weights):
-            raise ValueError(
-                f"every weight must be positive, got {', '.join(f'{weight:g}' for weight in self.weights)}"
-            )
+            raise UserError(f"every weight must be positive, got {', '.join(f'{weight:g}' for weight in self.weights)}")
         total = math.fsum(self.weights)
         object.__setattr__(self, "weights", tuple(weight / total for weight in self.weights))
 
@@ -125,11 +124,11 @@ class Curriculum(_Composite):
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ValueError("stages must not be empty")
+            raise UserError("stages must not be empty")
         if self.untils[0] <= 0.0 or any(later <= earlier for earlier, later in pairwise(self.untils)):
-            raise ValueError(f"`until` must be positive and increase, got {', '.join(f'{u:g}' for u in self.untils)}")
+            raise UserError(f"`until` must be positive and increase, got {', '.join(f'{u:g}' for u in self.untils)}")
         if self.untils[-1] != 1.0:
-            raise ValueError(f"the last stage must have until: 1, got {self.untils[-1]:g}")
+            raise UserError(f"the last stage must have until: 1, got {self.untils[-1]:g}")
 
     def stage(self, progress: float) -> MaskSchedule:
         """The schedule that holds at `progress`; the last one also at 1."""
@@ -167,7 +166,7 @@ class Curriculum(_Composite):
 
 def _mappings(value: object, key: str, required: list[str]) -> list[Mapping[str, Any]]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(i, Mapping) for i in value):
-        raise ValueError(f"{key} must be a list of {{{', '.join(f'{name}: ...' for name in required)}}}")
+        raise UserError(f"{key} must be a list of {{{', '.join(f'{name}: ...' for name in required)}}}")
     for item in value:
         check_keys(item, required=required)
     return list(value)

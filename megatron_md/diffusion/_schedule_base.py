@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.diffusion.registry import Registry, nearest
+from megatron_md.diffusion.registry import Registry
+from megatron_md.errors import UserError
+from megatron_md.messages import nearest
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -48,11 +50,11 @@ class MaskSchedule(ABC):
         """Mask rates, float64, from uniforms u in [0, 1).
 
         Raises:
-            ValueError: a (third-party) schedule left [0, 1].
+            UserError: a (third-party) schedule left [0, 1].
         """
         t = np.asarray(self.inverse_cdf(np.asarray(u, dtype=np.float64), progress), dtype=np.float64)
         if not np.all((t >= 0.0) & (t <= 1.0)):
-            raise ValueError(f"mask schedule {self} gave a mask rate outside [0, 1]")
+            raise UserError(f"mask schedule {self} gave a mask rate outside [0, 1]")
         return t
 
     def expectation(self, function: Callable[[FloatArray], FloatArray], progress: float = 0.0) -> float:
@@ -73,12 +75,12 @@ class MaskSchedule(ABC):
         """Build from what follows the colon: the constructor's numbers, separated by commas.
 
         Raises:
-            ValueError: a wrong count or something that is no number.
+            UserError: a wrong count or something that is no number.
         """
         names = list(inspect.signature(cls).parameters)
         words = arguments.split(",") if arguments else []
         if len(words) != len(names):
-            raise ValueError(f"takes {len(names)} number(s) ({','.join(names)}), got {len(words)}")
+            raise UserError(f"takes {len(names)} number(s) ({','.join(names)}), got {len(words)}")
         return cls(*(number(word, name) for word, name in zip(words, names, strict=True)))
 
     @classmethod
@@ -86,7 +88,7 @@ class MaskSchedule(ABC):
         """Build from the keys beside `name`: the constructor's numbers by name.
 
         Raises:
-            ValueError: a missing or unknown key, or something that is no number.
+            UserError: a missing or unknown key, or something that is no number.
         """
         check_keys(options, required=list(inspect.signature(cls).parameters))
         return cls(**{key: number(value, key) for key, value in options.items()})
@@ -100,7 +102,7 @@ def parse_schedule(spec: str | Mapping[str, Any]) -> MaskSchedule:
     """The schedule that a config's `mask_schedule` describes.
 
     Raises:
-        ValueError: one line that quotes the spec and says what is wrong with it.
+        UserError: one line that quotes the spec and says what is wrong with it.
     """
     try:
         if isinstance(spec, str):
@@ -108,12 +110,12 @@ def parse_schedule(spec: str | Mapping[str, Any]) -> MaskSchedule:
             return _registry.get(name.strip()).from_text(arguments.strip())
         if isinstance(spec, Mapping):
             if not isinstance(spec.get("name"), str):
-                raise ValueError("a mapping needs a `name`")
+                raise UserError("a mapping needs a `name`")
             options = {key: value for key, value in spec.items() if key != "name"}
             return _registry.get(spec["name"]).from_mapping(options)
     except ValueError as error:
-        raise ValueError(f"mask_schedule {quote(spec)}: {error}") from None
-    raise ValueError(f"mask_schedule must be text like uniform:0.45,0.55 or a mapping, got {quote(spec)}")
+        raise UserError(f"mask_schedule {quote(spec)}: {error}") from None
+    raise UserError(f"mask_schedule must be text like uniform:0.45,0.55 or a mapping, got {quote(spec)}")
 
 
 def first_true(holds: Callable[[FloatArray], npt.NDArray[np.bool_]], low: FloatArray, high: FloatArray) -> FloatArray:
@@ -129,7 +131,7 @@ def first_true(holds: Callable[[FloatArray], npt.NDArray[np.bool_]], low: FloatA
 
 
 def number(value: object, key: str) -> float:
-    """`value` as a finite float, or a ValueError that names the key."""
+    """`value` as a finite float, or a UserError that names the key."""
     try:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             result = float(value)
@@ -137,17 +139,17 @@ def number(value: object, key: str) -> float:
                 return result
     except (ValueError, OverflowError):
         pass
-    raise ValueError(f"{key} must be a finite number, got {quote(value)}")
+    raise UserError(f"{key} must be a finite number, got {quote(value)}")
 
 
 def check_keys(options: Mapping[str, Any], *, required: list[str]) -> None:
     """Refuse unknown and missing keys of a mapping."""
     for key in options:
         if key not in required:
-            raise ValueError(f"unknown key {key!r}{nearest(str(key), required)} (known: {', '.join(required)})")
+            raise UserError(f"unknown key {key!r}{nearest(str(key), required)} (known: {', '.join(required)})")
     for key in required:
         if key not in options:
-            raise ValueError(f"key {key!r} is missing (needs {', '.join(required)})")
+            raise UserError(f"key {key!r} is missing (needs {', '.join(required)})")
 
 
 def quote(spec: object) -> str:

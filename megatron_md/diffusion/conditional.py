@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, CorruptedBatch, Int64Array
 from megatron_md.diffusion.corruption import FloatArray, assemble, shift_right, uniforms
+from megatron_md.errors import UserError
 
 ConditionalMethod = Literal["monte_carlo", "left_to_right", "autoregressive"]
 
@@ -46,11 +47,11 @@ class ConditionalEstimator:
     def __post_init__(self) -> None:
         if self.method not in get_args(ConditionalMethod):
             known = ", ".join(get_args(ConditionalMethod))
-            raise ValueError(f"unknown method {self.method!r} for a conditional log-likelihood (known: {known})")
+            raise UserError(f"unknown method {self.method!r} for a conditional log-likelihood (known: {known})")
         if self.draws < 1 or self.minibatch < 1:
-            raise ValueError(f"draws and minibatch must be at least 1, got {self.draws} and {self.minibatch}")
+            raise UserError(f"draws and minibatch must be at least 1, got {self.draws} and {self.minibatch}")
         if self.draws % self.minibatch:
-            raise ValueError(f"draws {self.draws} is not a multiple of minibatch {self.minibatch}")
+            raise UserError(f"draws {self.draws} is not a multiple of minibatch {self.minibatch}")
 
     @property
     def causal(self) -> bool:
@@ -140,10 +141,10 @@ def masked_answers(
         question: its number.
 
     Raises:
-        ValueError: the answer is empty.
+        UserError: the answer is empty.
     """
     if not len(answer):
-        raise ValueError(f"question {question}: an answer without tokens has no likelihood")
+        raise UserError(f"question {question}: an answer without tokens has no likelihood")
     length = len(answer)
     clean_L = np.array([*prompt, *answer], dtype=np.int64)
     is_answer_L = np.arange(len(clean_L)) >= len(prompt)

@@ -172,13 +172,9 @@ def assemble(
         weights_B: weight of the cross-entropy in each row.
         denominator: this micro-batch's share of the global count.
         mask_rate_B: the mask rate of each row.
-
-    Returns:
-        A batch whose `extra` has `maskable_B` and `sample_index_B`.
     """
     length = tokens_BL.shape[1]
     positions_M = np.flatnonzero(is_scored_BL)
-    maskable_B = maskable_count(batch)
     return CorruptedBatch(
         tokens_BL=tokens_BL,
         positions_M=positions_M,
@@ -186,8 +182,6 @@ def assemble(
         weights_M=weights_B.astype(np.float32)[positions_M // length],
         denominator=denominator,
         mask_rate_B=mask_rate_B.astype(np.float32),
-        maskable=int(maskable_B.sum()),
-        extra={"maskable_B": maskable_B, "sample_index_B": batch.sample_index_B},
     )
 
 

@@ -31,14 +31,33 @@ from megatron_md.diffusion.corruption import (
     FloatArray,
     assemble,
     is_below_rate,
+    mask_exact_count,
     maskable_count,
     shift_right,
     stratified_uniforms,
     uniforms,
 )
-from megatron_md.diffusion.nelbo import exact_counts, exact_masks, purpose_of
+from megatron_md.errors import UserError
 
 EstimatorName = Literal["exact", "complementary", "neyman", "stratified_t", "plain", "autoregressive"]
+
+_PURPOSE = "validation"
+
+
+def exact_counts(u_B: FloatArray, maskable_B: Int64Array) -> Int64Array:
+    """Counts l = 1 + floor(n u) of rows with n maskable positions: uniform on 1..n for uniform u."""
+    return np.minimum(1 + np.floor(u_B * maskable_B).astype(np.int64), maskable_B)
+
+
+def _pass(randomisation: int) -> str:
+    """Name of a pass' random numbers."""
+    return f"{_PURPOSE}/{randomisation}"
+
+
+def _exact_masks(batch: CleanBatch, count_B: Int64Array, *, seed: int, randomisation: int) -> BoolArray:
+    """is_masked_BL with `count_B` maskable positions of each row, as its number and the pass decide."""
+    streams: list[tuple[int, ...]] = [(int(i), randomisation) for i in batch.sample_index_B]
+    return mask_exact_count(seed, streams, count_B, batch.is_maskable_BL, f"{_PURPOSE}/is_masked")
 
 
 @dataclass(frozen=True)
@@ -76,13 +95,13 @@ class Estimator:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(EstimatorName):
-            raise ValueError(f"unknown estimator {self.name!r} (known: {', '.join(get_args(EstimatorName))})")
+            raise UserError(f"unknown estimator {self.name!r} (known: {', '.join(get_args(EstimatorName))})")
         if not 0.0 < self.min_mask_rate < 1.0:
-            raise ValueError(f"min_mask_rate must be in (0, 1), got {self.min_mask_rate}")
+            raise UserError(f"min_mask_rate must be in (0, 1), got {self.min_mask_rate}")
         if (self.name == "neyman") != bool(self.density):
-            raise ValueError("a density belongs to the estimator neyman, which needs one (from a pilot pass)")
+            raise UserError("a density belongs to the estimator neyman, which needs one (from a pilot pass)")
         if not all(0.0 < value < np.inf for value in self.density):
-            raise ValueError(f"the density must be positive in every bin, got {self.density}")
+            raise UserError(f"the density must be positive in every bin, got {self.density}")
 
     @property
     def draws(self) -> int:
@@ -128,7 +147,13 @@ class Estimator:
         return Plan(counts_DB / n_B, weight_DB / np.maximum((counts_DB > 0).sum(axis=0), 1), stratum_B)
 
     def corrupt(self, batch: CleanBatch, mask_token_id: int, randomisation: int = 0) -> list[CorruptedBatch]:
-        """The masked rows of a pass, one batch for each draw; `batch` as for `nelbo.exact_count_corruption`."""
+        """The masked rows of a pass, one batch for each draw.
+
+        Args:
+            batch: some of the rows; `sample_index_B` are their numbers i in 0..R-1, `position.global_batch_size` is R.
+            mask_token_id: what masked positions become (the BOS of a causal model).
+            randomisation: number of the pass; passes are independent.
+        """
         n_B = maskable_count(batch)
         plan = self.plan(batch.sample_index_B, n_B, batch.position.global_batch_size, randomisation)
         if self.causal:
@@ -140,7 +165,7 @@ class Estimator:
             is_masked_BL = is_below_rate(self._uniforms_BL(batch, randomisation), plan.rate_DB[0], batch.is_maskable_BL)
         else:
             count_B = np.rint(plan.rate_DB[0] * n_B).astype(np.int64)
-            is_masked_BL = exact_masks(batch, count_B, seed=self.seed, randomisation=randomisation)
+            is_masked_BL = _exact_masks(batch, count_B, seed=self.seed, randomisation=randomisation)
         masks: list[BoolArray] = [is_masked_BL]
         if self.name == "complementary":
             masks.append(batch.is_maskable_BL & ~is_masked_BL)
@@ -151,13 +176,13 @@ class Estimator:
 
     def _strata(self, index_B: Int64Array, rows: int, randomisation: int) -> FloatArray:
         if self.stratified:
-            return np.asarray(stratified_uniforms(self.seed, 0, rows, purpose_of(randomisation))[index_B])
-        purpose = f"{purpose_of(randomisation)}/plain"
+            return np.asarray(stratified_uniforms(self.seed, 0, rows, _pass(randomisation))[index_B])
+        purpose = f"{_pass(randomisation)}/plain"
         return np.asarray(uniforms(self.seed, purpose, 0, rows)[index_B])
 
     def _uniforms_BL(self, batch: CleanBatch, randomisation: int) -> FloatArray:
         length = batch.tokens_BL.shape[1]
-        purpose = f"{purpose_of(randomisation)}/bernoulli"
+        purpose = f"{_pass(randomisation)}/bernoulli"
         return np.stack([uniforms(self.seed, purpose, int(i), length) for i in batch.sample_index_B])
 
     def _neyman_counts(self, u_B: FloatArray, n_B: Int64Array) -> tuple[Int64Array, FloatArray]:
@@ -198,7 +223,7 @@ def neyman_density(
         floor: share of a uniform density mixed in, which bounds the weights by 1/floor.
 
     Raises:
-        ValueError: there are fewer than two draws in every bin.
+        UserError: there are fewer than two draws in every bin.
     """
     bin_X = np.clip(np.ceil(rates_X * bins - 1e-9).astype(np.int64) - 1, 0, bins - 1)
     spread_K = np.full(bins, np.nan)
@@ -208,7 +233,7 @@ def neyman_density(
             mean = np.average(values, weights=weights)
             spread_K[k] = np.sqrt(np.average((values - mean) ** 2, weights=weights))
     if np.isnan(spread_K).all():
-        raise ValueError(f"{len(values_X)} pilot draws are too few for {bins} bins of the mask rate")
+        raise UserError(f"{len(values_X)} pilot draws are too few for {bins} bins of the mask rate")
     mean_spread = float(np.nanmean(spread_K))
     # A spread of rounding errors says nothing.
     is_spread = mean_spread > 1e-9 * float(np.abs(values_X).mean())

@@ -14,7 +14,6 @@ import numpy as np
 
 from megatron_md.batch import Int64Array
 from megatron_md.diffusion.corruption import FloatArray
-from megatron_md.diffusion.nelbo import grouped_stderr
 
 _STRATUM_BINS = 24
 _DRAWS_PER_BIN = 8
@@ -83,6 +82,19 @@ def _shares(values_PR: FloatArray, maskable_R: Int64Array) -> FloatArray:
     """The z_ip, which add up to 0."""
     mean = weighted_mean(values_PR, maskable_R)
     return np.asarray(maskable_R * (values_PR - mean) / maskable_R.sum())
+
+
+def grouped_stderr(residual_R: FloatArray, size: int) -> float:
+    """Standard error of a sum of terms whose means agree within groups of `size` neighbours (the rest joins the last).
+
+    A group of k terms contributes k / (k-1) * sum of squared deviations from its mean: (a - b)^2 for a pair.
+    """
+    if len(residual_R) < 2:
+        return math.nan
+    starts = range(0, len(residual_R) - size + 1, size)
+    groups = np.split(residual_R, list(starts)[1:])
+    variance = math.fsum(len(group) / (len(group) - 1) * float(np.sum((group - group.mean()) ** 2)) for group in groups)
+    return math.sqrt(variance)
 
 
 def total_stderr(values_PR: FloatArray, strata_PR: FloatArray | None, maskable_R: Int64Array) -> float:

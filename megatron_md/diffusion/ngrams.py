@@ -18,6 +18,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from megatron_md.errors import UserError
+
 ORDERS = (2, 3, 4, 5, 6)
 MIN_COUNT = 5
 CAPACITY = 1 << 22
@@ -74,14 +76,14 @@ class NgramCounter:
         """Start with nothing counted.
 
         Raises:
-            ValueError: no order or one below 1, or `min_count` or `capacity` below 1.
+            UserError: no order or one below 1, or `min_count` or `capacity` below 1.
         """
         self.orders = tuple(sorted(set(orders)))
         if not self.orders or self.orders[0] < 1:
-            raise ValueError(f"n-grams have orders from 1 up, got {list(self.orders)}")
+            raise UserError(f"n-grams have orders from 1 up, got {list(self.orders)}")
         for name, value in (("min_count", min_count), ("capacity", capacity)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
         self.min_count = min_count
         self.tokens = 0
         self._samples = {order: _DistinctSample(capacity, min_count) for order in self.orders}
@@ -90,7 +92,7 @@ class NgramCounter:
         """Count the n-grams of these documents, given as token ids [n] each.
 
         Raises:
-            ValueError: a document is not a one-dimensional array of integers.
+            UserError: a document is not a one-dimensional array of integers.
         """
         for tokens, starts in _chunks(documents, overlap=self.orders[-1] - 1):
             self.tokens += int(np.count_nonzero(starts))
@@ -102,41 +104,20 @@ class NgramCounter:
         return {order: sample.counts() for order, sample in self._samples.items()}
 
 
-def ngram_weights(
-    token_stream: Iterable[Tokens],
-    orders: Iterable[int] = ORDERS,
-    min_count: int = MIN_COUNT,
-    *,
-    by: By = "types",
-    capacity: int = CAPACITY,
-) -> dict[int, float]:
-    """The share of each order among the n-grams that occur at least `min_count` times (arXiv 2601.22450, F.4).
+def weights_of(counts: Mapping[int, OrderCounts], by: By = "types") -> dict[int, float]:
+    """The share of each order among the n-grams that recur (arXiv 2601.22450, F.4); they sum to 1.
 
     Args:
-        token_stream: documents, token ids [n] each; read once, never held.
-        orders: lengths of n-grams.
-        min_count: occurrences from which an n-gram counts.
+        counts: of each order.
         by: count different n-grams (`types`) or their occurrences; the paper does not say which it means.
-        capacity: different n-grams held per order; beyond it the shares are estimates (see `NgramCounter`).
 
     Raises:
-        ValueError: no n-gram occurs that often.
-    """
-    counter = NgramCounter(orders, min_count, capacity=capacity)
-    counter.add(token_stream)
-    return weights_of(counter.counts(), by)
-
-
-def weights_of(counts: Mapping[int, OrderCounts], by: By = "types") -> dict[int, float]:
-    """The shares of the orders; they sum to 1.
-
-    Raises:
-        ValueError: no n-gram recurs.
+        UserError: no n-gram recurs.
     """
     found = {order: count.estimate(by)[0] for order, count in counts.items()}
     total = sum(found.values())
     if total <= 0.0:
-        raise ValueError("no n-gram recurs often enough: take more text, or a smaller min_count")
+        raise UserError("no n-gram recurs often enough: take more text, or a smaller min_count")
     return {order: value / total for order, value in found.items()}
 
 
@@ -144,7 +125,7 @@ def weights_stderr(counts: Mapping[int, OrderCounts], by: By = "types") -> dict[
     """Standard errors of `weights_of`, to first order; the orders are sampled independently. 0 where it is exact.
 
     Raises:
-        ValueError: no n-gram recurs.
+        UserError: no n-gram recurs.
     """
     weights = weights_of(counts, by)
     total = sum(count.estimate(by)[0] for count in counts.values())
@@ -230,7 +211,7 @@ def _chunks(documents: Iterable[Tokens], overlap: int) -> Iterator[tuple[HashArr
     for document in documents:
         document = np.asarray(document)
         if document.ndim != 1 or (document.size and document.dtype.kind not in "iu"):
-            raise ValueError(f"a document is a list of token ids, got {document.dtype} of shape {document.shape}")
+            raise UserError(f"a document is a list of token ids, got {document.dtype} of shape {document.shape}")
         for first in range(0, len(document), _CHUNK_TOKENS):
             piece = document[first : first + _CHUNK_TOKENS + overlap]
             room = np.arange(len(piece), 0, -1)

@@ -8,7 +8,6 @@ pass: `sum_m weights_M[m] * nll_M[m] / global sum of denominator`. Third parties
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -24,9 +23,10 @@ from megatron_md.diffusion.corruption import (
     shift_right,
     stratified_uniforms_of_rows,
 )
-from megatron_md.diffusion.registry import Registry
+from megatron_md.diffusion.names import objectives
 from megatron_md.diffusion.schedule import MaskSchedule, parse_schedule
 from megatron_md.diffusion.weighting import Normalise, Weighting
+from megatron_md.errors import UserError
 
 Metrics = dict[str, tuple[float | torch.Tensor, float]]
 
@@ -38,10 +38,12 @@ class Objective(Protocol):
     Attributes:
         name: its name in the config.
         causal: whether the denoiser must attend to the left only.
+        metric_names: what `reduce` gives, in the order in which ranks send it to each other.
     """
 
     name: str
     causal: bool
+    metric_names: tuple[str, ...]
 
     def corrupt(self, batch: CleanBatch) -> CorruptedBatch:
         """The micro-batch as the model sees it; a pure function of the seed and the rows' numbers."""
@@ -76,8 +78,7 @@ class ObjectiveContext:
     within_document: bool = False
 
 
-_registry: Registry[Callable[..., Objective]] = Registry("objective")
-register_objective = _registry.register
+register_objective = objectives.register
 
 
 def build_objective(
@@ -91,20 +92,23 @@ def build_objective(
     """The objective that the config names, given an `ObjectiveContext` and `config.options` as keywords.
 
     Raises:
-        ValueError: unknown name, options that the objective does not take, or a combination that makes no sense.
+        UserError: unknown name, options that the objective does not take, or a combination that makes no sense.
     """
-    factory = _registry.get(config.name)
+    factory = objectives.get(config.name)
     schedule = parse_schedule(config.mask_schedule)
     context = ObjectiveContext(config, schedule, seed, mask_token_id, eos_token_id, within_document)
     try:
         inspect.signature(factory).bind(context, **config.options)
     except TypeError as error:
-        raise ValueError(f"objective.options of {config.name!r}: {error}") from None
+        raise UserError(f"objective.options of {config.name!r}: {error}") from None
     return factory(context, **config.options)
 
 
+MEAN_METRICS = ("masked_ce", "mean_mask_rate")
+
+
 def mean_metrics(nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
-    """The metrics that every objective reports: `masked_ce` in nats and `mean_mask_rate`."""
+    """`MEAN_METRICS`, which every objective reports: the cross-entropy in nats, and t."""
     return {
         "masked_ce": (nll_M.sum(dtype=torch.float64), float(len(corrupted.targets_M))),
         "mean_mask_rate": (float(corrupted.mask_rate_B.sum(dtype=np.float64)), float(len(corrupted.mask_rate_B))),
@@ -121,13 +125,14 @@ class MaskedDiffusion:
 
     name: str = "masked_diffusion"
     causal: bool = False
+    metric_names: tuple[str, ...] = MEAN_METRICS
     default_normalise: ClassVar[Normalise] = "maskable"
 
     def __init__(self, context: ObjectiveContext) -> None:
         """Build from the config.
 
         Raises:
-            ValueError: see `Weighting`.
+            UserError: see `Weighting`.
         """
         config = context.config
         self.schedule = context.schedule
@@ -186,6 +191,7 @@ class Autoregressive:
 
     name: str = "autoregressive"
     causal: bool = True
+    metric_names: tuple[str, ...] = MEAN_METRICS
 
     def __init__(self, context: ObjectiveContext) -> None:
         """Build from the config; the mask schedule, `weight` and `importance` do not matter."""

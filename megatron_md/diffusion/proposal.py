@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_md.errors import UserError
+
 _LOGITS_AT_ONCE = 1 << 21
 
 
@@ -54,7 +56,7 @@ def propose(
         top_p: see `keep_top_p`.
 
     Raises:
-        ValueError: an excluded token lies outside the columns of the logits.
+        UserError: an excluded token lies outside the columns of the logits.
     """
     tokens_BK = torch.zeros_like(is_open_BK, dtype=torch.long)
     figures_3BK = torch.zeros(3, *is_open_BK.shape, dtype=torch.float32, device=is_open_BK.device)
@@ -89,12 +91,12 @@ def exclude(logits: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:
     """Logits [..., V] with these columns at -inf, so that the softmax is over the other tokens.
 
     Raises:
-        ValueError: a token lies outside the columns.
+        UserError: a token lies outside the columns.
     """
     logits = logits.clone()
     for token in tokens:
         if not 0 <= token < logits.shape[-1]:
-            raise ValueError(f"token {token} lies outside the {logits.shape[-1]} columns of the logits")
+            raise UserError(f"token {token} lies outside the {logits.shape[-1]} columns of the logits")
         logits[..., token] = -torch.inf
     return logits
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_md.diffusion.names import strategies
 from megatron_md.diffusion.proposal import guide, propose
-from megatron_md.diffusion.sampler_config import SamplerConfig
-from megatron_md.diffusion.unmasking import Choice, strategies, transfer_counts
+from megatron_md.diffusion.sampler_config import SamplerConfig, check_fits
+from megatron_md.diffusion.unmasking import Choice, transfer_counts
+from megatron_md.errors import UserError
 
 Denoiser = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,19 +61,6 @@ class Sample:
 OnStep = Callable[[SamplerStep], None]
 
 
-def check_fits(prompt_length: int, length: int, max_length: int) -> None:
-    """Check that prompt and answer fit into the model's context.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if prompt_length + length > max_length:
-        raise ValueError(
-            f"the prompt's {prompt_length} tokens and length {length} exceed the model's {max_length} positions; "
-            "shorten the prompt or the length"
-        )
-
-
 def sample(
     denoiser: Denoiser,
     prompt_tokens_BP: torch.Tensor,
@@ -96,11 +85,11 @@ def sample(
         seeds: one for each row instead of `config.seed`: a row then has the same draws alone and in any batch.
 
     Raises:
-        ValueError: a prompt contains the mask token or does not fit, the logits have no column for the mask token,
+        UserError: a prompt contains the mask token or does not fit, the logits have no column for the mask token,
             `config` handles an `<eos>` that is not given, or guides where nothing is given.
     """
     if bool((prompt_tokens_BP == mask_token_id).any()):
-        raise ValueError(f"the prompt contains the mask token ({mask_token_id})")
+        raise UserError(f"the prompt contains the mask token ({mask_token_id})")
     rows, prompt_length = prompt_tokens_BP.shape
     if max_length is not None:
         check_fits(prompt_length, config.length, max_length)
@@ -125,11 +114,11 @@ def infill(
     Blocks divide the whole canvas. Rows may have different open positions. Arguments as for `sample`.
 
     Raises:
-        ValueError: as for `sample`, or `config.length` is not the canvas' length.
+        UserError: as for `sample`, or `config.length` is not the canvas' length.
     """
     length = canvas_BL.shape[1]
     if config.length != length:
-        raise ValueError(f"length {config.length} is not the {length} positions of the canvas to fill in")
+        raise UserError(f"length {config.length} is not the {length} positions of the canvas to fill in")
     if max_length is not None:
         check_fits(0, length, max_length)
     return _Run(denoiser, canvas_BL.clone(), config, mask_token_id, eos_token_id, on_step, seeds).fill(0)
@@ -149,15 +138,15 @@ class _Run:
         seeds: Sequence[int] | None,
     ) -> None:
         if seeds is not None and len(seeds) != len(canvas_BL):
-            raise ValueError(f"{len(seeds)} seeds for {len(canvas_BL)} rows: give one for each row")
+            raise UserError(f"{len(seeds)} seeds for {len(canvas_BL)} rows: give one for each row")
         if config.eos != "keep" and eos_token_id is None:
-            raise ValueError(f"eos {config.eos!r} needs an eos token id")
+            raise UserError(f"eos {config.eos!r} needs an eos token id")
         self.denoiser, self.canvas_BL, self.config, self.on_step = denoiser, canvas_BL, config, on_step
         self.mask_token_id, self.eos_token_id = mask_token_id, eos_token_id
         self.excluded: tuple[int, ...] = (mask_token_id,)
         self.is_given_BL = canvas_BL != mask_token_id
         if config.guidance > 0.0 and not bool(self.is_given_BL.any()):
-            raise ValueError("guidance needs a prompt or other given tokens to do without")
+            raise UserError("guidance needs a prompt or other given tokens to do without")
         if config.eos == "suppress" and eos_token_id is not None:
             self.excluded += (eos_token_id,)
         self.fixed_step_BL = torch.zeros_like(canvas_BL, dtype=torch.long)

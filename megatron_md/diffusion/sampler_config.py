@@ -1,4 +1,4 @@
-"""How to generate, and every contradiction in it; torch is imported for the strategies of third parties only."""
+"""How to generate, and every contradiction in it, without torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_md.diffusion.names import strategies
+from megatron_md.errors import UserError
+
 EosHandling = Literal["keep", "stop", "suppress"]
-# The strategies of megatron_md.diffusion.unmasking.
-BUILT_IN = (
-    "low_confidence", "random", "margin", "entropy", "ancestral", "first_hitting", "threshold", "factor"
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,47 +48,44 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         for key, value in (("length", self.length), ("steps", self.total_steps), ("block", self.block_size)):
             if value < 1:
-                raise ValueError(f"{key} must be at least 1, got {value}")
+                raise UserError(f"{key} must be at least 1, got {value}")
         self._check_division()
         self._check_numbers()
         if self.eos not in get_args(EosHandling):
-            raise ValueError(f"eos must be one of {', '.join(get_args(EosHandling))}, got {self.eos!r}")
-        if self.strategy not in BUILT_IN:
-            from megatron_md.diffusion.unmasking import strategies
-
-            strategies.get(self.strategy)
+            raise UserError(f"eos must be one of {', '.join(get_args(EosHandling))}, got {self.eos!r}")
+        strategies.check(self.strategy)
 
     def _check_division(self) -> None:
         if self.block_size > self.length:
-            raise ValueError(
+            raise UserError(
                 f"block {self.block_size} is longer than length {self.length}; make it at most {self.length}"
             )
         if self.length % self.block_size:
-            raise ValueError(f"length {self.length} is not a multiple of block {self.block_size}")
+            raise UserError(f"length {self.length} is not a multiple of block {self.block_size}")
         if self.total_steps % self.blocks:
-            raise ValueError(
+            raise UserError(
                 f"steps {self.total_steps} is not a multiple of the {self.blocks} blocks (length {self.length} / block "
                 f"{self.block_size})"
             )
         if self.strategy == "first_hitting" and self.total_steps != self.length:
-            raise ValueError(
+            raise UserError(
                 f"first_hitting commits one token per step: steps must be the length {self.length}, got "
                 f"{self.total_steps}"
             )
 
     def _check_numbers(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
+            raise UserError(f"temperature must be 0 or a positive number, got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_p < 1.0 and self.temperature == 0.0:
-            raise ValueError(f"top_p {self.top_p} changes nothing at temperature 0; set a temperature or top_p 1")
+            raise UserError(f"top_p {self.top_p} changes nothing at temperature 0; set a temperature or top_p 1")
         if not 0.0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance must be 0 or a positive number, got {self.guidance}")
+            raise UserError(f"guidance must be 0 or a positive number, got {self.guidance}")
         if not 0.0 < self.threshold <= 1.0:
-            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+            raise UserError(f"threshold must be in (0, 1], got {self.threshold}")
         if not 0.0 < self.factor < math.inf:
-            raise ValueError(f"factor must be a positive number, got {self.factor}")
+            raise UserError(f"factor must be a positive number, got {self.factor}")
 
     @property
     def total_steps(self) -> int:
@@ -105,3 +101,16 @@ class SamplerConfig:
     def blocks(self) -> int:
         """Number of blocks."""
         return self.length // self.block_size
+
+
+def check_fits(prompt_length: int, length: int, max_length: int) -> None:
+    """Check that prompt and answer fit into the model's context.
+
+    Raises:
+        UserError: they do not.
+    """
+    if prompt_length + length > max_length:
+        raise UserError(
+            f"the prompt's {prompt_length} tokens and length {length} exceed the model's {max_length} positions; "
+            "shorten the prompt or the length"
+        )

@@ -27,6 +27,7 @@ from megatron_md.diffusion._schedule_base import (
     register_schedule,
 )
 from megatron_md.diffusion.incomplete_beta import beta_density, incomplete_beta, inverse_incomplete_beta
+from megatron_md.errors import UserError
 from megatron_md.json_file import parse_json, read_regular
 
 __all__ = [
@@ -53,11 +54,9 @@ class Uniform(MaskSchedule):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.lo <= 1.0 or not 0.0 <= self.hi <= 1.0:
-            raise ValueError(f"the window must lie in [0, 1], got [{self.lo:g}, {self.hi:g}]")
+            raise UserError(f"the window must lie in [0, 1], got [{self.lo:g}, {self.hi:g}]")
         if not self.lo < self.hi:
-            raise ValueError(
-                f"lo must be below hi, got {self.lo:g} and {self.hi:g} (one fixed rate: point:{self.lo:g})"
-            )
+            raise UserError(f"lo must be below hi, got {self.lo:g} and {self.hi:g} (one fixed rate: point:{self.lo:g})")
 
     def density(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
         """Equal to 1 / (hi - lo) inside the window."""
@@ -89,7 +88,7 @@ class Beta(MaskSchedule):
 
     def __post_init__(self) -> None:
         if not (0.0 < self.a < math.inf and 0.0 < self.b < math.inf):
-            raise ValueError(f"both shapes must be positive, got {self.a:g} and {self.b:g}")
+            raise UserError(f"both shapes must be positive, got {self.a:g} and {self.b:g}")
 
     @cached_property
     def _table(self) -> tuple[FloatArray, FloatArray]:
@@ -131,7 +130,7 @@ class Point(MaskSchedule):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.t <= 1.0:
-            raise ValueError(f"the mask rate must lie in [0, 1], got {self.t:g}")
+            raise UserError(f"the mask rate must lie in [0, 1], got {self.t:g}")
 
     def density(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
         """Infinite at the point."""
@@ -168,16 +167,16 @@ class Knots(MaskSchedule):
 
     def __post_init__(self) -> None:
         if len(self.points) < 2:
-            raise ValueError(f"needs at least two points [t, density], got {len(self.points)}")
+            raise UserError(f"needs at least two points [t, density], got {len(self.points)}")
         t, density = self._t, np.array([point[1] for point in self.points])
         if np.any(np.diff(t) <= 0.0):
-            raise ValueError("the t of its points must increase strictly")
+            raise UserError("the t of its points must increase strictly")
         if t[0] < 0.0 or t[-1] > 1.0:
-            raise ValueError(f"its points must lie in [0, 1], got t from {t[0]:g} to {t[-1]:g}")
+            raise UserError(f"its points must lie in [0, 1], got t from {t[0]:g} to {t[-1]:g}")
         if np.any(density < 0.0):
-            raise ValueError(f"a density must not be negative, got {density.min():g}")
+            raise UserError(f"a density must not be negative, got {density.min():g}")
         if not np.any(density > 0.0):
-            raise ValueError("at least one density must be positive")
+            raise UserError("at least one density must be positive")
 
     @cached_property
     def _t(self) -> FloatArray:
@@ -242,10 +241,10 @@ class Knots(MaskSchedule):
 
 def _pairs(value: object, source: str) -> tuple[tuple[float, float], ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"{source} must be a list of [t, density]")
+        raise UserError(f"{source} must be a list of [t, density]")
     for item in value:
         if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
-            raise ValueError(f"every point in {source} must be [t, density], got {quote(item)}")
+            raise UserError(f"every point in {source} must be [t, density], got {quote(item)}")
     return tuple((number(item[0], f"{source}: t"), number(item[1], f"{source}: density")) for item in value)
 
 
@@ -256,7 +255,7 @@ def _read_points(path: str) -> object:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"the points file {path!r} is not UTF-8: {error}") from None
+        raise UserError(f"the points file {path!r} is not UTF-8: {error}") from None
     if text.lstrip().startswith("["):
         return parse_json(text, path, way_out)
     lines = (line.partition("#")[0].replace(",", " ").split() for line in text.splitlines())

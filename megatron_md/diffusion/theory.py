@@ -21,6 +21,7 @@ import numpy.typing as npt
 from megatron_md.diffusion._schedule_base import first_true
 from megatron_md.diffusion.incomplete_beta import log_beta
 from megatron_md.diffusion.schedule import Beta, Curriculum, FloatArray, MaskSchedule, Mixture, Uniform
+from megatron_md.errors import UserError
 
 BoolArray = npt.NDArray[np.bool_]
 Loss = Literal["squared", "cross_entropy"]
@@ -69,7 +70,7 @@ def schedule_signal_probability(schedule: MaskSchedule, k: int, progress: float 
         progress: share of the run's tokens seen so far, for a curriculum.
 
     Raises:
-        ValueError: k is below 1.
+        UserError: k is below 1.
     """
     _check_k(k)
     return (k + 1) * moment(schedule, 1, k, progress)
@@ -81,7 +82,7 @@ def signal_probability(k: int, t0: float, t1: float) -> float:
     With s = 1 - t this is [(k+1)/(k+2) s^(k+2) - s^(k+1)], taken from s = 1 - t0 to 1 - t1, divided by t1 - t0.
 
     Raises:
-        ValueError: k is below 1, or not 0 <= t0 < t1 <= 1 (for one rate t: `schedule_signal_probability(Point(t), k)`).
+        UserError: k is below 1, or not 0 <= t0 < t1 <= 1 (for one rate t: `schedule_signal_probability(Point(t), k)`).
     """
     return schedule_signal_probability(_window(t0, t1), k)
 
@@ -92,7 +93,7 @@ def signal_optimal_rate(k: int) -> float:
     P_S is (k/(k+1))^k there, which falls to 1/e as k grows.
 
     Raises:
-        ValueError: k is below 1.
+        UserError: k is below 1.
     """
     _check_k(k)
     return 1.0 / (k + 1)
@@ -105,7 +106,7 @@ def signal_optimal_upper(k: int) -> float:
     and that integral is (1 - (1-t1)^(k+1) (1 + (k+1) t1)) / ((k+1)(k+2)).
 
     Raises:
-        ValueError: k is below 1.
+        UserError: k is below 1.
     """
     _check_k(k)
 
@@ -124,7 +125,7 @@ def sample_complexity_upper(k: int) -> float:
     2/3, and every window with the same mean 1/3 is as good.
 
     Raises:
-        ValueError: k is below 1.
+        UserError: k is below 1.
     """
     _check_k(k)
 
@@ -151,13 +152,13 @@ def schedule_identifiability_bound(
         Samples, as a real number; infinite where no mask helps (t always 0, or always 1).
 
     Raises:
-        ValueError: not 1 <= k <= n, or delta lies outside (0, 1).
+        UserError: not 1 <= k <= n, or delta lies outside (0, 1).
     """
     _check_k(k)
     if k > n:
-        raise ValueError(f"the secret set cannot have k = {k} of n = {n} positions: k must be at most n")
+        raise UserError(f"the secret set cannot have k = {k} of n = {n} positions: k must be at most n")
     if not 0.0 < delta < 1.0:
-        raise ValueError(f"delta is a probability between 0 and 1, got {delta:g}")
+        raise UserError(f"delta is a probability between 0 and 1, got {delta:g}")
     information = moment(schedule, 1, 0, progress) * moment(schedule, 0, k, progress) ** 2
     return 4.0 * math.log(4.0 * n / delta) / information if information > 0.0 else math.inf
 
@@ -168,7 +169,7 @@ def identifiability_bound(n: int, k: int, t0: float, t1: float, delta: float) ->
     There E[t] = (t0+t1)/2 and E[(1-t)^k] = ((1-t0)^(k+1) - (1-t1)^(k+1)) / ((k+1)(t1-t0)).
 
     Raises:
-        ValueError: not 1 <= k <= n, delta lies outside (0, 1), or not 0 <= t0 < t1 <= 1.
+        UserError: not 1 <= k <= n, delta lies outside (0, 1), or not 0 <= t0 < t1 <= 1.
     """
     return schedule_identifiability_bound(_window(t0, t1), n, k, delta)
 
@@ -254,16 +255,16 @@ def effective_loss(
         probability_B: weight of each row; equal ones that sum to 1 by default.
 
     Raises:
-        ValueError: a token is neither -1 nor 1, a probability f lies outside [0, 1], or t is 0 in a row with masks.
+        UserError: a token is neither -1 nor 1, a probability f lies outside [0, 1], or t is 0 in a row with masks.
     """
     if not np.all(np.abs(tokens_BL) == 1):
-        raise ValueError("the tokens of k-parity are -1 and 1")
+        raise UserError("the tokens of k-parity are -1 and 1")
     masked_B = np.count_nonzero(is_masked_BL, axis=1)
     if np.any((masked_B > 0) & (mask_rate_B <= 0.0)):
-        raise ValueError("a row with masked positions has mask rate 0")
+        raise UserError("a row with masked positions has mask rate 0")
     f_BL = np.broadcast_to(predictions.reshape(len(tokens_BL), -1), tokens_BL.shape)
     if loss == "cross_entropy" and np.any(is_masked_BL & ((f_BL < 0.0) | (f_BL > 1.0))):
-        raise ValueError("under cross_entropy a prediction is the probability of x' = 1, between 0 and 1")
+        raise UserError("under cross_entropy a prediction is the probability of x' = 1, between 0 and 1")
     is_signal_B = in_signal_regime(is_masked_BL, in_parity_L)
     parity_sum_B = np.sum(np.where(is_masked_BL & in_parity_L, tokens_BL, 0), axis=1)
     target_B = np.where(is_signal_B, parity_sum_B / np.maximum(masked_B, 1), 0.0)
@@ -294,15 +295,15 @@ def ngram_signal(t: FloatArray, weights: Mapping[int, float], power: int = 1) ->
         power: 1, linear in the signal probability, or 2, each term squared (the energy's power).
 
     Raises:
-        ValueError: no weights, an order below 1, negative weights or none positive, or another power.
+        UserError: no weights, an order below 1, negative weights or none positive, or another power.
     """
     if power not in (1, 2):
-        raise ValueError(f"power must be 1 (linear) or 2 (squared), got {power}")
+        raise UserError(f"power must be 1 (linear) or 2 (squared), got {power}")
     values = list(weights.values())
     if not all(math.isfinite(value) and value >= 0.0 for value in values) or not any(values):
-        raise ValueError(f"the n-gram weights must be non-negative, one of them positive; got {dict(weights)}")
+        raise UserError(f"the n-gram weights must be non-negative, one of them positive; got {dict(weights)}")
     if min(weights) < 1:
-        raise ValueError(f"the order of an n-gram is at least 1, got {min(weights)}")
+        raise UserError(f"the order of an n-gram is at least 1, got {min(weights)}")
     t = np.asarray(t, dtype=np.float64)
     terms = [weight * (t * (1.0 - t) ** (order - 1)) ** power for order, weight in weights.items()]
     return np.asarray(sum(terms), dtype=np.float64)
@@ -315,7 +316,7 @@ def optimal_mask_rate(weights: Mapping[int, float], power: int = 1) -> float:
     have several maxima.
 
     Raises:
-        ValueError: see `ngram_signal`.
+        UserError: see `ngram_signal`.
     """
     low, high = 0.0, 1.0
     for _ in range(3):
@@ -332,13 +333,13 @@ def _first(holds: Callable[[FloatArray], BoolArray], low: float) -> float:
 
 def _window(t0: float, t1: float) -> Uniform:
     if not 0.0 <= t0 < t1 <= 1.0:
-        raise ValueError(f"a window needs 0 <= t0 < t1 <= 1, got t0 = {t0:g} and t1 = {t1:g}")
+        raise UserError(f"a window needs 0 <= t0 < t1 <= 1, got t0 = {t0:g} and t1 = {t1:g}")
     return Uniform(t0, t1)
 
 
 def _check_k(k: int) -> None:
     if k < 1:
-        raise ValueError(f"the secret set needs at least one position, got k = {k}")
+        raise UserError(f"the secret set needs at least one position, got k = {k}")
 
 
 def _probabilities(probability_B: FloatArray | None, rows: int) -> FloatArray:

@@ -7,12 +7,12 @@ Shape letters: B rows, K positions of the block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_md.diffusion.registry import Registry
+from megatron_md.diffusion.names import strategies
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ class Choice:
         return uniforms_BK
 
 
-Strategy = Callable[[Choice], torch.Tensor]
-strategies: Registry[Strategy] = Registry("sampling strategy")
 register_strategy = strategies.register
 
 

@@ -28,8 +28,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from megatron_md.batch import Int64Array
-from megatron_md.diffusion.registry import nearest
 from megatron_md.diffusion.schedule import FloatArray, MaskSchedule
+from megatron_md.errors import UserError
+from megatron_md.messages import nearest
 
 WeightName = Literal["elbo", "none", "realised"]
 Normalise = Literal["maskable", "masked", "sequences"]
@@ -57,14 +58,14 @@ class Weighting:
             min_mask_rate: floor of t.
 
         Raises:
-            ValueError: an unknown name, a floor outside (0, 1), or `importance` with a density that is not positive.
+            UserError: an unknown name, a floor outside (0, 1), or `importance` with a density that is not positive.
         """
         _check_choice("weight", weight, get_args(WeightName))
         _check_choice("normalise", normalise, get_args(Normalise))
         if not 0.0 < min_mask_rate < 1.0:
-            raise ValueError(f"objective.min_mask_rate must lie strictly between 0 and 1, got {min_mask_rate:g}")
+            raise UserError(f"objective.min_mask_rate must lie strictly between 0 and 1, got {min_mask_rate:g}")
         if importance and not schedule.has_full_support():
-            raise ValueError(
+            raise UserError(
                 f"objective.importance needs a mask schedule with positive density on all of [0, 1], and {schedule} "
                 "is not one: add a uniform floor with a mixture, or set importance: false"
             )
@@ -146,4 +147,4 @@ class Weighting:
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"objective.{key}: unknown {value!r}{nearest(value, known)} (known: {', '.join(known)})")
+        raise UserError(f"objective.{key}: unknown {value!r}{nearest(value, known)} (known: {', '.join(known)})")

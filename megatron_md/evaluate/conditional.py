@@ -12,7 +12,8 @@ import torch
 from megatron_md.batch import CorruptedBatch
 from megatron_md.diffusion.conditional import ConditionalEstimator, MaskedAnswers, masked_answers
 from megatron_md.diffusion.corruption import FloatArray
-from megatron_md.evaluate.scorer import Scorer
+from megatron_md.diffusion.scoring import Scorer
+from megatron_md.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ def conditional_log_likelihoods(
         on_question: called after each question of this rank's share.
 
     Raises:
-        ValueError: an answer is empty or does not fit into the context with its prompt, the prompt or answer contains
+        UserError: an answer is empty or does not fit into the context with its prompt, the prompt or answer contains
             the mask token, a prompt is empty whose answer's first token nothing predicts then, or the estimator does
             not fit the model.
     """
     if scorer.causal != estimator.causal:
         right = "'autoregressive'" if scorer.causal else "'monte_carlo' or 'left_to_right'"
-        raise ValueError(f"method {estimator.method!r} does not fit this model; choose {right}")
+        raise UserError(f"method {estimator.method!r} does not fit this model; choose {right}")
     for number, question in enumerate(questions):
         _check(number, question, mask_token_id, max_length, needs_prompt=scorer.right_shift)
     estimator = replace(estimator, right_shift=scorer.right_shift)
@@ -127,7 +128,7 @@ def document_log_likelihoods(
         on_question: called after each window of this rank's share.
 
     Raises:
-        ValueError: as for `conditional_log_likelihoods`.
+        UserError: as for `conditional_log_likelihoods`.
     """
     prefix = [eos_token_id] if scorer.right_shift else []
     pieces = [windows(document, max_length - len(prefix)) for document in documents]
@@ -156,18 +157,18 @@ def _sum(parts: Sequence[AnswerLikelihood]) -> AnswerLikelihood:
 
 def _check(number: int, question: Question, mask_token_id: int, max_length: int | None, *, needs_prompt: bool) -> None:
     if needs_prompt and not len(question.prompt):
-        raise ValueError(
+        raise UserError(
             f"question {number}: the model's outputs predict the next token, so that nothing predicts the first one "
             "without a prompt; put an <eos> before it"
         )
     for at, answer in enumerate(question.answers):
         where = f"question {number}, answer {at}"
         if not len(answer):
-            raise ValueError(f"{where}: an answer without tokens has no likelihood")
+            raise UserError(f"{where}: an answer without tokens has no likelihood")
         if mask_token_id in [*question.prompt, *answer]:
-            raise ValueError(f"{where}: the text contains the mask token ({mask_token_id})")
+            raise UserError(f"{where}: the text contains the mask token ({mask_token_id})")
         if max_length is not None and len(question.prompt) + len(answer) > max_length:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the prompt's {len(question.prompt)} tokens and the answer's {len(answer)} exceed the "
                 f"model's {max_length} positions; shorten the prompt"
             )
@@ -177,14 +178,11 @@ def _summed_cross_entropies(scorer: Scorer, copies: MaskedAnswers) -> FloatArray
     """Of each copy; None on ranks that do not hold the last pipeline stage."""
     size = min(scorer.micro_batch_size, len(copies.tokens_DL))
     batches: list[CorruptedBatch] = list(copies.micro_batches(size))
-    real = len(batches)
-    # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
-    batches += [batches[0]] * (-real % scorer.round_micro_batches)
     losses = scorer.negative_log_likelihoods(batches)
     if losses is None:
         return None
     sums = [
         np.bincount(batch.positions_M // batch.tokens_BL.shape[1], nll_M, minlength=size)
-        for batch, nll_M in zip(batches[:real], losses[:real], strict=True)
+        for batch, nll_M in zip(batches, losses, strict=True)
     ]
     return np.concatenate(sums)[: len(copies.tokens_DL)].astype(np.float64)

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import re
 
+from megatron_md.errors import UserError
+
 Rule = tuple[str, str]
 
 _CLINGS_LEFT: Rule = (r" +([.,:;!?%)\]}]+)(?=[\s\"'”’)\]}.,:;]|$)", r"\1")
@@ -94,10 +96,10 @@ def detokenize(text: str, name: str) -> str:
         name: of the data set's conventions, one of `RULES`.
 
     Raises:
-        ValueError: there are no rules of that name.
+        UserError: there are no rules of that name.
     """
     if name not in RULES:
-        raise ValueError(f"detokenizer {name!r}: unknown (known: {', '.join(RULES)})")
+        raise UserError(f"detokenizer {name!r}: unknown (known: {', '.join(RULES)})")
     for pattern, replacement in RULES[name]:
         text = re.sub(pattern, replacement, text)
     return text

@@ -1,4 +1,4 @@
-"""`megatron-md evaluate RUN --generative --judge RUN_AR`: how likely samples are to a causal run, and how varied.
+"""How likely samples of a run are to a causal run, and how varied they are.
 
 A sampler that repeats itself is very likely to any judge, so that perplexities compare only at equal unigram entropy
 (Zheng et al., arXiv 2409.02908): temperatures are swept, and the perplexity is read off where samples are as varied as
@@ -9,12 +9,11 @@ total-variation distance; two samples of text of that size have some distance to
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,14 @@ from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
 from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.diffusion.scoring import Scorer
+from megatron_md.errors import UserError
 from megatron_md.evaluate.conditional import document_log_likelihoods
-from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, is_causal, load_scorer
+from megatron_md.evaluate.load import is_causal, load_model
 from megatron_md.evaluate.rows import evaluation_rows
-from megatron_md.evaluate.saved_run import SavedRun, open_asked
-from megatron_md.evaluate.scorer import Scorer
-from megatron_md.messages import say
-from megatron_md.parallel import World
-from megatron_md.train.denoiser import fill
+from megatron_md.parallel import World, shared
+from megatron_md.run.saved import SavedRun
+from megatron_md.train.inference import Inference, fill
 
 Tokens = list[int]
 
@@ -76,6 +74,60 @@ class TextQuality:
     bigram_distance: float
 
 
+@dataclass(frozen=True)
+class GenerativeOptions:
+    """What is sampled.
+
+    Attributes:
+        samples: for each setting.
+        length: tokens of a sample; the run's row if None.
+        steps: denoising steps, one setting each; one per token if there are none. A causal run takes no other.
+        block: tokens per block, from left to right; all if None.
+        strategy: of the sampler.
+        temperatures: of the sampler, one setting each.
+        reference: text to compare with: a manifest, or text files; the run's `data.valid`, if it is there, by default.
+        seed: of sampling.
+        micro_batch_size: rows per forward pass.
+    """
+
+    samples: int = 64
+    length: int | None = None
+    steps: Sequence[int] = ()
+    block: int | None = None
+    strategy: str = "ancestral"
+    temperatures: Sequence[float] = (1.0,)
+    reference: Sequence[str] = ()
+    seed: int = 0
+    micro_batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class GenerativeReport:
+    """What was found.
+
+    Attributes:
+        run: the checkpoint that wrote.
+        judge: the checkpoint that judged.
+        samples: of each setting.
+        length: tokens of a sample.
+        strategy: of the sampler.
+        seed: of sampling.
+        text: real text, if there is any to compare with.
+        settings: those that are done.
+        perplexity_at_text_entropy: by the number of steps; None where no two temperatures lie around it.
+    """
+
+    run: str
+    judge: str
+    samples: int
+    length: int
+    strategy: str
+    seed: int
+    text: TextQuality | None = None
+    settings: Sequence[Quality] = ()
+    perplexity_at_text_entropy: Mapping[str, float | None] = field(default_factory=dict)
+
+
 def unigram_entropy(samples: Sequence[Sequence[int]]) -> float:
     """Entropy of the token frequencies within a sample, in nats, averaged over samples."""
     return float(np.mean([_entropy(np.unique(sample, return_counts=True)[1]) for sample in samples]))
@@ -110,7 +162,7 @@ class Judge:
 
     def __init__(self, saved: SavedRun, words: Tokenizer, scorer: Scorer) -> None:
         self.words, self.scorer = words, scorer
-        self.max_length = saved.config.model.max_length or saved.config.data.seq_length
+        self.max_length = saved.config.model.max_length
 
     def __call__(self, samples: Sequence[Tokens], tokenizer: Tokenizer) -> tuple[float, float]:
         """Nats per token of the judge, and their standard error over samples; every rank gets them.
@@ -147,85 +199,80 @@ class Judge:
         return tokens + self.words.encode(tokenizer.decode(sample[start:])).tolist()
 
 
-def evaluate_generative(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Sample with every setting, judge and print; the figures on the main rank, None elsewhere.
+def evaluate_generative(
+    saved: SavedRun,
+    judge: SavedRun,
+    options: GenerativeOptions,
+    *,
+    on_progress: Callable[[GenerativeReport], None] = lambda report: None,
+) -> GenerativeReport | None:
+    """Sample with every setting, and judge; the figures on the main rank, None elsewhere.
+
+    Args:
+        saved: the run that writes.
+        judge: a causal run.
+        options: what is sampled.
+        on_progress: given on the main rank the report so far, before the first setting and after each.
 
     Raises:
-        ValueError: bad input, with the way out.
+        UserError: bad input, with the way out.
     """
-    saved, judge = (open_asked(path, args) for path in (args.run_path, args.judge))
     tokenizer, judge_words = Tokenizer(saved.tokenizer), Tokenizer(judge.tokenizer)
     if not is_causal(judge, mask_token_id=judge_words.mask_token_id):
-        raise ValueError(f"--judge {args.judge}: is not causal, so that it has no exact perplexity; give a causal run")
-    train = replace(saved.config.train, micro_batch_size=args.micro_batch_size)
+        raise UserError(f"--judge {judge.path}: is not causal, so that it has no exact perplexity; give a causal run")
+    train = replace(saved.config.train, micro_batch_size=options.micro_batch_size)
     saved, judge = (replace(run, config=replace(run.config, train=train)) for run in (saved, judge))
-    settings = _settings(args, saved, causal=is_causal(saved, mask_token_id=tokenizer.mask_token_id))
-    reference = _reference(args, saved.config, tokenizer, settings[0].length)
+    settings = _settings(options, saved, causal=is_causal(saved, mask_token_id=tokenizer.mask_token_id))
+    length = settings[0].length
+    reference = _reference(options, saved.config, tokenizer, length)
     with parallel.session(saved.config) as world:
-        denoiser = LoadedDenoiser(saved, world, tokenizer, may_be_causal=True)
-        judging = Judge(judge, judge_words, load_scorer(judge, world, judge_words))
-        text = None if reference is None else _text_quality(reference, judging, tokenizer)
-        compared = [] if reference is None else reference[1::2]
+        denoiser = load_model(saved, world, tokenizer)
+        judging = Judge(judge, judge_words, load_model(judge, world, judge_words))
+        text = _text_quality(reference, judging, tokenizer) if reference else None
+        run, judged_by = str(saved.checkpoint), str(judge.checkpoint)
+        report = GenerativeReport(run, judged_by, options.samples, length, options.strategy, options.seed, text)
         if world.is_main:
-            _print_head(str(saved.checkpoint), args, settings[0].length, text)
-        qualities = []
+            on_progress(report)
         for setting in settings:
-            qualities.append(_quality(setting, args.samples, denoiser, judging, world, tokenizer, compared))
+            quality = _quality(setting, options.samples, denoiser, judging, world, tokenizer, reference[1::2])
+            report = replace(report, settings=[*report.settings, quality])
             if world.is_main:
-                _print_quality(qualities[-1])
-    if not world.is_main:
-        return None
-    matched = _matched(qualities, text)
-    for steps, value in matched.items():
-        found = "no two temperatures lie around it" if value is None else f"perplexity {value:.2f}"
-        say(f"at the text's entropy, {steps} steps: {found}")
-    return {
-        "run": str(saved.checkpoint),
-        "judge": str(judge.checkpoint),
-        "samples": args.samples,
-        "length": settings[0].length,
-        "strategy": args.strategy,
-        "seed": args.seed,
-        "text": None if text is None else asdict(text),
-        "settings": [asdict(quality) for quality in qualities],
-        "perplexity_at_text_entropy": {str(steps): value for steps, value in matched.items()},
-    }
+                on_progress(report)
+    return replace(report, perplexity_at_text_entropy=_matched(report)) if world.is_main else None
 
 
-def _settings(args: argparse.Namespace, saved: SavedRun, *, causal: bool) -> list[SamplerConfig]:
+def _settings(options: GenerativeOptions, saved: SavedRun, *, causal: bool) -> list[SamplerConfig]:
     """Of the sampler, checked: every temperature with every number of steps (one for a causal run)."""
-    context = saved.config.model.max_length or saved.config.data.seq_length
-    length = args.length or saved.config.data.seq_length
+    context = saved.config.model.max_length
+    length = options.length or saved.config.data.seq_length
     if length > context:
-        raise ValueError(f"--length {length} exceeds the {context} positions of {saved.checkpoint}")
-    steps = [length] if causal or not args.steps else args.steps
+        raise UserError(f"--length {length} exceeds the {context} positions of {saved.checkpoint}")
     return [
         SamplerConfig(
             length=length,
             steps=count,
-            block=1 if causal else args.block,
-            strategy="low_confidence" if causal else args.strategy,
+            block=1 if causal else options.block,
+            strategy="low_confidence" if causal else options.strategy,
             temperature=temperature,
-            seed=args.seed,
+            seed=options.seed,
         )
-        for temperature in args.temperatures
-        for count in steps
+        for temperature in options.temperatures
+        for count in ([length] if causal or not options.steps else options.steps)
     ]
 
 
-def _reference(args: argparse.Namespace, config: Config, tokenizer: Tokenizer, length: int) -> list[Tokens] | None:
-    """Rows of real text, as long as the samples and up to twice as many."""
+def _reference(options: GenerativeOptions, config: Config, tokenizer: Tokenizer, length: int) -> list[Tokens]:
+    """Rows of real text, as long as the samples and up to twice as many; none if there is no text."""
     valid = config.data.valid
-    data = args.reference or ([valid] if valid is not None and Path(valid).exists() else None)
-    if data is None:
-        return None
-    rows = evaluation_rows(
-        data, [replace(config, data=replace(config.data, seq_length=length))], tokenizer, count=2 * args.samples
-    )
+    data = options.reference or ([valid] if valid is not None and Path(valid).exists() else ())
+    if not data:
+        return []
+    config = replace(config, data=replace(config.data, seq_length=length))
+    rows = evaluation_rows(data, [config], tokenizer, count=2 * options.samples)
     # A row that is not full has less to vary in.
     is_full_R = rows.is_maskable_RL[:, 1:].all(axis=1)
     if not is_full_R.any():
-        raise ValueError(
+        raise UserError(
             f"{' '.join(data)}: holds less than the {length} tokens of a sample; give --reference more text"
         )
     found: list[Tokens] = rows.tokens_RL[is_full_R].tolist()
@@ -249,7 +296,7 @@ def _distances(samples: list[Tokens], text: list[Tokens]) -> tuple[float, float]
 def _quality(
     setting: SamplerConfig,
     count: int,
-    denoiser: LoadedDenoiser,
+    denoiser: Inference,
     judging: Judge,
     world: World,
     tokenizer: Tokenizer,
@@ -286,33 +333,13 @@ def _quality(
     )
 
 
-def _matched(qualities: Sequence[Quality], text: TextQuality | None) -> dict[int, float | None]:
+def _matched(report: GenerativeReport) -> dict[str, float | None]:
     """By the number of steps, perplexity at the text's entropy."""
-    if text is None:
+    if report.text is None:
         return {}
+    entropy, qualities = report.text.entropy, report.settings
     steps = dict.fromkeys(quality.steps for quality in qualities)
     return {
-        count: perplexity_at(text.entropy, [quality for quality in qualities if quality.steps == count])
+        str(count): perplexity_at(entropy, [quality for quality in qualities if quality.steps == count])
         for count in steps
     }
-
-
-def _print_head(run: str, args: argparse.Namespace, length: int, text: TextQuality | None) -> None:
-    say(f"{run}, {args.samples} samples of {length} tokens for each line, judged by {args.judge}")
-    say(
-        "temperature   steps  forward passes  perplexity (+- of its log)  entropy  distance: unigrams  bigrams  seconds"
-    )
-    if text is not None:
-        say(f"{'text':>11s}{' ' * 24} {_figures(text)}")
-
-
-def _print_quality(quality: Quality) -> None:
-    head = f"{quality.temperature:>11g} {quality.steps:>7d} {quality.forward_passes:>15.1f}"
-    say(f"{head} {_figures(quality)} {quality.seconds:>8.1f}")
-
-
-def _figures(quality: Quality | TextQuality) -> str:
-    return (
-        f"{quality.perplexity:>11.2f} {quality.stderr:>14.4f} {quality.entropy:>9.3f} "
-        f"{quality.unigram_distance:>19.3f} {quality.bigram_distance:>8.3f}"
-    )

@@ -14,11 +14,10 @@ from __future__ import annotations
 import atexit
 import hashlib
 import math
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,92 +28,21 @@ from lm_eval.api.registry import register_model
 
 from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.conditional import ConditionalEstimator
+from megatron_md.diffusion.names import strategies
 from megatron_md.diffusion.sampler_config import SamplerConfig
-from megatron_md.diffusion.unmasking import strategies
+from megatron_md.errors import UserError
 from megatron_md.evaluate.conditional import (
     AnswerLikelihood,
     Question,
     conditional_log_likelihoods,
     document_log_likelihoods,
 )
-from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, is_causal, load_scorer
-from megatron_md.evaluate.saved_run import SavedRun, open_run
-from megatron_md.evaluate.scorer import StepperScorer
-from megatron_md.messages import shown
-from megatron_md.parallel import World
-from megatron_md.train.denoiser import fill
-
-DEFAULT_LENGTH = 256  # the harness' own default for models that are not told
-
-
-@dataclass(frozen=True)
-class HarnessSettings:
-    """How requests are answered.
-
-    Attributes:
-        method: `monte_carlo` or `left_to_right`; a causal run is always scored exactly.
-        draws: masked copies of an answer under `monte_carlo`; one suffices for an answer of one token.
-        seed: of the masks and of sampling.
-        length: tokens of the canvas that is generated; the task's `max_gen_toks` if None.
-        steps: denoising steps; one per token if None.
-        block: tokens per block, from left to right; the whole canvas if None.
-        strategy: of the sampler.
-        temperature: of the sampler; the task's own if None.
-        guidance: classifier-free guidance of the sampler.
-    """
-
-    method: str = "monte_carlo"
-    draws: int = 128
-    seed: int = 0
-    length: int | None = None
-    steps: int | None = None
-    block: int | None = None
-    strategy: str = "low_confidence"
-    temperature: float | None = None
-    guidance: float = 0.0
-
-    def estimator(self, *, causal: bool) -> ConditionalEstimator:
-        """The estimator of log p(answer | prompt).
-
-        Raises:
-            ValueError: there is none of that name, or it takes no such number of draws.
-        """
-        if self.method not in ("monte_carlo", "left_to_right"):
-            raise ValueError(f"method {self.method!r}: unknown; use monte_carlo or left_to_right")
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
-        name: Any = "autoregressive" if causal else self.method
-        return ConditionalEstimator(name, draws=self.draws, minibatch=math.gcd(self.draws, 16), seed=self.seed)
-
-    def sampler(self, request: dict[str, Any], max_length: int) -> SamplerConfig:
-        """The sampler for a request's generation arguments.
-
-        Raises:
-            ValueError: no canvas of that kind can be filled, or it leaves no room for a prompt.
-        """
-        length = self.length or int(request.get("max_gen_toks", DEFAULT_LENGTH))
-        length += -length % (self.block or 1)
-        if length >= max_length:
-            raise ValueError(
-                f"{length} tokens to generate leave no room for a prompt in the model's {max_length} positions; "
-                "give a smaller --length"
-            )
-        temperature = float(request.get("temperature") or 0.0) if request.get("do_sample") else 0.0
-        temperature = temperature if self.temperature is None else self.temperature
-        top_p = float(request.get("top_p") or 1.0) if temperature else 1.0
-        return SamplerConfig(
-            length=length,
-            steps=self.steps,
-            block=self.block,
-            strategy=self.strategy,
-            temperature=temperature,
-            top_p=top_p,
-            guidance=self.guidance,
-            eos="stop",
-            seed=self.seed,
-        )
+from megatron_md.evaluate.load import is_causal, load_model
+from megatron_md.evaluate.tasks import HarnessSettings
+from megatron_md.messages import progress
+from megatron_md.parallel import World, shared
+from megatron_md.run.saved import Placement, SavedRun, open_run
+from megatron_md.train.inference import Inference, fill
 
 
 @register_model("megatron_md")
@@ -129,7 +57,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        run: str | Path,
+        run: str | Path | SavedRun,
         *,
         batch_size: int | str = 8,
         device: str | None = "auto",
@@ -143,7 +71,7 @@ class HarnessModel(TemplateLM):
         """Open a run; weights are read when they are first needed.
 
         Args:
-            run: run directory or checkpoint.
+            run: run directory or checkpoint; or one that is open, and has its device, layout and trust.
             batch_size: rows per forward pass.
             device: `cpu`, or anything else for what is there.
             tensor: tensor-parallel size; all processes by default.
@@ -154,16 +82,16 @@ class HarnessModel(TemplateLM):
             settings: of `HarnessSettings`.
 
         Raises:
-            ValueError: bad input, with the way out.
+            UserError: bad input, with the way out.
         """
         super().__init__()
-        kind: Any = "cpu" if device == "cpu" else "auto"  # the harness says cuda:0 to all
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        saved = open_run(run, world_size=world_size, tensor=tensor, pipeline=pipeline, device=kind, trust=trust)
+        # The harness says cuda:0 to all.
+        placement = Placement(tensor, pipeline, "cpu" if device == "cpu" else "auto", trust)
+        saved = run if isinstance(run, SavedRun) else open_run(run, placement)
         unknown = sorted(settings.keys() - HarnessSettings.__dataclass_fields__.keys())
         if unknown:
             known = ", ".join(HarnessSettings.__dataclass_fields__)
-            raise ValueError(f"model_args: unknown {', '.join(unknown)} (known: run, tensor, pipeline, trust, {known})")
+            raise UserError(f"model_args: unknown {', '.join(unknown)} (known: run, tensor, pipeline, trust, {known})")
         self.settings = HarnessSettings(**settings)
         train = replace(saved.config.train, micro_batch_size=int(batch_size))
         self.run: SavedRun = replace(saved, config=replace(saved.config, train=train))
@@ -171,7 +99,7 @@ class HarnessModel(TemplateLM):
         self.causal = is_causal(saved, mask_token_id=self.words.mask_token_id)
         self.settings.estimator(causal=self.causal)
         strategies.get(self.settings.strategy)
-        self.max_length = saved.config.model.max_length or saved.config.data.seq_length
+        self.max_length = saved.config.model.max_length
         if world is None:
             stack = ExitStack()
             world = stack.enter_context(parallel.session(self.run.config))
@@ -181,14 +109,9 @@ class HarnessModel(TemplateLM):
         self.forward_passes = self.shortened = 0
 
     @cached_property
-    def scorer(self) -> StepperScorer:
-        """The model for likelihoods."""
-        return load_scorer(self.run, self.world, self.words)
-
-    @cached_property
-    def denoiser(self) -> LoadedDenoiser:
-        """The model for generation."""
-        return LoadedDenoiser(self.run, self.world, self.words, may_be_causal=True)
+    def model(self) -> Inference:
+        """The run's weights."""
+        return load_model(self.run, self.world, self.words)
 
     @property
     def eot_token_id(self) -> int:
@@ -215,7 +138,7 @@ class HarnessModel(TemplateLM):
         continuation (LAMBADA's accuracy wants it); it is False elsewhere.
 
         Raises:
-            ValueError: a continuation is longer than the context.
+            UserError: a continuation is longer than the context.
         """
         pairs = [self._encode(*request.args) for request in requests]
         questions = [
@@ -223,7 +146,7 @@ class HarnessModel(TemplateLM):
         ]
         with self._progress("likelihoods", len(questions)) as advance:
             found = conditional_log_likelihoods(
-                self.scorer,
+                self.model,
                 questions,
                 self.settings.estimator(causal=self.causal),
                 mask_token_id=self.words.mask_token_id,
@@ -244,7 +167,7 @@ class HarnessModel(TemplateLM):
         documents = [self.tok_encode(request.args[0]) for request in requests]
         with self._progress("texts", len(documents)) as advance:
             found = document_log_likelihoods(
-                self.scorer,
+                self.model,
                 documents,
                 self.settings.estimator(causal=self.causal),
                 mask_token_id=self.words.mask_token_id,
@@ -260,7 +183,7 @@ class HarnessModel(TemplateLM):
         """Fill a canvas behind each context; the text ends at an `<eos>` or before the first stop string.
 
         Raises:
-            ValueError: no canvas of the wanted kind fits behind a prompt.
+            UserError: no canvas of the wanted kind fits behind a prompt.
         """
         batches: dict[tuple[int, SamplerConfig], list[int]] = defaultdict(list)
         prompts = []
@@ -282,7 +205,7 @@ class HarnessModel(TemplateLM):
                 # No two batches sample with the same noise.
                 config = replace(config, seed=_hash(f"{config.seed}/{_key(requests[places[0]])}"))
                 result = fill(
-                    self.denoiser,
+                    self.model,
                     [prompts[at] for at in places],
                     config,
                     mask_token_id=self.words.mask_token_id,
@@ -330,7 +253,7 @@ class HarnessModel(TemplateLM):
         prompt, answer = pair
         config = SamplerConfig(length=len(answer))
         result = fill(
-            self.denoiser,
+            self.model,
             [prompt],
             config,
             mask_token_id=self.words.mask_token_id,
@@ -340,23 +263,15 @@ class HarnessModel(TemplateLM):
 
     def _shared(self, jobs: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
         """What generating jobs give; a rank without a share reads the weights as well, which all ranks do together."""
-        return shared(self.world, jobs, work) if jobs and self.denoiser else []
+        return shared(self.world, jobs, work) if jobs and self.model else []
 
     def _count(self, found: Sequence[AnswerLikelihood]) -> None:
         self.forward_passes += sum(answer.forward_passes for answer in found)
 
-    @contextmanager
-    def _progress(self, what: str, count: int) -> Iterator[Callable[[], None]]:
+    def _progress(self, what: str, count: int) -> AbstractContextManager[Callable[..., None]]:
         """A bar on the main rank's terminal; its share stands for all."""
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        with Progress(console=console, disable=not (self.world.is_main and console.is_terminal)) as bar:
-            text = escape(shown(f"{self.run.checkpoint} {what}"))
-            task = bar.add_task(text, total=math.ceil(count / self.world.data_size))
-            yield lambda: bar.advance(task)
+        total = math.ceil(count / self.world.data_size)
+        return progress(f"{self.run.checkpoint} {what}", total, visible=self.world.is_main)
 
 
 def _hash(text: str) -> int:

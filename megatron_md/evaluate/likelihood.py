@@ -1,116 +1,113 @@
-"""`megatron-md evaluate RUN --nelbo DATA`: a bound on the likelihood, with its error."""
+"""A bound on the likelihood of a run, or of several on the same rows and masks, with its error."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.evaluate.saved_run import SavedRun, open_asked
+from megatron_md.diffusion.estimators import Estimator, EstimatorName
+from megatron_md.diffusion.nelbo import NelboReport, NelboTable, check_passes, evaluate_nelbo
+from megatron_md.diffusion.scoring import ScoredRows
+from megatron_md.errors import UserError
+from megatron_md.evaluate.load import load_model
+from megatron_md.evaluate.plot import plain, save_figure
+from megatron_md.evaluate.rows import TextFiles, evaluation_rows
 from megatron_md.files import replace_file
 from megatron_md.json_file import LARGE, as_record, read_json
-from megatron_md.messages import redacted, say, shown
-
-if TYPE_CHECKING:
-    from megatron_md.evaluate.nelbo import EvaluationRows, NelboReport, NelboTable
-    from megatron_md.parallel import World
+from megatron_md.messages import progress
+from megatron_md.parallel import World
+from megatron_md.run.saved import SavedRun
 
 ROWS = 256  # scored unless told otherwise
 
 
-def evaluate_likelihood(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Evaluate and print; the figures on the main rank, None elsewhere.
+@dataclass(frozen=True)
+class LikelihoodOptions:
+    """What is scored, and how long.
+
+    Attributes:
+        rows: most rows; 256 if None, all of them where words are counted.
+        files: how text files are read.
+        estimator: which positions are masked; a causal run is scored exactly whatever it says.
+        seed: of the masks.
+        passes: least passes with new masks.
+        stderr: go on until the masks' part of the standard error is at most this, in nats per token.
+        max_passes: but make at most so many.
+        micro_batch_size: rows per forward pass.
+        state: file that keeps what is found, and from which a second call goes on; of a single run.
+    """
+
+    rows: int | None = None
+    files: TextFiles = field(default_factory=TextFiles)
+    estimator: EstimatorName = "complementary"
+    seed: int = 0
+    passes: int = 2
+    stderr: float | None = None
+    max_passes: int = 100
+    micro_batch_size: int = 8
+    state: Path | None = None
+
+
+def likelihoods(runs: Sequence[SavedRun], data: Sequence[str], options: LikelihoodOptions) -> list[NelboTable]:
+    """Score rows of data by each run; every rank calls this and gets the same tables.
+
+    Args:
+        runs: opened for this job, with the same tokenizer.
+        data: a manifest, or text files.
+        options: how.
 
     Raises:
-        ValueError: bad input, with the way out.
+        UserError: bad input, with the way out.
     """
-    _check(args)
-    runs = [open_asked(path, args) for path in (args.run_path, args.against) if path is not None]
-
-    from megatron_md import parallel
-    from megatron_md.evaluate.nelbo import check_passes, difference
-    from megatron_md.evaluate.rows import TextFiles, evaluation_rows
-
-    check_passes(args.passes, args.stderr, args.max_passes)
+    if options.state is not None and len(runs) > 1:
+        raise UserError("--state keeps one run's table; leave out --against")
+    check_passes(options.passes, options.stderr, options.max_passes)
     tokenizers = [Tokenizer(saved.tokenizer) for saved in runs]
-    if len({tokenizer.sha256 for tokenizer in tokenizers}) > 1:
-        raise ValueError(f"{args.against}: has another tokenizer than {args.run_path}, so that tokens do not compare")
-    files = TextFiles(detokenizer=args.detokenizer, lines=args.lines, words=args.words)
-    rows = evaluation_rows(args.nelbo, [saved.config for saved in runs], tokenizers[0], count=_count(args), files=files)
-    with parallel.session(runs[0].config) as world:
-        tables = [
-            _table(saved, tokenizer, world, rows, args, args.state if number == 0 else None)
-            for number, (saved, tokenizer) in enumerate(zip(runs, tokenizers, strict=True))
-        ]
-        if not world.is_main:
-            return None
-        result: dict[str, Any] = _figures(runs[0], tables[0], args)
-        if len(tables) == 2:
-            result["against"] = _figures(runs[1], tables[1], args)
-            result["difference"] = asdict(difference(*tables))
-        _print(result)
-        if args.plot:
-            plot_ce_by_rate(
-                {str(saved.checkpoint): table.report() for saved, table in zip(runs, tables, strict=True)}, args.plot
-            )
-    return result
-
-
-def _count(args: argparse.Namespace) -> int:
-    """Most rows: perplexity per word needs whole files."""
-    if args.rows is not None:
-        return int(args.rows)
-    return sys.maxsize if args.words else ROWS
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.plot is not None:
-        from megatron_md.evaluate.plot import picture_format
-
-        picture_format(args.plot)
-    if args.state is not None and args.against is not None:
-        raise ValueError("--state keeps one run's table; leave out --against")
+    for saved, tokenizer in zip(runs, tokenizers, strict=True):
+        if tokenizer.sha256 != tokenizers[0].sha256:
+            raise UserError(f"{saved.path}: has another tokenizer than {runs[0].path}, so that tokens do not compare")
+    count = options.rows or (sys.maxsize if options.files.words else ROWS)
+    configs = [saved.config for saved in runs]
+    rows = evaluation_rows(data, configs, tokenizers[0], count=count, files=options.files)
+    with parallel.session(configs[0]) as world:
+        return [_table(*pair, world, rows, options) for pair in zip(runs, tokenizers, strict=True)]
 
 
 def _table(
-    saved: SavedRun,
-    tokenizer: Tokenizer,
-    world: World,
-    rows: EvaluationRows,
-    args: argparse.Namespace,
-    state: Path | None,
+    saved: SavedRun, tokenizer: Tokenizer, world: World, rows: ScoredRows, options: LikelihoodOptions
 ) -> NelboTable:
-    from megatron_md.diffusion.estimators import Estimator, EstimatorName
-    from megatron_md.evaluate.load import load_scorer
-    from megatron_md.evaluate.nelbo import evaluate_nelbo
-
-    config = replace(saved.config, train=replace(saved.config.train, micro_batch_size=args.micro_batch_size))
-    scorer = load_scorer(replace(saved, config=config), world, tokenizer)
-    name: EstimatorName = "autoregressive" if scorer.causal else args.estimator
-    estimator = Estimator(name, seed=args.seed, right_shift=scorer.causal and config.objective.right_shift)
-    with _progress(world.is_main, f"{saved.checkpoint}") as moved:
+    train = replace(saved.config.train, micro_batch_size=options.micro_batch_size)
+    scorer = load_model(replace(saved, config=replace(saved.config, train=train)), world, tokenizer)
+    name: EstimatorName = "autoregressive" if scorer.causal else options.estimator
+    estimator = Estimator(name, seed=options.seed, right_shift=scorer.causal and scorer.right_shift)
+    text = str(saved.checkpoint)
+    with progress(text, visible=world.is_main) as move:
 
         def on_progress(table: NelboTable) -> None:
-            moved(table)
-            if state is not None and world.is_main:
-                replace_file(state, json.dumps(table.state()))
+            sums_R = table.sums[-1][0]
+            done = int(np.isfinite(sums_R).sum())
+            move(completed=done, total=len(sums_R), text=f"{text} pass {len(table.sums)}")
+            if options.state is not None and world.is_main:
+                replace_file(options.state, json.dumps(table.state()))
 
         return evaluate_nelbo(
             scorer,
             rows,
             estimator,
             mask_token_id=tokenizer.mask_token_id,
-            passes=1 if scorer.causal else args.passes,
-            stderr=args.stderr,
-            max_passes=args.max_passes,
-            state=_read_state(state),
+            passes=1 if scorer.causal else options.passes,
+            stderr=options.stderr,
+            max_passes=options.max_passes,
+            state=_read_state(options.state),
             on_progress=on_progress,
         )
 
@@ -131,73 +128,13 @@ def _read_state(path: Path | None) -> dict[str, Any] | None:
     return vars(as_record(_State, read_json(path, way_out, most_bytes=LARGE), path, way_out))
 
 
-@contextmanager
-def _progress(is_main: bool, text: str) -> Iterator[Callable[[NelboTable], None]]:
-    """A bar over the rows of the current pass, on a terminal."""
-    import numpy as np
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not (is_main and console.is_terminal)) as bar:
-        text = escape(shown(text))
-        task = bar.add_task(text)
-
-        def moved(table: NelboTable) -> None:
-            done = int(np.isfinite(table.sums[-1][0]).sum())
-            bar.update(
-                task, total=table.sums[-1].shape[1], completed=done, description=f"{text} pass {len(table.sums)}"
-            )
-
-        yield moved
-
-
-def _figures(saved: SavedRun, table: NelboTable, args: argparse.Namespace) -> dict[str, Any]:
-    report = table.report()
-    head = {
-        "run": str(saved.checkpoint),
-        "step": saved.step,
-        "data": redacted(args.nelbo),
-        "estimator": asdict(table.estimator),
-    }
-    return {**head, **asdict(report)}
-
-
-def _print(result: dict[str, Any]) -> None:
-    for figures in (result, result.get("against")):
-        if figures is None:
-            continue
-        causal = figures["estimator"]["name"] == "autoregressive"
-        bits = "" if figures["bits_per_byte"] is None else f", {figures['bits_per_byte']:.4f} bits per byte"
-        name, bound = ("NLL", "") if causal else ("NELBO", "<= ")
-        say(
-            f"{figures['run']}: {name} {figures['nelbo']:.4f} +- {figures['stderr']:.4f} nats per token "
-            f"(masks alone {figures['mask_stderr']:.4f}), perplexity {bound}{figures['ppl_bound']:.2f}{bits}"
-        )
-        say(
-            f"  {figures['tokens']:,} tokens in {figures['rows']:,} rows, {figures['passes']} passes, "
-            f"{figures['forward_passes']:,} masked rows through the model, estimator {figures['estimator']['name']}"
-        )
-        if figures["word_ppl"] is not None:
-            say(f"  perplexity per word {bound}{figures['word_ppl']:.2f} ({figures['words']:,} words as in the files)")
-    if "difference" in result:
-        gap = result["difference"]
-        say(
-            f"difference {gap['difference']:+.4f} +- {gap['stderr']:.4f} nats per token "
-            f"(negative: {result['run']} is better)"
-        )
-
-
 def plot_ce_by_rate(reports: dict[str, NelboReport], output: Path) -> None:
     """Draw each model's cross-entropy per masked token by the mask rate, with error bars of one standard error.
 
     Raises:
-        ValueError: the picture's format is unknown.
+        UserError: the picture's format is unknown.
     """
     from matplotlib.figure import Figure
-
-    from megatron_md.evaluate.plot import plain, save_figure
 
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
     axes = figure.add_subplot()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch.distributed.checkpoint import CheckpointException
@@ -10,16 +9,14 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_md.checkpoint.directory import read_record
 from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.safe_pickle import guarded
-from megatron_md.checkpoint.state import load_model
+from megatron_md.checkpoint.state import load_model as load_weights
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
-from megatron_md.evaluate.saved_run import SavedRun
-from megatron_md.evaluate.scorer import StepperScorer
 from megatron_md.model.build import build_model
 from megatron_md.parallel import World
 from megatron_md.plugins import import_plugins
-from megatron_md.train.denoiser import StepperDenoiser
-from megatron_md.train.step import Stepper
+from megatron_md.run.saved import SavedRun
+from megatron_md.train.inference import Inference
 
 
 def is_causal(run: SavedRun, *, mask_token_id: int) -> bool:
@@ -40,56 +37,27 @@ def is_causal(run: SavedRun, *, mask_token_id: int) -> bool:
     return build_objective(run.config.objective, seed=run.config.seed, mask_token_id=mask_token_id).causal
 
 
-class LoadedDenoiser(StepperDenoiser):
-    """The model of a run as a denoiser."""
-
-    def __init__(self, run: SavedRun, world: World, tokenizer: Tokenizer, *, may_be_causal: bool = False) -> None:
-        """Verify the checkpoint, build the model and read its weights; every rank does this.
-
-        Raises:
-            CheckpointError: the checkpoint is damaged, or cannot be verified and is not trusted.
-            ValueError: the run trained a causal model, which denoises nothing, and it may not be one.
-        """
-        verify(run.checkpoint, trust=run.trust)
-        causal = is_causal(run, mask_token_id=tokenizer.mask_token_id)
-        if causal and not may_be_causal:
-            raise ValueError(f"{run.checkpoint}: an autoregressive baseline cannot denoise; give a diffusion run")
-        super().__init__(
-            _stepper(run, world, tokenizer, causal=causal),
-            mask_token_id=tokenizer.mask_token_id,
-            max_length=run.config.model.max_length or run.config.data.seq_length,
-        )
-
-
-def load_scorer(run: SavedRun, world: World, tokenizer: Tokenizer) -> StepperScorer:
-    """The model behind `negative_log_likelihoods`, causal or not; every rank does this.
+def load_model(run: SavedRun, world: World, tokenizer: Tokenizer) -> Inference:
+    """Verify the checkpoint, build the model and read its weights; every rank does this.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or cannot be verified and is not trusted.
     """
     verify(run.checkpoint, trust=run.trust)
-    causal = is_causal(run, mask_token_id=tokenizer.mask_token_id)
-    return StepperScorer(_stepper(run, world, tokenizer, causal=causal))
-
-
-def _stepper(run: SavedRun, world: World, tokenizer: Tokenizer, *, causal: bool) -> Stepper:
-    """The model with its weights read."""
+    mask_token_id = tokenizer.mask_token_id
+    causal = is_causal(run, mask_token_id=mask_token_id)
     chunks: list[Any] = build_model(
-        run.config, world.device, causal=causal, mask_token_id=tokenizer.mask_token_id, initialize=False
+        run.config, world.device, causal=causal, mask_token_id=mask_token_id, initialize=False
     )
     _load(chunks, run)
-    # Scoring asks the objective only if it is causal; a third party's stays where it is.
-    name = "autoregressive" if causal else "masked_diffusion"
-    keys = replace(run.config.objective, name=name, mask_schedule="uniform:0,1", importance=False, options={})
-    objective = build_objective(keys, seed=run.config.seed, mask_token_id=tokenizer.mask_token_id)
-    return Stepper(run.config, world, chunks, None, objective)
+    return Inference(run.config, world, chunks, causal=causal, mask_token_id=mask_token_id)
 
 
 def _load(chunks: list[Any], run: SavedRun) -> None:
     """Read the weights; what megatron-core makes of files that nothing vouches for is the files' fault."""
     try:
         with guarded(run.checkpoint):
-            load_model(chunks, run.checkpoint)
+            load_weights(chunks, run.checkpoint)
     except (Exception, CheckpointException) as error:
         if not run.trust or isinstance(error, CheckpointError):
             raise

@@ -1,55 +1,33 @@
-"""`megatron-md plot RUN`: draws RUN/loss.png from RUN/metrics.jsonl."""
+"""The metrics of a run as they were logged, and a picture of its losses."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_md import run_files
+from megatron_md.errors import UserError
 from megatron_md.files import replacing
 from megatron_md.json_file import read_json
-from megatron_md.messages import say, shown, tell
+from megatron_md.messages import shown, tell
 from megatron_md.train.records import damage, read_lines
-
-EXAMPLES = """examples:
-  megatron-md plot runs/demo
-  megatron-md plot runs/demo --output demo.svg
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="picture to write (.png, .svg, .pdf); RUN/loss.png")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Draw the losses and say where the picture is.
-
-    Raises:
-        ValueError: the directory holds no metrics.
-    """
-    output = args.output or args.run_dir / "loss.png"
-    plot_run(args.run_dir, output)
-    say(output)
-    return 0
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of RUN/metrics.jsonl; damaged lines are told on stderr and left out.
 
     Raises:
-        ValueError: there is no such file, or it holds no record.
+        UserError: there is no such file, or it holds no record.
     """
-    path = run_dir / "metrics.jsonl"
+    path = run_dir / run_files.METRICS
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; is {run_dir} the directory of a run that has trained?")
+        raise UserError(f"{path}: no such file; is {run_dir} the directory of a run that has trained?")
     lines = read_lines(path)
     if problem := damage(path, lines):
         tell(f"megatron-md: {problem} and left out")
     records = [line.record for line in lines if line.record is not None]
     if not records:
-        raise ValueError(f"{path}: no step has been logged yet")
+        raise UserError(f"{path}: no step has been logged yet")
     return records
 
 
@@ -70,7 +48,7 @@ def plot_run(run_dir: Path, output: Path) -> None:
     RUN/summary.json, where it is recorded).
 
     Raises:
-        ValueError: the directory holds no metrics, or the picture's format is unknown.
+        UserError: the directory holds no metrics, or the picture's format is unknown.
     """
     records = read_metrics(run_dir)
     from matplotlib.figure import Figure
@@ -114,7 +92,7 @@ def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
 
 def _unigram_entropy(run_dir: Path) -> float | None:
     try:
-        value = read_json(run_dir / "summary.json", "restore it").get("unigram_entropy")
+        value = read_json(run_dir / run_files.SUMMARY, "restore it").get("unigram_entropy")
     except ValueError:  # the line is left out; `inspect` says what is wrong with the file
         return None
     return float(value) if isinstance(value, (int, float)) else None
@@ -129,13 +107,13 @@ def picture_format(output: Path) -> str:
     """The picture format that a file's name asks for.
 
     Raises:
-        ValueError: it is none that can be drawn.
+        UserError: it is none that can be drawn.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
     kind = output.suffix.removeprefix(".").lower()
     if kind not in FigureCanvasBase.get_supported_filetypes():
-        raise ValueError(f"{output}: no picture format {kind!r}; use .png, .svg or .pdf")
+        raise UserError(f"{output}: no picture format {kind!r}; use .png, .svg or .pdf")
     return kind
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_md.errors import UserError
 from megatron_md.json_file import LARGE, parse_json, read_regular
 from megatron_md.messages import say
+from megatron_md.together import on_main
 
 if TYPE_CHECKING:
     from megatron_md.data.tokenizer import Tokenizer
@@ -37,16 +39,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file: each line of a text, or "prompt" of each line of a `.jsonl`; blank lines are left out.
 
     Raises:
-        ValueError: the file is missing or holds no prompt, or a line is not what it should be (its number is named).
+        UserError: the file is missing or holds no prompt, or a line is not what it should be (its number is named).
     """
     if not path.is_file():
-        raise ValueError(f"--prompts-file {path}: no such file")
+        raise UserError(f"--prompts-file {path}: no such file")
     data = read_regular(path, "give a smaller file", most_bytes=LARGE)
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         at = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path} line {at}: not UTF-8; write the prompts in UTF-8") from error
+        raise UserError(f"{path} line {at}: not UTF-8; write the prompts in UTF-8") from error
     prompts = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -54,7 +56,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             text = _from_json(line, where) if path.suffix == ".jsonl" else line.removesuffix("\r")
             prompts.append(Prompt(text, where))
     if not prompts:
-        raise ValueError(f"--prompts-file {path}: holds no prompt; write one on each line")
+        raise UserError(f"--prompts-file {path}: holds no prompt; write one on each line")
     return prompts
 
 
@@ -62,24 +64,20 @@ def _from_json(line: str, where: str) -> str:
     record = parse_json(line, where, 'write {"prompt": "..."} on each line')
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
-        raise ValueError(f'{where}: no text under "prompt"; write {{"prompt": "..."}} on each line')
+        raise UserError(f'{where}: no text under "prompt"; write {{"prompt": "..."}} on each line')
     return prompt
 
 
 def typed_prompts(world: World) -> Iterator[Prompt]:
     """What the main rank reads from standard input, line by line up to an empty one or the end; every rank gets it."""
-    import torch.distributed as dist
-
     if world.is_main and hasattr(sys.stdin, "reconfigure"):
         # What is not UTF-8 is refused by the tokenizer, on every rank.
         sys.stdin.reconfigure(errors="surrogateescape")
     for number in range(1, sys.maxsize):
-        line = [_typed_line() if world.is_main else ""]
-        if world.size > 1:
-            dist.broadcast_object_list(line, src=0, device=world.device)
-        if not line[0]:
+        line = on_main(_typed_line)
+        if not line:
             return
-        yield Prompt(line[0], f"line {number}")
+        yield Prompt(line, f"line {number}")
 
 
 def _typed_line() -> str:
@@ -98,19 +96,19 @@ def canvas_of(text: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a text in which each placeholder `[[n]]` became n mask tokens.
 
     Raises:
-        ValueError: there is none, or its number is out of range.
+        UserError: there is none, or its number is out of range.
     """
     tokens: list[int] = []
     # re.split with one group alternates what lies between the matches and the group.
     for number, part in enumerate(PLACEHOLDER.split(text)):
         if number % 2:
             if not 1 <= int(part) <= MOST_OPEN:
-                raise ValueError(f"the placeholder [[{part}]] must hold a number from 1 to {MOST_OPEN}, as in [[5]]")
+                raise UserError(f"the placeholder [[{part}]] must hold a number from 1 to {MOST_OPEN}, as in [[5]]")
             tokens += [tokenizer.mask_token_id] * int(part)
         elif part:
             tokens += tokenizer.encode(part).tolist()
     if tokenizer.mask_token_id not in tokens:
-        raise ValueError("no placeholder to fill in; write [[5]] where five tokens are to be found")
+        raise UserError("no placeholder to fill in; write [[5]] where five tokens are to be found")
     return tokens
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_md.batch import BoolArray, Int32Array, Int64Array
+from megatron_md.batch import BoolArray, Int32Array, Int64Array, RightShift
 from megatron_md.config import Config
 from megatron_md.data.shards import MANIFEST_NAME, load_manifest
 from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.diffusion.scoring import ScoredRows
+from megatron_md.errors import UserError
 from megatron_md.evaluate.detokenize import detokenize
-from megatron_md.evaluate.nelbo import EvaluationRows
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def evaluation_rows(
     *,
     count: int,
     files: TextFiles | None = None,
-) -> EvaluationRows:
+) -> ScoredRows:
     """Rows of L tokens, L being the smallest `data.seq_length` of the runs.
 
     Args:
@@ -51,21 +52,21 @@ def evaluation_rows(
         files: how text files are read; as they are, each a document, by default.
 
     Raises:
-        ValueError: data that is not there, was made with another tokenizer, or has nothing to score; or words are to be
+        UserError: data that is not there, was made with another tokenizer, or has nothing to score; or words are to be
             counted where `count` cuts the text.
     """
     files = files or TextFiles()
     length = min(config.data.seq_length for config in configs)
     corpora = [path for path in data if _is_corpus(Path(path))]
     if corpora and len(data) > 1:
-        raise ValueError(f"{corpora[0]}: is a corpus; give it alone, or text files only")
+        raise UserError(f"{corpora[0]}: is a corpus; give it alone, or text files only")
     words = None
     if corpora:
         if files != TextFiles():
-            raise ValueError(f"{corpora[0]}: is a corpus; --detokenizer, --lines and --words are for text files")
+            raise UserError(f"{corpora[0]}: is a corpus; --detokenizer, --lines and --words are for text files")
         manifest = load_manifest(data[0])
         if manifest.tokenizer_sha256 != tokenizer.sha256:
-            raise ValueError(f"{data[0]}: was made with another tokenizer than the run's {tokenizer.path}")
+            raise UserError(f"{data[0]}: was made with another tokenizer than the run's {tokenizer.path}")
         rows = validation_rows(manifest, length, count)
         tokens_RL, is_maskable_RL, cu_seqlens = rows.tokens_BL, rows.is_maskable_BL, rows.cu_seqlens
     else:
@@ -73,13 +74,12 @@ def evaluation_rows(
         words = sum(len(text.split()) for text in texts) if files.words else None
         documents = _documents(texts, files, tokenizer, None if files.words else count * length)
         if files.words and sum(map(len, documents)) > count * length:
-            raise ValueError(f"--words needs all of the text, which is longer than {count} rows: leave out --rows")
+            raise UserError(f"--words needs all of the text, which is longer than {count} rows: leave out --rows")
         tokens_RL, is_maskable_RL, cu_seqlens = _pack(documents, length, tokenizer, count)
-    if any(config.objective.right_shift for config in configs):
-        is_maskable_RL[:, 0] = False  # nothing lies to its left that could predict it
+    is_maskable_RL = RightShift(any(config.objective.right_shift for config in configs)).scorable(is_maskable_RL)
     scored = [row[is_scored] for row, is_scored in zip(tokens_RL, is_maskable_RL, strict=True)]
     size = sum(len(tokenizer.decode(row).encode()) for row in scored)
-    return EvaluationRows(tokens_RL, is_maskable_RL, size, cu_seqlens, words)
+    return ScoredRows(tokens_RL, is_maskable_RL, size, cu_seqlens, words)
 
 
 def _is_corpus(path: Path) -> bool:
@@ -90,9 +90,9 @@ def _read_text(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text ({error}); give a manifest or UTF-8 files") from None
+        raise UserError(f"{path}: cannot be read as text ({error}); give a manifest or UTF-8 files") from None
     if not text.strip():
-        raise ValueError(f"{path}: is empty; there is nothing to score")
+        raise UserError(f"{path}: is empty; there is nothing to score")
     return text
 
 

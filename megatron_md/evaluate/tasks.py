@@ -1,29 +1,123 @@
-"""`megatron-md evaluate RUN --tasks a,b`: lm-evaluation-harness over some seeds, and how steady answers are."""
+"""A run's answers to tasks of lm-evaluation-harness, over some seeds, and how steady they are."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import io
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_md import parallel
 from megatron_md.data.optional import optional_package
-from megatron_md.evaluate.saved_run import open_asked
-from megatron_md.messages import say
-
-if TYPE_CHECKING:
-    from megatron_md.evaluate.harness import HarnessSettings
+from megatron_md.diffusion.conditional import ConditionalEstimator
+from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.errors import UserError
+from megatron_md.run.saved import SavedRun
 
 Answers = dict[Any, Any]
+DEFAULT_LENGTH = 256  # the harness' own default for models that are not told
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """How requests are answered.
+
+    Attributes:
+        method: `monte_carlo` or `left_to_right`; a causal run is always scored exactly.
+        draws: masked copies of an answer under `monte_carlo`; one suffices for an answer of one token.
+        seed: of the masks and of sampling.
+        length: tokens of the canvas that is generated; the task's `max_gen_toks` if None.
+        steps: denoising steps; one per token if None.
+        block: tokens per block, from left to right; the whole canvas if None.
+        strategy: of the sampler.
+        temperature: of the sampler; the task's own if None.
+        guidance: classifier-free guidance of the sampler.
+    """
+
+    method: str = "monte_carlo"
+    draws: int = 128
+    seed: int = 0
+    length: int | None = None
+    steps: int | None = None
+    block: int | None = None
+    strategy: str = "low_confidence"
+    temperature: float | None = None
+    guidance: float = 0.0
+
+    def estimator(self, *, causal: bool) -> ConditionalEstimator:
+        """The estimator of log p(answer | prompt).
+
+        Raises:
+            UserError: there is none of that name, or it takes no such number of draws.
+        """
+        if self.method not in ("monte_carlo", "left_to_right"):
+            raise UserError(f"method {self.method!r}: unknown; use monte_carlo or left_to_right")
+        if self.draws < 1:
+            raise UserError(f"draws must be at least 1, got {self.draws}")
+        name: Any = "autoregressive" if causal else self.method
+        return ConditionalEstimator(name, draws=self.draws, minibatch=math.gcd(self.draws, 16), seed=self.seed)
+
+    def sampler(self, request: dict[str, Any], max_length: int) -> SamplerConfig:
+        """The sampler for a request's generation arguments.
+
+        Raises:
+            UserError: no canvas of that kind can be filled, or it leaves no room for a prompt.
+        """
+        length = self.length or int(request.get("max_gen_toks", DEFAULT_LENGTH))
+        length += -length % (self.block or 1)
+        if length >= max_length:
+            raise UserError(
+                f"{length} tokens to generate leave no room for a prompt in the model's {max_length} positions; "
+                "give a smaller --length"
+            )
+        temperature = float(request.get("temperature") or 0.0) if request.get("do_sample") else 0.0
+        temperature = temperature if self.temperature is None else self.temperature
+        top_p = float(request.get("top_p") or 1.0) if temperature else 1.0
+        return SamplerConfig(
+            length=length,
+            steps=self.steps,
+            block=self.block,
+            strategy=self.strategy,
+            temperature=temperature,
+            top_p=top_p,
+            guidance=self.guidance,
+            eos="stop",
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is asked, and how often.
+
+    Attributes:
+        names: of tasks or groups.
+        include_path: folder with further tasks.
+        num_fewshot: examples in the prompt; the task's own number if None.
+        limit: only the first questions of each task, or a share below 1.
+        seeds: of the masks and of sampling, one evaluation each.
+        micro_batch_size: rows per forward pass.
+        unsafe_code: run tasks that execute what the model writes.
+        settings: how requests are answered, whatever their seed.
+    """
+
+    names: Sequence[str]
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: float | None = None
+    seeds: Sequence[int] = (0,)
+    micro_batch_size: int = 8
+    unsafe_code: bool = False
+    settings: HarnessSettings = field(default_factory=HarnessSettings)
 
 
 @dataclass(frozen=True)
@@ -46,13 +140,13 @@ def flip_rate(answers: Sequence[Answers]) -> FlipRate:
     """Compare the answers of several seeds, each by the question's number.
 
     Raises:
-        ValueError: fewer than two seeds, or they answer different questions, or none.
+        UserError: fewer than two seeds, or they answer different questions, or none.
     """
     if len(answers) < 2:
-        raise ValueError("a flip rate needs two seeds at least")
+        raise UserError("a flip rate needs two seeds at least")
     questions = answers[0].keys()
     if not questions or any(given.keys() != questions for given in answers):
-        raise ValueError("the seeds have not answered the same questions, one at least")
+        raise UserError("the seeds have not answered the same questions, one at least")
     pairs = [fmean(one[q] != other[q] for q in questions) for one, other in combinations(answers, 2)]
     changed = fmean(any(given[q] != answers[0][q] for given in answers) for q in questions)
     return FlipRate(fmean(pairs), changed, len(questions))
@@ -78,76 +172,53 @@ def answers_of(samples: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
     return found
 
 
-def evaluate_tasks(args: argparse.Namespace) -> dict[str, Any] | None:
+def evaluate_tasks(saved: SavedRun, options: TaskOptions) -> dict[str, Any] | None:
     """Run the tasks, once for each seed; the figures on the main rank, None elsewhere.
 
     Raises:
-        ValueError: bad input, with the way out.
+        UserError: bad input, with the way out.
     """
-    _check(args)
     _quieten()
-    saved = open_asked(args.run_path, args)
     optional_package("lm_eval", "--tasks", "eval")
-    names = [name for name in args.tasks.split(",") if name]
-    manager = _task_manager(names, args.include_path)
-    tasks = _load_tasks(manager, names)
+    manager = _task_manager(options.names, options.include_path)
+    tasks = _load_tasks(manager, options.names)
     from lm_eval.evaluator import simple_evaluate
 
-    from megatron_md import parallel
     from megatron_md.evaluate.harness import HarnessModel
 
-    settings = _settings(args)
-    split = {key: getattr(args, key) for key in ("tensor", "pipeline", "device", "trust")}
+    settings = asdict(options.settings)
     with parallel.session(saved.config) as world:
-        model = HarnessModel(args.run_path, batch_size=args.micro_batch_size, world=world, **split, **asdict(settings))
+        model = HarnessModel(saved, batch_size=options.micro_batch_size, world=world, **settings)
         per_seed: dict[int, dict[str, Any]] = {}
         start = time.perf_counter()
-        for seed in args.seeds:
-            model.settings = replace(settings, seed=seed)
+        for seed in options.seeds:
+            model.settings = replace(options.settings, seed=seed)
             with redirect_stdout(io.StringIO()):  # it prints on every rank
                 found: Any = simple_evaluate(
                     model,
                     tasks=tasks,
                     task_manager=manager,
-                    num_fewshot=args.num_fewshot,
-                    limit=args.limit,
-                    batch_size=args.micro_batch_size,
-                    confirm_run_unsafe_code=args.unsafe_code,
+                    num_fewshot=options.num_fewshot,
+                    limit=options.limit,
+                    batch_size=options.micro_batch_size,
+                    confirm_run_unsafe_code=options.unsafe_code,
                 )
             if world.is_main:
                 per_seed[seed] = found
         if not world.is_main:
             return None
-        how = {**asdict(settings), **({"method": "autoregressive"} if model.causal else {})}
+        how = {**settings, **({"method": "autoregressive"} if model.causal else {})}
         del how["seed"]
-        result = {
+        return {
             "run": str(saved.checkpoint),
             "step": saved.step,
-            "seeds": args.seeds,
-            "settings": {**how, "num_fewshot": args.num_fewshot, "limit": args.limit},
+            "seeds": list(options.seeds),
+            "settings": {**how, "num_fewshot": options.num_fewshot, "limit": options.limit},
             "tasks": summary(per_seed),
             "forward_passes": model.forward_passes,
             "shortened_prompts": model.shortened,
             "seconds": time.perf_counter() - start,
         }
-    _print(result)
-    return result
-
-
-def _settings(args: argparse.Namespace) -> HarnessSettings:
-    """How the model answers, without the seed."""
-    from megatron_md.evaluate.harness import HarnessSettings
-
-    return HarnessSettings(
-        method=args.method,
-        draws=args.draws,
-        length=args.length,
-        steps=args.steps,
-        block=args.block,
-        strategy=args.strategy or "low_confidence",
-        temperature=args.temperature,
-        guidance=args.guidance,
-    )
 
 
 def _quieten() -> None:
@@ -157,15 +228,6 @@ def _quieten() -> None:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.limit is not None and not args.limit > 0.0:
-        raise ValueError(f"--limit {args.limit:g}: must be positive, a number of questions or a share below 1")
-    if args.num_fewshot is not None and args.num_fewshot < 0:
-        raise ValueError(f"--num-fewshot {args.num_fewshot}: must be 0 at least")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise ValueError(f"--seeds {','.join(map(str, args.seeds))}: one is there twice")
 
 
 def summary(per_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -215,33 +277,16 @@ def _answers(samples: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Answ
     return found
 
 
-def _print(result: dict[str, Any]) -> None:
-    for task, figures in result["tasks"].items():
-        for name, found in figures["metrics"].items():
-            error = "" if found["stderr"] is None else f" +- {found['stderr']:.4g}"
-            spread = (
-                "" if found["spread"] is None else f"   spread over {len(found['seeds'])} seeds {found['spread']:.4g}"
-            )
-            say(f"{task:30s} {name:24s} {found['mean']:.6g}{error}{spread}")
-        for name, flips in figures.get("flips", {}).items():
-            say(
-                f"{task:30s} {'flip rate,' + name:24s} {flips['flip_rate']:.4f}   {flips['changed']:.4f} of "
-                f"{flips['questions']:,} questions not answered alike by all seeds"
-            )
-    shortened = f", {result['shortened_prompts']:,} prompts cut from the left" if result["shortened_prompts"] else ""
-    say(f"{result['run']}: {result['forward_passes']:,} rows through the model in {result['seconds']:.1f} s{shortened}")
-
-
 def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
     """The harness' index of tasks; its own 14,000 are left out where the folder has all that are asked for.
 
     Raises:
-        ValueError: no names, no such folder, or no such task.
+        UserError: no names, no such folder, or no such task.
     """
     if not names:
-        raise ValueError("--tasks: give names of tasks, such as arc_easy,hellaswag")
+        raise UserError("--tasks: give names of tasks, such as arc_easy,hellaswag")
     if include_path is not None and not include_path.is_dir():
-        raise ValueError(f"--include-path {include_path}: no such folder")
+        raise UserError(f"--include-path {include_path}: no such folder")
     from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else str(include_path)
@@ -254,7 +299,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--tasks {name}: unknown to lm-eval{hint} (`lm-eval ls tasks` lists them)")
+            raise UserError(f"--tasks {name}: unknown to lm-eval{hint} (`lm-eval ls tasks` lists them)")
     return manager
 
 
@@ -262,7 +307,7 @@ def _load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
     """The tasks with their data, which the harness may download.
 
     Raises:
-        ValueError: they cannot be had.
+        UserError: they cannot be had.
     """
     tasks: list[Any] = []
     leaves: set[str] = set()
@@ -271,10 +316,10 @@ def _load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
             loaded = manager.load([name])
         except Exception as error:
             line = next(iter(str(error).splitlines()), "")
-            raise ValueError(f"--tasks {name}: cannot be loaded ({type(error).__name__}: {line})") from error
+            raise UserError(f"--tasks {name}: cannot be loaded ({type(error).__name__}: {line})") from error
         again = sorted(leaves & loaded["tasks"].keys())
         if again:
-            raise ValueError(f"--tasks {name}: {again[0]} is part of another one that is asked for; leave one out")
+            raise UserError(f"--tasks {name}: {again[0]} is part of another one that is asked for; leave one out")
         leaves |= loaded["tasks"].keys()
         tasks += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     return tasks

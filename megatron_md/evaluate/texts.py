@@ -1,35 +1,58 @@
-"""Texts of a trained run: prompts are encoded, checked, batched by length, denoised, and printed in their order."""
+"""Texts of a trained run: prompts are encoded, checked, batched by length, denoised, and given in their order."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_md import parallel
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.sampler import OnStep, Sample, SamplerStep, check_fits, infill
-from megatron_md.diffusion.sampler_config import SamplerConfig
-from megatron_md.evaluate.canvas import LiveCanvas, can_stream
-from megatron_md.evaluate.generate import sampler_config
-from megatron_md.evaluate.generation import shared
-from megatron_md.evaluate.load import LoadedDenoiser, is_causal
+from megatron_md.diffusion.sampler import OnStep, Sample, SamplerStep, infill
+from megatron_md.diffusion.sampler_config import SamplerConfig, check_fits
+from megatron_md.errors import UserError
+from megatron_md.evaluate.canvas import LiveCanvas
+from megatron_md.evaluate.load import is_causal, load_model
 from megatron_md.evaluate.prompts import Prompt, batches, canvas_of, typed_prompts
-from megatron_md.evaluate.saved_run import SavedRun, open_asked
 from megatron_md.evaluate.trace import Recorder, trace_page
 from megatron_md.files import replace_file
-from megatron_md.messages import printable, tell
-from megatron_md.parallel import World
+from megatron_md.messages import printable, progress, tell
+from megatron_md.parallel import World, shared
 from megatron_md.plugins import import_plugins
-from megatron_md.train.denoiser import fill
+from megatron_md.run.saved import SavedRun
+from megatron_md.train.inference import fill
 
 TYPING_SECONDS = 7 * 86400.0  # how long other ranks wait for a line
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What is written.
+
+    Attributes:
+        length: tokens after a prompt; an infilled one says itself what is open.
+        infill: fill in the prompts' placeholders instead of continuing them.
+        sampler: the other keys of `SamplerConfig` that were given.
+        samples: texts for each prompt; their seeds follow the sampler's.
+        batch_size: prompts of equal length that go together.
+        output: file for the texts as JSON lines.
+        save_trace: file for a page that replays the steps of the one text.
+        stream: show a lone prompt's canvas on the terminal while it is filled.
+    """
+
+    length: int
+    infill: bool = False
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    samples: int = 1
+    batch_size: int = 8
+    output: Path | None = None
+    save_trace: Path | None = None
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,53 +93,92 @@ class Text:
     seconds: float
 
 
+OnText = Callable[[Text, bool], None]
+
+
+def write_texts(
+    saved: SavedRun,
+    prompts: Sequence[Prompt] | None,
+    options: TextOptions,
+    on_text: OnText = lambda text, streamed: None,
+) -> list[Text]:
+    """Generate, and write the files that are asked for; every rank calls this and gets the same texts.
+
+    Args:
+        saved: the run, opened for this job.
+        prompts: what to continue or to fill in; typed where None are given.
+        options: how.
+        on_text: given each text in order on the main rank, as early as there is one, and whether it was streamed.
+
+    Raises:
+        UserError: bad input, with the way out.
+    """
+    if saved.trust:
+        import_plugins(saved.config)  # they may register strategies
+    tokenizer = Tokenizer(saved.tokenizer)
+    requests = Requests(saved, tokenizer, options)
+    # All that can be wrong is known before the model is loaded.
+    asked = None if prompts is None else [requests.of(prompt) for prompt in prompts]
+    config = saved.config
+    if asked is None:
+        config = replace(config, parallel=replace(config.parallel, timeout_seconds=TYPING_SECONDS))
+    with parallel.session(config) as world:
+        writer = Writer(saved, world, tokenizer, options, on_text)
+        if asked is not None:
+            writer.write(asked)
+            return writer.texts
+        for prompt in typed_prompts(world):
+            try:
+                request = requests.of(prompt)
+            except UserError as error:
+                if world.is_main:
+                    tell(error)
+                continue
+            writer.write([request])
+        return writer.texts
+
+
 class Requests:
     """Turns prompts into requests, as the options and the run say."""
 
-    def __init__(self, args: argparse.Namespace, saved: SavedRun, tokenizer: Tokenizer) -> None:
+    def __init__(self, saved: SavedRun, tokenizer: Tokenizer, options: TextOptions) -> None:
         """Check the options against the run.
 
         Raises:
-            ValueError: they do not fit each other or the run.
+            UserError: they do not fit each other or the run.
         """
-        self._args, self._tokenizer = args, tokenizer
+        self._options, self._tokenizer = options, tokenizer
         self._right_shift = saved.config.objective.right_shift
-        self._context = saved.config.model.max_length or saved.config.data.seq_length
-        causal = is_causal(saved, mask_token_id=tokenizer.mask_token_id)
-        if causal:
-            options = {
-                "infill": args.infill,
-                "steps": args.steps,
-                "block": args.block,
-                "strategy": args.strategy,
-                "guidance": args.guidance,
-            }
-            given = next((name for name, value in options.items() if value), None)
-            if given:
-                raise ValueError(
-                    f"{saved.checkpoint}: a causal model writes one token after the other; leave --{given} out"
-                )
-        self._config = sampler_config(
-            args, self._context if args.infill else args.length, None if args.infill else args.steps
-        )
+        self._context = saved.config.model.max_length
+        if is_causal(saved, mask_token_id=tokenizer.mask_token_id):
+            keys = {"infill": options.infill, **options.sampler}
+            for name in ("infill", "steps", "block", "strategy", "guidance"):
+                if keys.get(name):
+                    raise UserError(
+                        f"{saved.checkpoint}: a causal model writes one token after the other; leave --{name} out"
+                    )
+        self._config = self._sampler(self._context, steps=None) if options.infill else self._sampler(options.length)
 
     def of(self, prompt: Prompt) -> Request:
         """The request for a prompt.
 
         Raises:
-            ValueError: it does not fit into the context or has nothing to fill in; the message says which prompt.
+            UserError: it does not fit into the context or has nothing to fill in; the message says which prompt.
         """
         try:
-            return self._filled_in(prompt) if self._args.infill else self._continued(prompt)
-        except ValueError as error:
-            raise ValueError(f"{prompt.where}: {error}") from error
+            return self._filled_in(prompt) if self._options.infill else self._continued(prompt)
+        except UserError as error:
+            raise UserError(f"{prompt.where}: {error}") from error
+
+    def _sampler(self, length: int, **keys: Any) -> SamplerConfig:
+        return SamplerConfig(**{**self._options.sampler, "length": length, **keys})
 
     def _continued(self, prompt: Prompt) -> Request:
         tokens = self._tokenizer.encode(prompt.text).tolist()
         if self._right_shift and not tokens:
             tokens = [self._tokenizer.eos_token_id]  # nothing predicts a row's first token
         elif self._config.guidance and not tokens:
-            raise ValueError("--guidance needs a prompt to do without; give one or leave it out")
+            raise UserError("--guidance needs a prompt to do without; give one or leave it out")
         check_fits(len(tokens), self._config.length, self._context)
         return Request(prompt, tuple(tokens), self._config)
 
@@ -124,73 +186,52 @@ class Requests:
         mask = self._tokenizer.mask_token_id
         canvas = canvas_of(prompt.text, self._tokenizer)
         if len(canvas) > self._context:
-            raise ValueError(
+            raise UserError(
                 f"its {len(canvas)} tokens exceed the model's {self._context} positions; shorten it or its placeholders"
             )
         if self._right_shift and canvas[0] == mask:
-            raise ValueError("this model predicts a token from those before it; let the prompt begin with a text")
+            raise UserError("this model predicts a token from those before it; let the prompt begin with a text")
         if self._config.guidance and set(canvas) == {mask}:
-            raise ValueError("--guidance needs given text to do without; give some or leave it out")
-        steps = self._args.steps
+            raise UserError("--guidance needs given text to do without; give some or leave it out")
+        steps = self._options.sampler.get("steps")
         if steps is None and self._config.strategy != "first_hitting":
             steps = canvas.count(mask)
-        return Request(prompt, tuple(canvas), sampler_config(self._args, len(canvas), steps))
-
-
-def write_texts(args: argparse.Namespace, prompts: list[Prompt] | None) -> None:
-    """Generate, print, and write `--output` and `--save-trace`; prompts are typed where None are given.
-
-    Raises:
-        ValueError: bad input, with the way out.
-    """
-    saved = open_asked(args.run_path, args)
-    if args.trust:
-        import_plugins(saved.config)  # they may register strategies
-    tokenizer = Tokenizer(saved.tokenizer)
-    requests = Requests(args, saved, tokenizer)
-    # All that can be wrong is known before the model is loaded.
-    asked = None if prompts is None else [requests.of(prompt) for prompt in prompts]
-    config = saved.config
-    if asked is None:
-        config = replace(config, parallel=replace(config.parallel, timeout_seconds=TYPING_SECONDS))
-    with parallel.session(config) as world:
-        writer = Writer(args, saved, world, tokenizer)
-        if asked is not None:
-            writer.write(asked)
-            return
-        for prompt in typed_prompts(world):
-            try:
-                request = requests.of(prompt)
-            except ValueError as error:
-                if world.is_main:
-                    tell(error)
-                continue
-            writer.write([request])
+        return Request(prompt, tuple(canvas), self._sampler(len(canvas), steps=steps))
 
 
 class Writer:
-    """A loaded run that writes texts."""
+    """A loaded run that writes texts.
 
-    def __init__(self, args: argparse.Namespace, saved: SavedRun, world: World, tokenizer: Tokenizer) -> None:
-        self._args, self._saved, self._world, self._tokenizer = args, saved, world, tokenizer
-        self._denoiser = LoadedDenoiser(saved, world, tokenizer, may_be_causal=True)
-        self._streams = world.is_main and world.data_size == 1 and not args.no_stream and can_stream()
-        self._texts: list[Text] = []
+    Attributes:
+        texts: so far.
+    """
+
+    def __init__(
+        self, saved: SavedRun, world: World, tokenizer: Tokenizer, options: TextOptions, on_text: OnText
+    ) -> None:
+        self._saved, self._world, self._tokenizer, self._options = saved, world, tokenizer, options
+        self._on_text = on_text if world.is_main else lambda text, streamed: None
+        self._denoiser = load_model(saved, world, tokenizer)
+        self._streams = options.stream and world.is_main and world.data_size == 1
+        self.texts: list[Text] = []
 
     def write(self, requests: list[Request]) -> None:
-        """Generate the samples of each request, print them, and add them to `--output`; every rank calls this."""
-        args, world = self._args, self._world
-        samples = range(args.samples)
-        groups = batches([(len(request.tokens), request.config) for request in requests], args.batch_size)
+        """Generate the samples of each request, and add them to `texts` and `output`; every rank calls this."""
+        options, world = self._options, self._world
+        samples = range(options.samples)
+        groups = batches([(len(request.tokens), request.config) for request in requests], options.batch_size)
         jobs = [(group, sample) for group in groups for sample in samples]
         alone = len(requests) == 1
         at_once = alone and world.data_size == 1
-        with self._progress(len(jobs), shown=not at_once) as advance:
+        visible = world.is_main and not at_once and len(jobs) > 1
+        with progress("batches", len(jobs), visible=visible, transient=True) as move:
 
             def work(job: tuple[list[int], int]) -> list[Text]:
                 group, sample = job
                 texts = self._batch([requests[place] for place in group], sample, alone=alone)
-                advance()
+                if at_once:
+                    self._on_text(texts[0], self._streams)
+                move()
                 return texts
 
             found = shared(world, jobs, work)
@@ -200,26 +241,14 @@ class Writer:
             for place, text in zip(group, batch, strict=True)
         }
         ordered = [texts[place, sample] for place in range(len(requests)) for sample in samples]
-        if world.is_main:
-            for text in ordered if not at_once else []:
-                self._print(text)
-            self._texts += ordered
-            if args.output:
-                replace_file(args.output, "".join(json.dumps(asdict(text)) + "\n" for text in self._texts))
-
-    @contextmanager
-    def _progress(self, jobs: int, *, shown: bool) -> Iterator[Callable[[], None]]:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        hidden = not (shown and jobs > 1 and self._world.is_main and console.is_terminal)
-        with Progress(console=console, disable=hidden, transient=True) as bar:
-            task = bar.add_task("batches", total=jobs)
-            yield lambda: bar.advance(task)
+        for text in ordered if not at_once else []:
+            self._on_text(text, False)
+        self.texts += ordered
+        if options.output and world.is_main:
+            replace_file(options.output, "".join(json.dumps(asdict(text)) + "\n" for text in self.texts))
 
     def _batch(self, requests: list[Request], sample: int, *, alone: bool) -> list[Text]:
-        """Texts of requests that go together; a lone one is shown while it is written, and printed."""
+        """Texts of requests that go together; a lone one is shown while it is written."""
         config = replace(requests[0].config, seed=requests[0].config.seed + sample)
         recorder = Recorder(self._tokenizer.mask_token_id)
         start = time.perf_counter()
@@ -227,7 +256,7 @@ class Writer:
             with LiveCanvas(self._decode, self._tokenizer.mask_token_id) as live:
                 result = self._denoise(requests, config, _both(live.on_step, recorder.on_step))
         else:
-            result = self._denoise(requests, config, recorder.on_step if self._args.save_trace else None)
+            result = self._denoise(requests, config, recorder.on_step if self._options.save_trace else None)
         seconds = time.perf_counter() - start
         rows = [row[-config.length :] for row in result.tokens_BL.tolist()]
         texts = [
@@ -242,18 +271,15 @@ class Writer:
             )
             for request, tokens in zip(requests, rows, strict=True)
         ]
-        if alone and self._world.is_main:
-            if self._world.data_size == 1:
-                self._print(texts[0], streamed=self._streams)
-            if self._args.save_trace:
-                self._save_trace(recorder, texts[0], config)
+        if self._options.save_trace and self._world.is_main:
+            self._save_trace(self._options.save_trace, recorder, texts[0], config)
         return texts
 
     def _denoise(self, requests: list[Request], config: SamplerConfig, on_step: OnStep | None) -> Sample:
         mask, eos = self._tokenizer.mask_token_id, self._tokenizer.eos_token_id
         rows = [request.tokens for request in requests]
         seeds = [config.seed] * len(rows)  # a text does not depend on what it is batched with
-        if not self._args.infill:
+        if not self._options.infill:
             return fill(
                 self._denoiser, rows, config, mask_token_id=mask, eos_token_id=eos, on_step=on_step, seeds=seeds
             )
@@ -265,25 +291,15 @@ class Writer:
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, show_special=True)
 
-    def _print(self, text: Text, *, streamed: bool = False) -> None:
-        whole = text.text if self._args.infill else text.prompt + text.text
-        if not streamed:
-            sys.stdout.write((printable(whole, multiline=True) if sys.stdout.isatty() else whole) + "\n")
-            sys.stdout.flush()
-        tell(
-            f"[{len(text.tokens)} tokens, {text.forward_passes} forward passes, {text.seconds:.1f} s, "
-            f"step {self._saved.step} of {self._args.run_path}]"
-        )
-
-    def _save_trace(self, recorder: Recorder, text: Text, config: SamplerConfig) -> None:
+    def _save_trace(self, path: Path, recorder: Recorder, text: Text, config: SamplerConfig) -> None:
         facts = {
-            "run": f"{self._args.run_path}, step {self._saved.step}",
+            "run": f"{self._saved.path}, step {self._saved.step}",
             "prompt": printable(text.prompt, multiline=True),
             "strategy": f"{config.strategy}, temperature {config.temperature:g}, seed {config.seed}",
             "steps": f"{text.steps}, {text.forward_passes} forward passes",
         }
         title = f"{printable(text.prompt)[:60]} – {text.steps} denoising steps"
-        replace_file(self._args.save_trace, trace_page(recorder, self._decode, title=title, facts=facts))
+        replace_file(path, trace_page(recorder, self._decode, title=title, facts=facts))
 
 
 def _both(first: OnStep, second: OnStep) -> OnStep:

@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_md.batch import Int32Array
+from megatron_md.errors import UserError
 
 
 @lru_cache(maxsize=8)
@@ -98,7 +99,7 @@ class SDPACoreAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if attn_mask_type not in (AttnMaskType.no_mask, AttnMaskType.causal):
-            raise ValueError(f"attention supports no_mask and causal, not {attn_mask_type}")
+            raise UserError(f"attention supports no_mask and causal, not {attn_mask_type}")
         assert config.attention_dropout == 0.0, "the SDPA core attention has no dropout"
         assert config.context_parallel_size == 1, "the SDPA core attention does not split the sequence"
         self.rotary_base = rotary_base

@@ -18,7 +18,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_md import cpu
-from megatron_md.config import Config, ParallelConfig
+from megatron_md.config import Config, ParallelConfig, ResolvedConfig
+from megatron_md.errors import UserError
 from megatron_md.model.head import Prediction, PredictionLoss, masked_cross_entropy, select_hidden
 from megatron_md.model.initialize import initialize_weights
 from megatron_md.model.spec import block_spec, use_transformer_engine
@@ -101,14 +102,14 @@ def apply_overrides(fields: dict[str, Any], overrides: dict[str, Any], target: t
     """Merge a user's `megatron.*` keys into the fields of one of megatron-core's dataclasses.
 
     Raises:
-        ValueError: a key is not a field of `target`, or another key of ours decides it.
+        UserError: a key is not a field of `target`, or another key of ours decides it.
     """
     known = {f.name for f in dataclasses.fields(target)}
     for key in overrides:
         if key not in known:
-            raise ValueError(f"megatron.{section}.{key}: megatron-core's {target.__name__} has no such field")
+            raise UserError(f"megatron.{section}.{key}: megatron-core's {target.__name__} has no such field")
         if key in RESERVED:
-            raise ValueError(f"megatron.{section}.{key}: set {RESERVED[key]} instead")
+            raise UserError(f"megatron.{section}.{key}: set {RESERVED[key]} instead")
     return {**fields, **overrides}
 
 
@@ -116,7 +117,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     """megatron-core's transformer configuration for a run.
 
     Raises:
-        ValueError: an unknown field under `megatron.transformer`.
+        UserError: an unknown field under `megatron.transformer`.
     """
     model = config.model
     bf16 = config.train.precision == "bf16"
@@ -125,8 +126,8 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         num_layers=model.layers,
         hidden_size=model.hidden,
         num_attention_heads=model.heads,
-        num_query_groups=model.kv_heads or model.heads,
-        kv_channels=model.head_dim or model.hidden // model.heads,
+        num_query_groups=model.key_heads,
+        kv_channels=model.head_width,
         ffn_hidden_size=model.ffn,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -163,7 +164,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     try:
         core = TransformerConfig(**fields)
     except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"megatron-core refuses this model: {error}") from error
+        raise UserError(f"megatron-core refuses this model: {error}") from error
     if device.type == "cpu":
         cpu.assert_safe_transformer_config(core)
     return core
@@ -191,9 +192,8 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def padded_vocab(config: Config) -> int:
+def padded_vocab(config: ResolvedConfig) -> int:
     """Rows of the embedding: the vocabulary rounded up to `parallel.vocab_multiple * parallel.tensor`."""
-    assert config.model.vocab is not None, "model.vocab is resolved from the tokenizer before a model is built"
     unit = config.parallel.vocab_multiple * config.parallel.tensor
     return -(-config.model.vocab // unit) * unit
 
@@ -204,10 +204,14 @@ def state_dict_metadata() -> dict[str, Any]:
 
 
 def _build_chunk(
-    config: Config, core: TransformerConfig, device: torch.device, causal: bool, excluded: tuple[int, ...], stage: int
+    config: ResolvedConfig,
+    core: TransformerConfig,
+    device: torch.device,
+    causal: bool,
+    excluded: tuple[int, ...],
+    stage: int,
 ) -> Denoiser:
     vp_stage = stage if config.parallel.virtual_pipeline > 1 else None
-    assert config.model.vocab is not None
     transformer_engine = use_transformer_engine(device)
     # Transformer Engine has a fused rotary embedding of its own; our core attention applies it otherwise.
     in_attention = config.model.position == "rope" and not transformer_engine
@@ -222,7 +226,7 @@ def _build_chunk(
             vp_stage=vp_stage,
         ),
         vocab_size=padded_vocab(config),
-        max_sequence_length=config.model.max_length or config.data.seq_length,
+        max_sequence_length=config.model.max_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=config.model.tied,
@@ -236,12 +240,12 @@ def _build_chunk(
 
 
 def build_model(
-    config: Config, device: torch.device, *, causal: bool, mask_token_id: int | None, initialize: bool = True
+    config: ResolvedConfig, device: torch.device, *, causal: bool, mask_token_id: int | None, initialize: bool = True
 ) -> list[torch.nn.Module]:
     """This rank's model chunks (one, or one per virtual pipeline stage), on `device`, initialised from the seed.
 
     Args:
-        config: with `model.vocab` resolved.
+        config: the run.
         device: where the parameters live ("meta" builds shapes only).
         causal: causal attention for the autoregressive baseline.
         mask_token_id: excluded from prediction under `objective.mask_logit: exclude`; None excludes nothing.
@@ -253,7 +257,6 @@ def build_model(
     stages = range(config.parallel.virtual_pipeline)
     chunks: list[torch.nn.Module] = [_build_chunk(config, core, device, causal, excluded, s).to(device) for s in stages]
     if initialize:
-        assert config.model.vocab is not None
         depth = math.sqrt(2.0 * config.model.layers) if config.model.scaled_init else 1.0
         initialize_weights(
             chunks,

@@ -12,12 +12,11 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_md.batch import BatchPosition, CleanBatch, Int64Array
-from megatron_md.parallel import World
+from megatron_md.batch import Int64Array
+from megatron_md.diffusion.scoring import ScoredRows, Scorer
 from megatron_md.parity.config import MASK_TOKEN_ID
 from megatron_md.parity.objective import supervise_label
-from megatron_md.train.callback import Callback, Record
-from megatron_md.train.step import Stepper
+from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.trainer import Trainer
 
 MEMORISED_AT, CHANCE_BELOW = 0.99, 0.58  # train accuracy that counts as learnt; validation accuracy near chance
@@ -26,12 +25,13 @@ MEMORISED_AT, CHANCE_BELOW = 0.99, 0.58  # train accuracy that counts as learnt;
 class LabelEvaluator:
     """Scores a fixed set of rows with all bits visible and only the label masked."""
 
-    def __init__(self, tokens_RL: Int64Array, stepper: Stepper, world: World) -> None:
-        """Score `tokens_RL` through `stepper`."""
-        self.stepper, self.world = stepper, world
+    def __init__(self, tokens_RL: Int64Array, scorer: Scorer) -> None:
+        """Score `tokens_RL` through `scorer`."""
+        self.scorer = scorer
+        rows = ScoredRows(tokens_RL, np.ones_like(tokens_RL, dtype=np.bool_))
         self._corrupted = [
             supervise_label(batch, np.zeros_like(batch.is_maskable_BL), MASK_TOKEN_ID)
-            for batch in self._batches(tokens_RL)
+            for batch, _ in rows.micro_batches(np.arange(len(tokens_RL)), scorer)
         ]
 
     def run(self) -> tuple[float, float]:
@@ -40,25 +40,11 @@ class LabelEvaluator:
         Only two tokens can be predicted, so a label is right iff its cross-entropy is below log 2.
         """
         sums = torch.zeros(3, dtype=torch.float64)
-        losses = self.stepper.negative_log_likelihoods(self._corrupted)
+        losses = self.scorer.negative_log_likelihoods(self._corrupted)
         for nll_M in losses or []:
             sums += torch.tensor([(nll_M < math.log(2.0)).sum(), nll_M.sum(dtype=np.float64), len(nll_M)])
-        right, nll, count = self.stepper.sum_over_ranks(sums).tolist()
+        right, nll, count = self.scorer.sum_over_ranks(sums).tolist()
         return right / count, nll / count
-
-    def _batches(self, tokens_RL: Int64Array) -> list[CleanBatch]:
-        """This rank's micro-batches; the last ones are filled up with rows whose label is not scored."""
-        count, size = len(tokens_RL), min(self.stepper.micro_batch_size, len(tokens_RL))
-        rounds = math.ceil(count / (size * self.world.data_size))
-        # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
-        rounds = -(-rounds // self.stepper.round_micro_batches) * self.stepper.round_micro_batches
-        batches = []
-        for number in range(rounds):
-            index_B = (number * self.world.data_size + self.world.data_rank) * size + np.arange(size)
-            tokens_BL = tokens_RL[np.minimum(index_B, count - 1)]
-            is_real_BL = np.broadcast_to((index_B < count)[:, None], tokens_BL.shape)
-            batches.append(CleanBatch(tokens_BL, is_real_BL, index_B, BatchPosition(0, count)))
-        return batches
 
 
 def weight_norm(chunks: list[torch.nn.Module]) -> float:
@@ -122,18 +108,18 @@ class AccuracyReport(Callback):
     learning: Learning = field(default_factory=Learning)
     is_at_goal: bool = False
 
-    def after_step(self, trainer: Trainer, record: Record) -> None:
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Measure where it is due."""
         step = trainer.progress.step
         # All batches have one size, so this is the progress that the step's mask rates were drawn at.
-        record["signal_probability"] = self.signal_probability((step - 1) / self.last_step)
+        result.record["signal_probability"] = self.signal_probability((step - 1) / self.last_step)
         if step % self.every and step != self.last_step:
             return
-        record["train_accuracy"], record["train_label_ce"] = self.train.run()
-        record["valid_accuracy"], record["valid_label_ce"] = self.valid.run()
-        record["weight_norm"] = weight_norm(trainer.stepper.chunks)
+        result.record["train_accuracy"], result.record["train_label_ce"] = self.train.run()
+        result.record["valid_accuracy"], result.record["valid_label_ce"] = self.valid.run()
+        result.record["weight_norm"] = weight_norm(trainer.stepper.chunks)
         goal = MEMORISED_AT if self.stop_at is None else self.stop_at
-        self.learning.add(step, record["train_accuracy"], record["valid_accuracy"], goal)
-        if self.stop_at is not None and record["valid_accuracy"] >= self.stop_at:
-            trainer.stopped_by = f"validation accuracy {record['valid_accuracy']:.3f}"
+        self.learning.add(step, result.record["train_accuracy"], result.record["valid_accuracy"], goal)
+        if self.stop_at is not None and result.record["valid_accuracy"] >= self.stop_at:
+            trainer.stopped_by = f"validation accuracy {result.record['valid_accuracy']:.3f}"
             self.is_at_goal = True

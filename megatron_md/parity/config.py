@@ -12,25 +12,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_md import config_loader
-from megatron_md.checks import check_config
-from megatron_md.config import Config, ConfigError
-from megatron_md.config_sections import (
-    STRICT,
+from megatron_md.config import (
+    Config,
+    ConfigError,
     DataConfig,
-    Doc,
-    Fraction,
     LogConfig,
     MegatronConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
-    PositiveInt,
-    Seed,
+    ResolvedConfig,
     TrainConfig,
     ValidationConfig,
+    resolve,
 )
+from megatron_md.config import loader as config_loader
+from megatron_md.config.schema import STRICT, Doc, Fraction, PositiveInt, Seed
+from megatron_md.run.check import check_config
 
 VOCABULARY, MASK_TOKEN_ID = 3, 2  # the bits 0 and 1, and the mask token
 MOST_BITS = 62
@@ -141,10 +140,10 @@ def load_parity_config(path: str | Path, overrides: Sequence[str] = ()) -> Parit
     return config_loader.validate(ParityConfig, mapping, str(path), overridden)
 
 
-def training_config(config: ParityConfig) -> Config:
+def training_config(config: ParityConfig) -> ResolvedConfig:
     """The configuration of the training run inside."""
     length = config.task.n + 1
-    return Config(
+    training = Config(
         run_dir=config.run_dir,
         seed=config.seed,
         model=replace(config.model, vocab=VOCABULARY, max_length=length),
@@ -159,6 +158,7 @@ def training_config(config: ParityConfig) -> Config:
         megatron=config.megatron,
         imports=config.imports,
     )
+    return resolve(training)
 
 
 def check_parity(config: ParityConfig, world_size: int = 1) -> None:

@@ -11,9 +11,11 @@ from typing import Any, cast
 
 import torch
 
-from megatron_md import config_loader, parallel
+from megatron_md import parallel, run_files
+from megatron_md.config import loader as config_loader
 from megatron_md.diffusion.objective import Objective, build_objective
 from megatron_md.diffusion.schedule import parse_schedule
+from megatron_md.diffusion.scoring import Scorer
 from megatron_md.diffusion.theory import schedule_signal_probability
 from megatron_md.files import replace_file
 from megatron_md.model.build import build_model, wrap_data_parallel
@@ -22,10 +24,11 @@ from megatron_md.parity.accuracy import AccuracyReport, LabelEvaluator
 from megatron_md.parity.config import DIRECT, MASK_TOKEN_ID, ParityConfig, training_config
 from megatron_md.parity.objective import ReportByRegime
 from megatron_md.parity.task import ParityStream, ParityTask
-from megatron_md.parity.uniform_attention import LocalStopRequest, UniformAttentionStepper
+from megatron_md.parity.uniform_attention import UniformAttentionStepper
 from megatron_md.plugins import import_plugins
 from megatron_md.train.callback import Callback
-from megatron_md.train.metrics import MetricsWriter, environment, write_json
+from megatron_md.train.callbacks.metrics import MetricsWriter, environment, write_json
+from megatron_md.train.inference import Inference
 from megatron_md.train.optimizer import build_optimizer
 from megatron_md.train.resilience import StopRequest
 from megatron_md.train.step import Stepper
@@ -52,13 +55,12 @@ def run_experiment(
     task = ParityTask.of(config)
     objective = build_objective(config.objective, seed=config.seed, mask_token_id=MASK_TOKEN_ID)
     reported = ReportByRegime(objective, task.signal_positions, MASK_TOKEN_ID)
-    stop_request = LocalStopRequest if config.denoiser == "uniform_attention" else StopRequest
-    stop = stop_request() if handle_signals else None
-    with _stepper(config, reported) as (world, stepper, optimizer):
-        accuracy = _accuracy_report(config, task, stepper, world)
+    stop = StopRequest() if handle_signals else None
+    with _model(config, reported) as (world, stepper, scorer):
+        accuracy = _accuracy_report(config, task, scorer)
         metrics = MetricsWriter(training, directory, flops_per_token=0.0, peak_flops=None)
         stream = ParityStream(task, seed=config.seed)
-        trainer = Trainer(training, world, stream, stepper, optimizer, [accuracy, *callbacks, metrics], stop)
+        trainer = Trainer(training, world, stream, stepper, stepper.optimizer, [accuracy, *callbacks, metrics], stop)
         if world.is_main:
             _open(config, directory, world)
         trainer.fit()
@@ -71,7 +73,7 @@ def run_experiment(
             "seconds": time.time() - start,
         }
         if world.is_main:
-            write_json(directory / "summary.json", summary)
+            write_json(directory / run_files.SUMMARY, summary)
     return summary
 
 
@@ -84,28 +86,32 @@ def theoretical_signal_probability(config: ParityConfig) -> Callable[[float], fl
 
 
 @contextmanager
-def _stepper(config: ParityConfig, objective: Objective) -> Iterator[tuple[World, Stepper, Any]]:
-    """This process's place in the job, the model in its stepper, and the optimizer."""
+def _model(config: ParityConfig, objective: Objective) -> Iterator[tuple[World, Stepper, Scorer]]:
+    """This process's place in the job, and the model to train and to score."""
     if config.denoiser == "uniform_attention":
         torch.set_num_threads(1)
         stand_in = UniformAttentionStepper(config, objective)
-        yield World(0, 1, torch.device("cpu"), 0, 1, True), cast(Stepper, stand_in), stand_in.optimizer
+        yield World(0, 1, torch.device("cpu"), 0, 1, True), cast(Stepper, stand_in), stand_in
         return
     training = training_config(config)
     with parallel.session(training) as world:
         chunks = build_model(training, world.device, causal=objective.causal, mask_token_id=MASK_TOKEN_ID)
         chunks = wrap_data_parallel(chunks, training)
-        optimizer = build_optimizer(training, chunks)
-        yield world, Stepper(training, world, chunks, optimizer, objective), optimizer
+        stepper = Stepper(training, world, chunks, build_optimizer(training, chunks), objective)
+        yield (
+            world,
+            stepper,
+            Inference(training, world, chunks, causal=objective.causal, mask_token_id=MASK_TOKEN_ID),
+        )
 
 
-def _accuracy_report(config: ParityConfig, task: ParityTask, stepper: Stepper, world: World) -> AccuracyReport:
+def _accuracy_report(config: ParityConfig, task: ParityTask, scorer: Scorer) -> AccuracyReport:
     most = config.accuracy.train_samples
     # Of fresh rows, the first ones stand for all.
     train_tokens = task.fresh(0, most) if task.train_tokens is None else task.train_tokens[:most]
     return AccuracyReport(
-        LabelEvaluator(train_tokens, stepper, world),
-        LabelEvaluator(task.valid_tokens, stepper, world),
+        LabelEvaluator(train_tokens, scorer),
+        LabelEvaluator(task.valid_tokens, scorer),
         every=config.accuracy.every_steps,
         last_step=config.train.steps,
         stop_at=config.accuracy.stop_at,
@@ -115,7 +121,7 @@ def _accuracy_report(config: ParityConfig, task: ParityTask, stepper: Stepper, w
 
 def _open(config: ParityConfig, directory: Path, world: World) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "metrics.jsonl").unlink(missing_ok=True)
-    replace_file(directory / "config.yaml", config_loader.to_yaml(config))
-    write_json(directory / "env.json", environment(world.size))
-    write_json(directory / "summary.json", {"status": "running"})
+    (directory / run_files.METRICS).unlink(missing_ok=True)
+    replace_file(directory / run_files.CONFIG, config_loader.to_yaml(config))
+    write_json(directory / run_files.ENVIRONMENT, environment(world.size))
+    write_json(directory / run_files.SUMMARY, {"status": "running"})

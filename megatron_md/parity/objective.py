@@ -12,7 +12,14 @@ from megatron_md.diffusion.corruption import (
     mask_at_rate,
     stratified_uniforms_of_rows,
 )
-from megatron_md.diffusion.objective import Metrics, Objective, ObjectiveContext, mean_metrics, register_objective
+from megatron_md.diffusion.objective import (
+    MEAN_METRICS,
+    Metrics,
+    Objective,
+    ObjectiveContext,
+    mean_metrics,
+    register_objective,
+)
 from megatron_md.diffusion.theory import in_signal_regime
 from megatron_md.parity.config import DIRECT
 
@@ -27,6 +34,7 @@ class DirectSupervision:
 
     name: str = DIRECT
     causal: bool = False
+    metric_names: tuple[str, ...] = MEAN_METRICS
 
     def __init__(self, context: ObjectiveContext, *, mask_inputs: bool = False) -> None:
         """Build from the config; `weight`, `normalise` and `importance` do not matter."""
@@ -82,6 +90,7 @@ class ReportByRegime:
     def __init__(self, objective: Objective, signal_positions: tuple[int, ...], mask_token_id: int) -> None:
         """Wrap `objective` for a task with these positions S'."""
         self.name, self.causal = objective.name, objective.causal
+        self.metric_names = (*objective.metric_names, "signal_loss", "noise_loss", "signal_share")
         self.corrupt = objective.corrupt
         self._objective, self._positions, self._mask_token_id = objective, signal_positions, mask_token_id
 

@@ -41,7 +41,7 @@ def arm_curves(directory: Path) -> list[ArmCurves]:
     """The curves of a sweep's arms, from DIRECTORY/parity.csv and its runs.
 
     Raises:
-        ValueError: there is no sweep, or one of its runs has no metrics.
+        UserError: there is no sweep, or one of its runs has no metrics.
     """
     arms = []
     for name, rows in by_arm(read_csv(directory)).items():
@@ -68,7 +68,7 @@ def plot_sweep(directory: Path, output: Path) -> None:
     """Draw a sweep.
 
     Raises:
-        ValueError: see `arm_curves`, or the picture's format is unknown.
+        UserError: see `arm_curves`, or the picture's format is unknown.
     """
     arms = arm_curves(directory)
     from matplotlib.figure import Figure

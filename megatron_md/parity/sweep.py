@@ -25,12 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_md import config_loader
-from megatron_md.config_loader import ConfigError
+from megatron_md import run_files
+from megatron_md.config import loader as config_loader
+from megatron_md.config.loader import ConfigError
+from megatron_md.errors import UserError
 from megatron_md.evaluate.plot import read_metrics
 from megatron_md.files import replace_file
 from megatron_md.json_file import read_json, read_regular
-from megatron_md.messages import say, shown, tell
+from megatron_md.messages import shown, tell
 from megatron_md.parity.config import ParityConfig, SweepConfig, check_parity
 from megatron_md.processes import die_with_parent
 
@@ -57,8 +59,8 @@ class SweepRun:
     def summary(self) -> dict[str, Any] | None:
         """What came of it, if it has been run to its end exactly as configured."""
         try:
-            summary = read_json(self.directory / "summary.json", "the run is done again")
-            resolved = read_regular(self.directory / "config.yaml", "the run is done again").decode()
+            summary = read_json(self.directory / run_files.SUMMARY, "the run is done again")
+            resolved = read_regular(self.directory / run_files.CONFIG, "the run is done again").decode()
         except ValueError:
             return None
         if not all(isinstance(summary.get(key), kind) for key, kind in _FIGURES.items()):
@@ -120,45 +122,45 @@ def _folder(arm: str) -> str:
     return re.sub(r"[^\w.]+", "_", arm).strip("_") or "arm"
 
 
-def run_sweep(config: ParityConfig, *, workers: int) -> int:
-    """Run what is not done yet, write RUN_DIR/parity.csv after every run, and print the table.
+def run_sweep(config: ParityConfig, *, workers: int = 1) -> tuple[list[dict[str, str]], int]:
+    """Run what is not done yet, and write RUN_DIR/parity.csv after every run.
 
     Args:
         config: the sweep.
         workers: processes at a time, each with one thread.
 
     Returns:
-        How many runs failed.
+        The lines of parity.csv (for `table`), and how many runs failed.
 
     Raises:
         ConfigError: see `expand`.
     """
-    runs = expand(config)
-    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    directory = Path(config.run_dir)
+    runs, directory = expand(config), Path(config.run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
     rows = {run.directory: row for run in runs if (row := csv_row(directory, run)) is not None}
     todo = [run for run in runs if run.directory not in rows]
     tell(f"{len(runs)} runs, {len(rows)} of them done already")
+
+    def write() -> None:
+        if rows:
+            write_csv(directory, [rows[run.directory] for run in runs if run.directory in rows])
+
+    write()
     failed = 0
     with _pool(workers) as pool:
         futures: dict[Future[None], SweepRun] = {pool.submit(_run_in_worker, run.config): run for run in todo}
         for future in as_completed(futures):
-            run = futures[future]
-            error = future.exception()
+            run, error = futures[future], future.exception()
             if error is not None:
                 failed += 1
-                log = run.directory / "log.txt"
-                tell(f"{run.directory} failed: {type(error).__name__}: {error} (see {log})")
+                tell(f"{run.directory} failed: {type(error).__name__}: {error} (see {run.directory / 'log.txt'})")
                 continue
             row = csv_row(directory, run)
             assert row is not None, "it has just been run"
             tell(f"{run.directory}: {_verdict(row)}")
             rows[run.directory] = row
-            write_csv(directory, [rows[run.directory] for run in runs if run.directory in rows])
-    if rows:
-        write_csv(directory, [rows[run.directory] for run in runs if run.directory in rows])
-        say(table(read_csv(directory)).rstrip("\n"), multiline=True)
-    return failed
+            write()
+    return (read_csv(directory) if rows else []), failed
 
 
 @contextlib.contextmanager
@@ -255,11 +257,11 @@ def read_csv(directory: Path) -> list[dict[str, str]]:
     """The lines of DIRECTORY/parity.csv.
 
     Raises:
-        ValueError: there is no such file.
+        UserError: there is no such file.
     """
     path = directory / CSV_NAME
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; make it with `megatron-md parity sweep`")
+        raise UserError(f"{path}: no such file; make it with `megatron-md parity sweep`")
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.batch import DamagedDocument, Int64Array
-from megatron_md.data.stream import Rows
+from megatron_md.batch import DamagedDocument, Int64Array, Rows
 from megatron_md.diffusion.corruption import random_words
 from megatron_md.parity.config import ParityConfig
 
@@ -118,9 +117,7 @@ class ParityStream:
             tokens_BL,
             np.ones(tokens_BL.shape, dtype=np.bool_),
             index_B,
-            [np.array([0, length], dtype=np.int32)] * len(index_B),
-            np.zeros_like(index_B),
-            frozenset(),
+            cu_seqlens=[np.array([0, length], dtype=np.int32)] * len(index_B),
         )
 
     def state(self, rows: int) -> dict[str, Any]:

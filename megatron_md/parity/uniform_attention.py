@@ -8,7 +8,6 @@ that all masked positions share. It is no transformer, so it runs outside Megatr
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,7 +20,6 @@ from megatron_md.batch import CleanBatch, CorruptedBatch
 from megatron_md.diffusion.objective import Objective
 from megatron_md.parity.config import VOCABULARY, ParityConfig
 from megatron_md.train.bad_numbers import not_finite
-from megatron_md.train.resilience import StopRequest
 from megatron_md.train.step import Judge, StepReport
 
 
@@ -45,18 +43,11 @@ class UniformAttentionModel(nn.Module):
         return torch.squeeze(self.mlp(one_hot), 1)
 
 
-class LocalStopRequest(StopRequest):
-    """A stop request where there is no other rank to agree with."""
-
-    def agreed(self, device: torch.device) -> str | None:
-        """What has asked this process to stop."""
-        return None if self.signal is None else signal.Signals(self.signal).name
-
-
 class UniformAttentionStepper:
     """What the loop and the callbacks ask of a `Stepper`, for this model in one process."""
 
-    round_micro_batches = 1
+    causal = right_shift = within_document = False
+    data_rank, data_size = 0, 1
 
     def __init__(self, config: ParityConfig, objective: Objective) -> None:
         """Build model and optimizer."""
@@ -84,7 +75,9 @@ class UniformAttentionStepper:
         sign_M = 1.0 - 2.0 * torch.from_numpy(batch.targets_M).to(torch.float32)
         return nn.functional.softplus(sign_M * logit_B[row_M])
 
-    def train(self, batches: Sequence[CorruptedBatch], judge: Judge = not_finite) -> StepReport:
+    def train(
+        self, batches: Sequence[CorruptedBatch], judge: Judge = not_finite, votes: Sequence[float] = ()
+    ) -> StepReport:
         """One optimizer step; see `Stepper.train`."""
         self.optimizer.zero_grad()
         count = max(1, sum(batch.denominator for batch in batches))
@@ -104,7 +97,7 @@ class UniformAttentionStepper:
         if fault is None:
             self.optimizer.step()
         metrics = {name: value / number if number else math.nan for name, (value, number) in sums.items()}
-        return StepReport(loss, grad_norm, fault, metrics)
+        return StepReport(loss, grad_norm, fault, metrics, list(votes))
 
     @torch.no_grad()
     def negative_log_likelihoods(self, batches: Sequence[CorruptedBatch]) -> list[np.ndarray[Any, Any]]:

@@ -9,8 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from megatron_md import config_loader
-from megatron_md.config_loader import ConfigError
+from megatron_md.config import loader as config_loader
+from megatron_md.config.loader import ConfigError
+from megatron_md.errors import UserError
 from megatron_md.evaluate.compare import relative_difference
 from megatron_md.files import replace_file
 from megatron_md.json_file import as_record, read_json
@@ -85,7 +86,7 @@ def read_reference(path: Path) -> Reference:
         record = read_json(path, way_out)
         config = record.pop("config", None)
         if not isinstance(config, dict):
-            raise ValueError(f"{path}: holds no config, so it {way_out}")
+            raise UserError(f"{path}: holds no config, so it {way_out}")
         figures = as_record(_Figures, record, path, way_out)
     except ValueError as error:
         raise ConfigError([str(error)]) from None
@@ -121,8 +122,8 @@ def train_recorded(config: ParityConfig) -> tuple[dict[str, Any], list[float], l
         def __init__(self) -> None:
             self.records: list[tuple[float, float]] = []
 
-        def after_step(self, trainer: Any, record: dict[str, Any]) -> None:
-            self.records.append((record["loss"], record["grad_norm"]))
+        def after_step(self, trainer: Any, result: Any) -> None:
+            self.records.append((result.record["loss"], result.record["grad_norm"]))
 
     curve = Curve()
     with scratch_folder() as folder:
@@ -131,15 +132,36 @@ def train_recorded(config: ParityConfig) -> tuple[dict[str, Any], list[float], l
     return summary, loss, grad_norm
 
 
+def validate(words: Sequence[str] = (), *, reference: Path | None = None, world_size: int = 1) -> tuple[bool, str]:
+    """Train the recorded case in this process's place of the job, and set it against the record.
+
+    Args:
+        words: `section.key=value`, layout and device only.
+        reference: the record; the package's own if None.
+        world_size: processes of the job.
+
+    Returns:
+        Whether it passes, and the line that says why.
+
+    Raises:
+        UserError: see `read_reference`, `layout_config` and `compare`.
+    """
+    record = read_reference(reference or default_reference())
+    config = layout_config(record, words, world_size)
+    summary, loss, grad_norm = train_recorded(config)
+    verdict = compare(record, loss, grad_norm, summary["reached_step"])
+    return verdict.passed, report(config, world_size, record, verdict)
+
+
 def compare(reference: Reference, loss: list[float], grad_norm: list[float], reached_step: int | None) -> Verdict:
     """Set a run against the record.
 
     Raises:
-        ValueError: the record holds another number of steps.
+        UserError: the record holds another number of steps.
     """
     steps = {len(loss), len(grad_norm), len(reference.loss), len(reference.grad_norm)}
     if len(steps) > 1 or not loss:
-        raise ValueError(
+        raise UserError(
             f"the record holds {len(reference.loss)} steps of the curve, the run {len(loss)}: record it anew"
         )
     losses = [relative_difference(*pair) for pair in zip(loss, reference.loss, strict=True)]
@@ -152,7 +174,7 @@ def compare(reference: Reference, loss: list[float], grad_norm: list[float], rea
 
 def record_reference(config: ParityConfig, path: Path) -> None:
     """Train the first run of a sweep in this process and write its record."""
-    from megatron_md.train.metrics import environment
+    from megatron_md.train.callbacks.metrics import environment
 
     seeds = config.sweep.seeds or [config.seed]
     arms = list(config.sweep.arms.values()) or [[]]

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from megatron_md.exit_codes import RunFailedError
+from megatron_md.errors import RunFailedError
 
 WINDOW = 128  # accepted losses that the running median is taken over
 FEWEST = 32  # accepted losses before a spike can be told from the start of a run

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from megatron_md.batch import DamagedDocument
 
 if TYPE_CHECKING:
     from megatron_md.train.trainer import Trainer
@@ -10,12 +13,32 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
-class Callback:
-    """Base of all callbacks; every method is called on every rank and does nothing by default.
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
 
-    A record holds one step's metrics under the names of `metrics.jsonl`; a callback may add to it, and later callbacks
-    see what earlier ones added.
+    Attributes:
+        record: its metrics under the names of `metrics.jsonl`; a callback may add to it, and later callbacks see what
+            earlier ones added.
+        fault: why its update was left out, else None.
+        rows: [first, stop) of its global batch, in g.
+        damaged: documents that left gaps in this rank's rows.
+        is_damaged: any rank has met such a document.
+        stop_votes: how many ranks have been asked to stop, by what has asked them.
+        votes: by `id` of a callback: the sum over all ranks of what its `vote` gave before the step.
     """
+
+    record: Record
+    fault: str | None
+    rows: tuple[int, int]
+    damaged: frozenset[DamagedDocument]
+    is_damaged: bool
+    stop_votes: list[float]
+    votes: dict[int, float]
+
+
+class Callback:
+    """Base of all callbacks; every method is called on every rank and does nothing by default."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this process, after a checkpoint has been loaded."""
@@ -24,7 +47,11 @@ class Callback:
         """After the return to a checkpoint within a run; by default what is done at a start."""
         self.on_start(trainer)
 
-    def after_step(self, trainer: Trainer, record: Record) -> None:
+    def vote(self, trainer: Trainer) -> float:
+        """A number that all ranks are to know the sum of after the next step, at no cost."""
+        return 0.0
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """After an optimizer step; `trainer.progress` already counts it."""
 
     def on_end(self, trainer: Trainer) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_md.exit_codes import EXIT_ERROR, EXIT_PEER_FAILED, VERDICT_VARIABLE, RunFailedError
+from megatron_md.errors import EXIT_ERROR, EXIT_PEER_FAILED, VERDICT_VARIABLE, RunFailedError
 from megatron_md.messages import tell
 from megatron_md.processes import PARENT_VARIABLE, scratch_folder
 from megatron_md.train import nodes

@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-from megatron_md.exit_codes import EXIT_ERROR, RunFailedError, hang_mark
+from megatron_md.errors import EXIT_ERROR, RunFailedError, UserError, hang_mark
 from megatron_md.parallel import ROUND_VARIABLE
 
 BACKEND = "megatron-md"
@@ -122,7 +122,7 @@ def _create(params: RendezvousParameters) -> Rendezvous:
     try:
         host, _ = parse_rendezvous_endpoint(params.endpoint, PORT)
     except ValueError as error:
-        raise ValueError(f"--rdzv-endpoint: {error}") from None
+        raise UserError(f"--rdzv-endpoint: {error}") from None
     backend, store = _meet(params, host)
     assert isinstance(store, dist.TCPStore)
     if not params.get_as_bool("is_host"):

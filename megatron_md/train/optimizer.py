@@ -135,7 +135,7 @@ def build_optimizer(config: Config, chunks: list[Any]) -> MegatronOptimizer:
     Its inner Adam is apex's or Transformer Engine's fused one where megatron-core found them, else `AdamW` above.
 
     Raises:
-        ValueError: an unknown field under `megatron.optimizer`.
+        UserError: an unknown field under `megatron.optimizer`.
     """
     keys = config.optimizer
     bf16 = config.train.precision == "bf16"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -114,8 +113,8 @@ def row_length_at(config: Config, first_sample_index: int) -> int:
     """Tokens per row of the global batch that starts at this g.
 
     `data.seq_length`; with probability `data.random_length_fraction` a random length instead, uniform over the
-    multiples of `row_length_unit` (LLaDA, arXiv 2502.09992, cuts 1 % of its rows). One length for a whole global batch,
-    as pipeline messages have one shape per step; a pure function of (seed, g).
+    multiples of `ParallelConfig.row_unit` (LLaDA, arXiv 2502.09992, cuts 1 % of its rows). One length for a whole
+    global batch, as pipeline messages have one shape per step; a pure function of (seed, g).
     """
     if not config.data.random_length_fraction:
         return config.data.seq_length
@@ -123,10 +122,5 @@ def row_length_at(config: Config, first_sample_index: int) -> int:
     choice, length = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
     if choice >= config.data.random_length_fraction * 2**64:
         return config.data.seq_length
-    unit = row_length_unit(config)
+    unit = config.parallel.row_unit
     return unit * (1 + (length * (config.data.seq_length // unit) >> 64))
-
-
-def row_length_unit(config: Config) -> int:
-    """What random row lengths are multiples of, so that tensor and context parallelism can split them."""
-    return math.lcm(config.parallel.tensor, 2 * config.parallel.context)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import torch
-import torch.distributed as dist
+from megatron_md import run_files
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-STOP_FILE = "stop"
-_FILE = 1000  # above every signal's number
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+NAMES = (f"the file {run_files.STOP}", *(number.name for number in SIGNALS))
 
 
 class StopRequest:
@@ -27,7 +26,7 @@ class StopRequest:
         Args:
             run_dir: the run's directory, on the one rank that looks for the file.
         """
-        self.file = run_dir / STOP_FILE if run_dir is not None else None
+        self.file = run_dir / run_files.STOP if run_dir is not None else None
         self.signal: int | None = None
         for number in SIGNALS:
             signal.signal(number, self._handle)
@@ -39,14 +38,14 @@ class StopRequest:
             os._exit(128 + number)
         self.signal = number
 
-    def agreed(self, device: torch.device) -> str | None:
-        """What asked any of the ranks to stop, the same on all of them; every rank calls this after each step."""
-        found = _FILE if self.file is not None and self.file.exists() else self.signal or 0
-        flag = torch.tensor([float(found)], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        number = int(flag.item())
-        if number == _FILE:
-            if self.file is not None:
-                self.file.unlink(missing_ok=True)
-            return f"the file {STOP_FILE}"
-        return signal.Signals(number).name if number else None
+    def votes(self) -> list[float]:
+        """What this process has been asked by: 1 for the file or the signal, in the order of `NAMES`."""
+        is_there = self.file is not None and self.file.exists()
+        return [float(is_there), *(float(self.signal == number) for number in SIGNALS)]
+
+    def verdict(self, votes: Sequence[float]) -> str | None:
+        """What asked any of the ranks to stop, from the sums of their votes; every rank stops for it."""
+        asked = next((name for name, count in zip(NAMES, votes, strict=True) if count), None)
+        if asked == NAMES[0] and self.file is not None:
+            self.file.unlink(missing_ok=True)
+        return asked

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.diffusion.sampler import check_fits
-from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.diffusion.sampler_config import SamplerConfig, check_fits
+from megatron_md.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ def sampler_config(config: Config) -> SamplerConfig:
     """The sampler as the keys of `sampling` say.
 
     Raises:
-        ValueError: they contradict each other.
+        UserError: they contradict each other.
     """
     keys = config.sampling
     return SamplerConfig(
@@ -42,7 +42,7 @@ def sample_requests(config: Config, tokenizer: Tokenizer) -> list[SampleRequest]
     Under sequence parallelism a canvas must be a multiple of `parallel.tensor`: the length is rounded up to that.
 
     Raises:
-        ValueError: a prompt does not fit into the context, or no canvas of a fit length can be sampled.
+        UserError: a prompt does not fit into the context, or no canvas of a fit length can be sampled.
     """
     sampler = sampler_config(config)
     requests = []
@@ -52,9 +52,9 @@ def sample_requests(config: Config, tokenizer: Tokenizer) -> list[SampleRequest]
             if config.objective.right_shift and not tokens:
                 tokens = [tokenizer.eos_token_id]  # nothing predicts a row's first token
             rounded = _rounded(sampler, len(tokens), config)
-            check_fits(len(tokens), rounded.length, config.model.max_length or config.data.seq_length)
+            check_fits(len(tokens), rounded.length, config.positions)
         except ValueError as error:
-            raise ValueError(f"sampling.prompts, {prompt!r}: {error}") from None
+            raise UserError(f"sampling.prompts, {prompt!r}: {error}") from None
         requests.append(SampleRequest(prompt, tokens, rounded))
     return requests
 
@@ -65,7 +65,7 @@ def _rounded(sampler: SamplerConfig, prompt_length: int, config: Config) -> Samp
     try:
         return replace(sampler, length=length)
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"parallel.sequence_parallel needs prompt and text to be a multiple of parallel.tensor {multiple}, and "
             f"sampling.length {sampler.length} cannot become {length} with these sampling.steps and sampling.block; "
             "leave both out"

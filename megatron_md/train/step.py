@@ -20,10 +20,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_md.batch import CleanBatch, CorruptedBatch
+from megatron_md.batch import CleanBatch, CorruptedBatch, RightShift
 from megatron_md.config import Config
 from megatron_md.diffusion.annealing import hidden_pairs
 from megatron_md.diffusion.objective import Objective
+from megatron_md.errors import UserError
 from megatron_md.model.attention import additive_mask, packed_documents
 from megatron_md.model.head import Prediction, PredictionLoss
 from megatron_md.parallel import World
@@ -37,19 +38,16 @@ class StepReport:
     Attributes:
         loss: the training objective in nats per counted token.
         grad_norm: global gradient norm before clipping.
-        fault: why the update was left out, else None.
+        fault: why the update was left out, else None; weights and optimizer state are as they were then.
         metrics: the objective's own means (`masked_ce`, `mean_mask_rate`, ...).
+        votes: sums over all ranks of what each had to say.
     """
 
     loss: float
     grad_norm: float
     fault: str | None
     metrics: dict[str, float]
-
-    @property
-    def skipped(self) -> bool:
-        """The update was left out: weights and optimizer state are as they were."""
-        return self.fault is not None
+    votes: list[float]
 
 
 Judge = Callable[[float, float], str | None]
@@ -60,176 +58,19 @@ def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tenso
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class Stepper:
-    """Runs global batches through the model: `train` updates the weights, `negative_log_likelihoods` only looks."""
+class ForwardPass:
+    """Sends micro-batches through the model by megatron-core's schedule, whichever the layout has."""
 
-    def __init__(
-        self,
-        config: Config,
-        world: World,
-        chunks: list[Any],
-        optimizer: MegatronOptimizer | None,
-        objective: Objective,
-    ) -> None:
-        self.chunks = chunks
-        self.optimizer = optimizer
-        self.objective = objective
-        self.world = world
-        self.clip_grad = config.optimizer.clip_grad
-        self.within_document = config.data.document_attention == "within_document"
-        self.right_shift = config.objective.right_shift
-        self.seed, self.attention_annealing = config.seed, config.objective.attention_annealing
-        if objective.causal and self.attention_annealing:
-            raise ValueError(
-                f"objective.attention_annealing: attention of {objective.name} is always causal; set it to 0"
-            )
-        self.vocab = config.model.vocab
+    def __init__(self, config: Config, world: World, chunks: list[Any]) -> None:
+        self.chunks, self.world = chunks, world
         self.micro_batch_size = config.train.micro_batch_size
-        self.round_micro_batches = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
-        self._schedule = get_forward_backward_func()
-        core = chunks[0].config
-        core.finalize_model_grads_func = finalize_model_grads
-        if optimizer is not None:
-            core.grad_scale_func = optimizer.scale_loss
-
-    def corrupt(self, batches: Sequence[CleanBatch]) -> list[CorruptedBatch]:
-        """Corrupt this rank's micro-batches of one global batch (host work, safe in a background thread)."""
-        first = batches[0]
-        is_hidden_LL = hidden_pairs(self.seed, first.position, first.tokens_BL.shape[1], self.attention_annealing)
-        corrupted = [self.keep_apart(batch, self.objective.corrupt(self.scorable(batch))) for batch in batches]
-        return [replace(batch, is_hidden_LL=is_hidden_LL) for batch in corrupted]
-
-    def scorable(self, batch: CleanBatch) -> CleanBatch:
-        """The rows; under `right_shift` without scoring their first token, to whose left no output lies."""
-        if not self.right_shift:
-            return batch
-        is_maskable_BL = batch.is_maskable_BL.copy()
-        is_maskable_BL[:, 0] = False
-        return replace(batch, is_maskable_BL=is_maskable_BL)
-
-    def keep_apart(self, clean: CleanBatch, corrupted: CorruptedBatch) -> CorruptedBatch:
-        """The corrupted rows with the boundaries of their documents, where the config has attention heed them."""
-        assert not self.within_document or clean.cu_seqlens is not None, "these rows do not know their documents"
-        return replace(corrupted, cu_seqlens=clean.cu_seqlens if self.within_document else None)
-
-    def train(self, batches: Sequence[CorruptedBatch], judge: Judge | None = None) -> StepReport:
-        """One optimizer step on this rank's micro-batches of a global batch.
-
-        Args:
-            batches: the micro-batches.
-            judge: from loss and gradient norm, why the update must be left out, or None to make it; the same function
-                on every rank. By default numbers that are not finite are a reason.
-        """
-        assert self.optimizer is not None
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outputs = self._run(batches, forward_only=False)
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        loss, metrics = self._reduce(batches, outputs)
-        loss, grad_norm = self._agreed(loss, grad_norm)
-        fault = (judge or not_finite)(loss, grad_norm)
-        if fault is None:
-            self._update(grad_norm)
-        return StepReport(loss, grad_norm, fault, metrics)
-
-    def _agreed(self, *figures: float) -> list[float]:
-        """Rank 0's figures, given to all; NaN where any rank's is not finite.
-
-        They should be equal already. A last bit that differs, or one device that computes wrongly, must not make some
-        ranks update and others not.
-        """
-        is_main = self.world.is_main
-        local = [[float(not math.isfinite(x)), x if is_main and math.isfinite(x) else 0.0] for x in figures]
-        table = torch.tensor(local, dtype=torch.float64, device=self.world.device)
-        dist.all_reduce(table)
-        return [math.nan if bad else value for bad, value in table.tolist()]
-
-    def _update(self, grad_norm: float) -> None:
-        assert self.optimizer is not None
-        if self.clip_grad > 0.0:
-            for part in self.optimizer.chained_optimizers:
-                parameters = part.get_parameters()
-                if parameters:
-                    clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
-        self.optimizer.step_with_ready_grads()
-
-    @torch.no_grad()
-    def negative_log_likelihoods(self, batches: Sequence[CorruptedBatch]) -> list[np.ndarray[Any, Any]] | None:
-        """Each batch's nll_M in nats, without gradients; None on ranks that do not hold the last pipeline stage."""
-        for chunk in self.chunks:
-            chunk.eval()
-        outputs = self._run(batches, forward_only=True)
-        for chunk in self.chunks:
-            chunk.train()
-        if not self.world.is_last_stage:
-            return None
-        return [output.nll_M.cpu().numpy() for output in outputs]
-
-    @torch.no_grad()
-    def logits(self, tokens_BL: torch.Tensor, *, bos_token_id: int | None = None) -> torch.Tensor:
-        """Logits fp32 [B, L, V] of token ids on this rank's device, -inf for tokens that are never predicted.
-
-        Every rank of a replica of the model calls this with the same tokens, and gets the same logits.
-
-        Args:
-            tokens_BL: the canvas.
-            bos_token_id: what a causal model reads first, so that each position is predicted from those to its left.
-        """
-        if bos_token_id is not None:
-            bos_B1 = tokens_BL.new_full((len(tokens_BL), 1), bos_token_id)
-            tokens_BL = torch.cat((bos_B1, tokens_BL[:, :-1]), dim=1)
-        modes = [chunk.training for chunk in self.chunks]
-        for chunk in self.chunks:
-            chunk.eval()
-        rows, length = tokens_BL.shape
+        self.within_document = config.data.document_attention == "within_document"
+        self.shift = RightShift(config.objective.right_shift)
         # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
-        canvases = [tokens_BL] * self.round_micro_batches
-        outputs: list[torch.Tensor] = self._through(
-            self._logits_step, canvases, (rows, length), forward_only=True, collect_non_loss_data=True
-        )
-        for chunk, mode in zip(self.chunks, modes, strict=True):
-            chunk.train(mode)
-        logits_BLV = self._from_last_stage(outputs[0] if self.world.is_last_stage else None, (rows, length))
-        if self.right_shift:
-            # The output at a position predicts the next one; nothing predicts the first.
-            logits_BLV = torch.cat((logits_BLV[:, :1], logits_BLV[:, :-1]), dim=1)
-        return logits_BLV
+        self._round = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
+        self._schedule = get_forward_backward_func()
 
-    @staticmethod
-    def _logits_step(iterator: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
-        tokens_BL = next(iterator)
-        positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-        return model(tokens_BL, positions_BL, None), lambda logits_BLV, non_loss_data: logits_BLV
-
-    def _from_last_stage(self, logits_BLV: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
-        """The last pipeline stage's logits, given to every stage."""
-        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            assert logits_BLV is not None
-            return logits_BLV
-        if logits_BLV is None:
-            assert self.vocab is not None, "model.vocab is resolved before a model is built"
-            logits_BLV = torch.empty((*shape, self.vocab), dtype=torch.float32, device=self.world.device)
-        logits_BLV = logits_BLV.contiguous()
-        source = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(logits_BLV, src=source, group=parallel_state.get_pipeline_model_parallel_group())
-        return logits_BLV
-
-    def sum_over_ranks(self, figures: torch.Tensor) -> torch.Tensor:
-        """Sum over data-parallel ranks of what the last pipeline stages hold, given to every rank (on the CPU)."""
-        figures = figures.to(self.world.device)
-        if self.world.is_last_stage:
-            dist.all_reduce(figures, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            dist.broadcast(
-                figures,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
-        return figures.cpu()
-
-    def _run(self, batches: Sequence[CorruptedBatch], *, forward_only: bool) -> list[PredictionLoss]:
+    def predict(self, batches: Sequence[CorruptedBatch], *, forward_only: bool) -> list[PredictionLoss]:
         """Forward (and backward) over all micro-batches; the last pipeline stage gets their outputs."""
         attention_mask = None
         if batches[0].is_hidden_LL is not None:
@@ -237,30 +78,30 @@ class Stepper:
             is_hidden_LL = _to_device(batches[0].is_hidden_LL, self.world.device)
             attention_mask = additive_mask(is_hidden_LL, self.chunks[0].config.params_dtype)
         step = partial(self._forward_step, attention_mask)
-        outputs: list[PredictionLoss] = self._through(
-            step, batches, batches[0].tokens_BL.shape, forward_only=forward_only
-        )
-        return outputs
+        return self.through(step, batches, batches[0].tokens_BL.shape, forward_only=forward_only)
 
-    def _through(self, step: Callable[..., Any], items: Sequence[Any], shape: tuple[int, ...], **keys: Any) -> Any:
-        """Send micro-batches of `shape` [B, L] through megatron-core's schedule, whichever the layout has."""
-        iterators = [iter(items) for _ in self.chunks]
-        return self._schedule(
+    def through(self, step: Callable[..., Any], items: Sequence[Any], shape: tuple[int, ...], **keys: Any) -> list[Any]:
+        """What `step` gives for micro-batches of `shape` [B, L]: a list on the last pipeline stage, empty elsewhere."""
+        padded = [*items, *[items[-1]] * (-len(items) % self._round)]
+        assert keys["forward_only"] or len(padded) == len(items), "the config's checks refuse such a batch"
+        iterators = [iter(padded) for _ in self.chunks]
+        outputs: list[Any] = self._schedule(
             forward_step_func=step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(items),
+            num_microbatches=len(padded),
             seq_length=shape[1],
             micro_batch_size=shape[0],
             **keys,
         )
+        return outputs[: len(items)]
 
     def _forward_step(
         self, attention_mask: torch.Tensor | None, iterator: Iterator[CorruptedBatch], model: Any
     ) -> tuple[Any, Any]:
         batch, device = next(iterator), self.world.device
         prediction = Prediction(
-            _to_device(batch.positions_M - int(self.right_shift), device),
+            _to_device(self.shift.outputs(batch.positions_M), device),
             _to_device(batch.targets_M, device),
             _to_device(batch.weights_M, device),
         )
@@ -277,15 +118,86 @@ class Stepper:
         # The report must not keep the graph, nor be the tensor that the schedule goes on to change.
         return output.loss, count, PredictionLoss(output.loss.detach().clone(), output.nll_M)
 
-    def _reduce(
-        self, batches: Sequence[CorruptedBatch], outputs: list[PredictionLoss]
-    ) -> tuple[float, dict[str, float]]:
-        """Loss and metrics of the global batch: sums over micro-batches and ranks, divided by global counts."""
-        device = self.world.device
-        # Every stage knows the names; only the last one has the values.
-        names = sorted(self.objective.reduce(torch.zeros(len(batches[0].targets_M), device=device), batches[0]))
-        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
-        if self.world.is_last_stage:
+
+class Stepper(ForwardPass):
+    """Makes optimizer steps on global batches."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        chunks: list[Any],
+        optimizer: MegatronOptimizer,
+        objective: Objective,
+    ) -> None:
+        super().__init__(config, world, chunks)
+        self.optimizer, self.objective = optimizer, objective
+        self.clip_grad = config.optimizer.clip_grad
+        self.seed, self.attention_annealing = config.seed, config.objective.attention_annealing
+        if objective.causal and self.attention_annealing:
+            raise UserError(
+                f"objective.attention_annealing: attention of {objective.name} is always causal; set it to 0"
+            )
+        core = chunks[0].config
+        core.finalize_model_grads_func = finalize_model_grads
+        core.grad_scale_func = optimizer.scale_loss
+
+    def corrupt(self, batches: Sequence[CleanBatch]) -> list[CorruptedBatch]:
+        """Corrupt this rank's micro-batches of one global batch (host work, safe in a background thread)."""
+        first = batches[0]
+        is_hidden_LL = hidden_pairs(self.seed, first.position, first.tokens_BL.shape[1], self.attention_annealing)
+        return [
+            replace(
+                self.objective.corrupt(replace(batch, is_maskable_BL=self.shift.scorable(batch.is_maskable_BL))),
+                cu_seqlens=batch.cu_seqlens if self.within_document else None,
+                is_hidden_LL=is_hidden_LL,
+            )
+            for batch in batches
+        ]
+
+    def train(
+        self, batches: Sequence[CorruptedBatch], judge: Judge = not_finite, votes: Sequence[float] = ()
+    ) -> StepReport:
+        """One optimizer step on this rank's micro-batches of a global batch.
+
+        Args:
+            batches: the micro-batches.
+            judge: from loss and gradient norm, why the update must be left out, or None to make it; the same function
+                on every rank.
+            votes: this rank's, as many as every other's; they travel with the step's figures.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self.predict(batches, forward_only=False)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        report = self._agreed(batches, outputs, grad_norm, votes)
+        report = replace(report, fault=judge(report.loss, report.grad_norm))
+        if report.fault is None:
+            self._update(report.grad_norm)
+        return report
+
+    def _update(self, grad_norm: float) -> None:
+        if self.clip_grad > 0.0:
+            for part in self.optimizer.chained_optimizers:
+                parameters = part.get_parameters()
+                if parameters:
+                    clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
+
+    def _agreed(
+        self, batches: Sequence[CorruptedBatch], outputs: list[PredictionLoss], grad_norm: float, votes: Sequence[float]
+    ) -> StepReport:
+        """The step's figures, in one sum over all ranks: a last bit that differs must not make some ranks update.
+
+        Loss and metrics are sums over micro-batches and ranks, divided by global counts. The gradient norm is rank 0's,
+        and not a number where any rank's is not: one device that computes wrongly is enough.
+        """
+        names = self.objective.metric_names
+        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.world.device)
+        # Of a replica's last pipeline stage one rank speaks; the others have the same figures, or none.
+        if self.world.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0:
             for batch, output in zip(batches, outputs, strict=True):
                 pairs = self.objective.reduce(output.nll_M, batch)
                 sums[0] += output.loss
@@ -293,9 +205,18 @@ class Stepper:
                 for number, name in enumerate(names):
                     sums[2 + 2 * number] += pairs[name][0]
                     sums[3 + 2 * number] += pairs[name][1]
-        loss_sum, count, *pairs_flat = self.sum_over_ranks(sums).tolist()
-        metrics = {
-            name: pairs_flat[2 * i] / pairs_flat[2 * i + 1] if pairs_flat[2 * i + 1] else math.nan
-            for i, name in enumerate(names)
-        }
-        return loss_sum / max(count, 1.0), metrics
+        is_finite = math.isfinite(grad_norm)
+        own = [grad_norm if is_finite and self.world.is_main else 0.0, float(not is_finite), *votes]
+        table = torch.cat((sums, torch.tensor(own, dtype=torch.float64).to(self.world.device)))
+        dist.all_reduce(table)
+        figures = table.tolist()
+        loss_sum, count = figures[:2]
+        means = zip(names, figures[2 : len(sums) : 2], figures[3 : len(sums) : 2], strict=True)
+        norm, bad, *counted = figures[len(sums) :]
+        return StepReport(
+            loss=loss_sum / max(count, 1.0),
+            grad_norm=math.nan if bad else norm,
+            fault=None,
+            metrics={name: total / number if number else math.nan for name, total, number in means},
+            votes=counted,
+        )

@@ -9,17 +9,17 @@ from typing import Any
 import tokenizers
 import torch
 
-from megatron_md.checkpoint.bridge import moves
-from megatron_md.checkpoint.families import FAMILIES
-from megatron_md.checkpoint.hf_folder import plan_shards, write_folder
-from megatron_md.config import ModelConfig
+from megatron_md.checkpoint.hf.families import FAMILIES
+from megatron_md.checkpoint.hf.folder import plan_shards, write_folder
+from megatron_md.checkpoint.hf.tensors import moves
+from megatron_md.config import ResolvedModel
 
 FAMILY_NAMES = tuple(FAMILIES)
 
 
-def shape_of(family: str, *, kv_heads: int = 2, tied: bool = False, vocab: int = 67) -> ModelConfig:
+def shape_of(family: str, *, kv_heads: int = 2, tied: bool = False, vocab: int = 67) -> ResolvedModel:
     """A shape that the family can have; a vocabulary of 67 rows divides by no tensor-parallel size."""
-    return ModelConfig(
+    return ResolvedModel(
         layers=4,
         hidden=32,
         heads=4,
@@ -39,7 +39,7 @@ def shape_of(family: str, *, kv_heads: int = 2, tied: bool = False, vocab: int =
 def write_model(
     folder: Path,
     family: str,
-    model: ModelConfig,
+    model: ResolvedModel,
     *,
     dtype: torch.dtype = torch.float32,
     std: float = 0.2,

@@ -13,7 +13,6 @@ from megatron_md.checkpoint.directory import (
     Retention,
     checkpoint_name,
     complete_checkpoints,
-    config_changes,
     find_checkpoint,
     latest_checkpoint,
     partial_path,
@@ -149,9 +148,3 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 1, Retention(1), format=1)
     with pytest.raises(ValueError, match="format 1 is not 2"):
         read_progress(path)
-
-
-def test_changed_keys_are_told_with_both_values(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("seed: 1\ntrain: {steps: 5, device: cpu}\nimports: []\n")
-    now = "seed: 1\ntrain: {steps: 9, device: cpu}\nimports: []\nlog: {every_steps: 3}\n"
-    assert config_changes(tmp_path, now) == {"train.steps": [5, 9], "log.every_steps": [None, 3]}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_md.checkpoint.conversion import plan_import
-from megatron_md.checkpoint.families import FAMILIES
-from megatron_md.checkpoint.hf_folder import INDEX_NAME, SINGLE_NAME, HuggingFaceFolder
-from megatron_md.checkpoint.original import _read
+from megatron_md.checkpoint.hf.convert import open_import
+from megatron_md.checkpoint.hf.families import FAMILIES
+from megatron_md.checkpoint.hf.folder import INDEX_NAME, SINGLE_NAME
+from megatron_md.checkpoint.hf.original import _read
 from tests.checkpoint.hf_models import FAMILY_NAMES, shape_of, write_model, write_tokenizer
 from tests.hostile import changed_bytes, changed_json, profiles, refused, tried
 
@@ -18,8 +18,8 @@ pytest.importorskip("safetensors")
 
 
 def imported(folder: Path, family: str, *, add_mask_token: bool = False) -> None:
-    with HuggingFaceFolder(folder) as opened:
-        plan = plan_import(opened, FAMILIES[family], add_mask_token=add_mask_token)
+    with open_import(folder, FAMILIES[family], add_mask_token=add_mask_token) as plan:
+        pass
     assert plan.model.layers == 4 and plan.model.hidden == 32 and plan.model.norm_eps > 0.0
 
 
@@ -56,8 +56,10 @@ def test_other_files_of_a_folder(name: str, profile: str, tmp_path: Path) -> Non
     write_tokenizer(folder)
     path = folder / (SINGLE_NAME if name == "weights" else name)
     sound = path.read_bytes()
-    files = changed_bytes(sound[:4096]).map(lambda head: head + sound[4096:]) if name == "weights" else None
-    files = files or changed_json(json.loads(sound))
+    if name == "weights":
+        files = changed_bytes(sound[:4096]).map(lambda head: head + sound[4096:])
+    else:
+        files = changed_json(json.loads(sound))
     tried((files, path, lambda: imported(folder, "llama", add_mask_token=name == "tokenizer.json")), profile)
 
 

@@ -17,10 +17,10 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_md.checkpoint.families import FAMILIES
+from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.config import load_config
+from tests.checkpoint.hf.test_convert import convert
 from tests.checkpoint.hf_models import FAMILY_NAMES, shape_of, write_model
-from tests.checkpoint.test_conversion import convert
 from tests.ranks import run_ranks
 
 TOKENS_BL = torch.arange(40).view(2, 20) % 67

@@ -192,8 +192,8 @@ def die_in_the_second_return(config: Config, marker: Path, moment: str) -> None:
     """`kill -9` while a checkpoint is set aside."""
     import os
 
-    from megatron_md import pretrain
     from megatron_md.checkpoint import rollback
+    from megatron_md.checkpoint.manager import CheckpointManager
 
     if moment == "before the rename":
         rollback.set_aside_as_bad = lambda path: os._exit(9)
@@ -201,16 +201,16 @@ def die_in_the_second_return(config: Config, marker: Path, moment: str) -> None:
         aside = rollback.set_aside_as_bad
         rollback.set_aside_as_bad = lambda path: (aside(path), os._exit(9))  # type: ignore[return-value]
     else:
-        agreed, load = rollback.agreed, pretrain.CheckpointManager.load
+        agreed = rollback.agreed
 
         def second(*args: Any, **keys: Any) -> Any:
             if args[1].guard.rollbacks == 1:
                 if moment == "before it":
                     os._exit(9)
-                pretrain.CheckpointManager.load = lambda *args: os._exit(9)  # type: ignore[method-assign]
+                CheckpointManager.load = lambda *args: os._exit(9)  # type: ignore[method-assign]
             return agreed(*args, **keys)
 
-        rollback.agreed, _ = second, load
+        rollback.agreed = second
     pretrain_poisoned(config, 4, "explode", marker)
 
 

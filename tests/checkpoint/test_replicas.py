@@ -149,7 +149,7 @@ def pretrain_with_a_flip(config: Config, rank: int, name: str, step: int) -> int
     """Train; after this step's update one bit of a weight changes on one rank."""
     from types import SimpleNamespace
 
-    from megatron_md.pretrain import pretrain
+    from megatron_md.run.pretrain import pretrain
     from megatron_md.train.step import Stepper
 
     update, updates = Stepper._update, iter(range(1, 1000))

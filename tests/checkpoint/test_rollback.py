@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megatron_md import run_files
 from megatron_md.checkpoint.directory import Retention
-from megatron_md.checkpoint.rollback import FILE_NAME, Rollback, finish
+from megatron_md.checkpoint.rollback import Rollback, finish
 from tests.checkpoint.test_directory import steps_in, write_checkpoint
 from tests.ranks import run_ranks
 
@@ -17,7 +18,7 @@ RETURN = {"step": 2, "number": 1, "jumps": [[16, 40]], "skipped_total": 3}
 
 
 def write_return(run_dir: Path, content: str | bytes = "") -> Path:
-    path = run_dir / FILE_NAME
+    path = run_dir / run_files.ROLLBACK
     path.write_bytes(content if isinstance(content, bytes) else (content or json.dumps(RETURN)).encode())
     return path
 
@@ -71,4 +72,4 @@ def test_all_ranks_learn_the_same(tmp_path: Path) -> None:
     first, second = run_ranks(told, 2, tmp_path)
     assert first == second
     assert first[:2] == [None, Rollback(2, 1, ((16, 40),), 3)] and "is damaged" in first[2] and first[3] is None
-    assert not (tmp_path / FILE_NAME).exists()
+    assert not (tmp_path / run_files.ROLLBACK).exists()

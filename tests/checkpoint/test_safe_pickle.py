@@ -25,7 +25,7 @@ from megatron_md.checkpoint import safe_pickle
 from megatron_md.checkpoint.integrity import CheckpointError
 from megatron_md.checkpoint.safe_pickle import check, guarded
 from megatron_md.evaluate.load import _load
-from megatron_md.evaluate.saved_run import SavedRun
+from megatron_md.run.saved import SavedRun
 from tests.checkpoint.saved import SMALL, Call, hostile_pickles, save_checkpoint, write_index
 from tests.ranks import run_ranks
 from tests.small_run import small_run
@@ -238,7 +238,7 @@ def load_trusted(checkpoint: Path, environment: dict[str, str]) -> str | None:
     """Load the weights as `generate --trust` does; the refusal, if any."""
     os.environ.update(environment)
     with small_run(SMALL) as run:
-        saved = SavedRun(checkpoint, SMALL, 1, Path(), trust=True)
+        saved = SavedRun(checkpoint, checkpoint, SMALL, 1, Path(), trust=True)
         try:
             _load([chunk.module for chunk in run.chunks], saved)
         except CheckpointError as error:
@@ -356,7 +356,7 @@ def fuzz_loads(checkpoint: Path, seeds: int) -> list[str | None]:
     content = (checkpoint / ".metadata").read_bytes()
     outcomes: list[str | None] = []
     with small_run(SMALL) as run:
-        saved = SavedRun(checkpoint, SMALL, 1, Path(), trust=True)
+        saved = SavedRun(checkpoint, checkpoint, SMALL, 1, Path(), trust=True)
         for seed in range(seeds):
             generator, damaged = random.Random(seed), bytearray(content)
             damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_md.checkpoint import bridge
+from megatron_md.checkpoint.hf import tensors
 from megatron_md.cli import main
 from tests.checkpoint.hf_models import contents, shape_of, write_byte_tokenizer, write_model
 from tests.data.small_corpus import made_up_code
@@ -69,8 +69,8 @@ def test_an_interrupt_ends_it_between_two_tensors_and_leaves_nothing(
     hf, run, back = (str(tmp_path / name) for name in ("hf", "run", "back"))
     there, again = (["convert", hf, run, *WORDS, "megatron"], ["convert", run, back, *WORDS, "hf"])
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    for words, place in ((there, "bridge.merge"), (again, "bridge.split")):
-        original = getattr(bridge, place.removeprefix("bridge."))
+    for words, place in ((there, "merge"), (again, "split")):
+        original = getattr(tensors, place)
         made: list[None] = []
 
         def interrupted(*args: Any, original: Any = original, made: list[None] = made) -> Any:
@@ -80,7 +80,7 @@ def test_an_interrupt_ends_it_between_two_tensors_and_leaves_nothing(
             return original(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"megatron_md.checkpoint.{place}", interrupted)
+            patch.setattr(tensors, place, interrupted)
             assert main(words) == 1
         assert capsys.readouterr().err == "megatron-md: interrupted\n" and len(made) == 3
         assert not Path(words[2]).exists() and not list(tmp_path.glob(".writing*"))

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from megatron_md import cli
+from megatron_md import cli, run_files
 from megatron_md.checkpoint.integrity import seal
 from megatron_md.config import config_from_mapping, to_yaml
-from megatron_md.train.run_lock import LOCK_NAME
 from tests.checkpoint.saved import write_index
 
 BASE: dict[str, Any] = {"model": {"preset": "tiny", "vocab": 300}, "train": {"steps": 200}}
@@ -198,7 +197,7 @@ def test_a_killed_run_is_told_from_one_that_runs(run: Path, capsys: pytest.Captu
     (run / "summary.json").write_text('{"status": "running"}')
     said = "it was killed, unless it runs on another machine"
     assert not any(said in note for note in as_json(capsys, run)[1]["notes"])  # nothing is known of a lock
-    with (run / LOCK_NAME).open("a") as held:
+    with (run / run_files.LOCK).open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert not any(said in note for note in as_json(capsys, run)[1]["notes"])
     assert any(said in note for note in as_json(capsys, run)[1]["notes"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_md.cli import main
-from megatron_md.config_loader import to_yaml
+from megatron_md.config.loader import to_yaml
 from tests.parity.parity_config import small
 
 

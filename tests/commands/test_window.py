@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_md.checks import check_config
 from megatron_md.cli import main
 from megatron_md.commands.window import GENERATION, config_line, documents, predict
 from megatron_md.config import config_from_mapping
-from megatron_md.config_loader import parse_yaml
+from megatron_md.config.loader import parse_yaml
 from megatron_md.data.shards import Manifest, load_manifest
 from megatron_md.data.writer import Tokenised, Vocabulary, write_corpus
-from megatron_md.diffusion.ngrams import ngram_weights
 from megatron_md.diffusion.theory import optimal_mask_rate
+from megatron_md.run.check import check_config
 from tests.data.small_corpus import EOS, MASK, PAD, all_documents
+from tests.diffusion.test_ngrams import ngram_weights
 
 
 def write(folder: Path, documents: list[list[int]], tokenizer: str = "0" * 64) -> Manifest:

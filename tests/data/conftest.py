@@ -1,4 +1,4 @@
-"""A tokenizer trained on a small corpus, and corpora made of given token lists."""
+"""Corpora made of given token lists."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_md.data.corpus import Document
 from megatron_md.data.shards import Manifest
-from megatron_md.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_md.data.writer import Tokenised, Vocabulary, write_corpus
-from tests.data.small_corpus import EOS, MASK, PAD, WriteCorpus, made_up_code
-
-
-@pytest.fixture(scope="session")
-def code() -> list[Document]:
-    return [Document(f"code/{number:03d}.py", made_up_code(number)) for number in range(150)]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(code: list[Document], tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return train_tokenizer(code, 330, tmp_path_factory.mktemp("tokenizer") / "small.model")
+from tests.data.small_corpus import EOS, MASK, PAD, WriteCorpus
 
 
 @pytest.fixture

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from megatron_md.data.shards import Manifest, ShardReader
 
 EOS, MASK, PAD = 2, 3, 1
-WORDS = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "value",
-    "index",
-    "token",
-    "window",
-    "shard",
-    "row",
-    "noise",
-    "clean",
-    "text",
-]
+WORDS = ["alpha", "beta", "gamma", "delta", "value", "index", "token", "window", "shard", "row", "noise", "clean",
+         "text"]  # fmt: skip
 
 WriteCorpus = Callable[..., Manifest]
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    """Damage a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x10
+    path.write_bytes(data)
 
 
 def made_up_code(number: int) -> str:

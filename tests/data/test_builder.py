@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from megatron_md.data.builder import build_shards
-from megatron_md.data.corpus import Document, Rejection
+from megatron_md.data.builder import build_corpus, build_shards
+from megatron_md.data.entries import Document, Rejection
+from megatron_md.data.survey import verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.data.verify import verify
+from megatron_md.errors import UserError
 from tests.data.small_corpus import all_documents
 from tests.test_processes import left_after, marked
 
@@ -28,11 +29,13 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_same_bytes_for_any_number_of_workers(tokenizer: Tokenizer, code: list[Document], tmp_path: Path) -> None:
-    # Enough text for several batches, so that two workers do run side by side.
-    corpus = [Document(f"{copy}/{document.name}", document.text) for copy in range(8) for document in code]
-    one = build_shards(corpus, tokenizer.path, tmp_path / "one", workers=1, **SIZES)
-    two = build_shards(corpus, tokenizer.path, tmp_path / "two", workers=2, **SIZES)
+def test_same_bytes_for_any_number_of_workers(
+    tokenizer: Tokenizer, code: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = build_shards(code, tokenizer.path, tmp_path / "one", workers=1, **SIZES)
+    # Many batches, so that two workers do run side by side.
+    monkeypatch.setattr("megatron_md.data.builder.BATCH_CHARACTERS", 2000)
+    two = build_shards(code, tokenizer.path, tmp_path / "two", workers=2, **SIZES)
     assert len(one.shards) > 3 and one.sha256 == two.sha256
     assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
@@ -45,7 +48,7 @@ def test_documents_come_back_and_totals_agree(tokenizer: Tokenizer, code: list[D
     assert manifest.tokens == sum(len(tokens) for tokens in all_documents(manifest))
     assert manifest.text_bytes == sum(len(document.text.encode()) for document in code)
     assert (manifest.tokenizer_sha256, manifest.vocab_size) == (tokenizer.sha256, 330)
-    assert verify(manifest) == []
+    assert verify_corpus(manifest) == []
 
 
 def test_stock_webdataset_sees_the_same_documents(tokenizer: Tokenizer, code: list[Document], tmp_path: Path) -> None:
@@ -77,10 +80,24 @@ def test_documents_in_are_written_or_rejected(tokenizer: Tokenizer, tmp_path: Pa
     assert manifest.documents + len(rejected) == len(corpus)
 
 
+def test_files_are_built_from_python(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps({"body": f"x = {n}"}) + "\n" for n in range(100)))
+    train, valid = (
+        build_corpus([tmp_path / "in"], tokenizer.path, tmp_path / split, split=split, text_key="body")
+        for split in ("train", "valid")
+    )
+    assert train.documents + valid.documents == 100 and valid.documents < 20
+    assert train.source == {"inputs": ["in"], "split": "train", "rejected": {}}
+    for name in ("workers", "shard_tokens", "max_document_bytes"):
+        with pytest.raises(UserError, match=rf"--{name.replace('_', '-')} 0: must be at least 1"):
+            build_corpus([tmp_path / "in"], tokenizer.path, tmp_path / "out", **{name: 0})
+
+
 ENDLESS_BUILD = """
 import itertools, sys
 from megatron_md.data.builder import build_shards
-from megatron_md.data.corpus import Document
+from megatron_md.data.entries import Document
 if __name__ == "__main__":
     documents = (Document(str(number), "value = index + 1 " * 200) for number in itertools.count())
     build_shards(documents, sys.argv[1], sys.argv[2], workers=2)

@@ -19,15 +19,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from megatron_md.checks import vocabulary
 from megatron_md.config import DataConfig, config_from_mapping
-from megatron_md.corpus_checks import corpus_problems, missing_files
 from megatron_md.data import remote
 from megatron_md.data.cache import Cache, _exclusive, default_directory
 from megatron_md.data.remote import RemoteError, RemoteFile
-from megatron_md.data.shards import Manifest, ShardError, ShardReader, content_hash, load_manifest, unigram_entropy
+from megatron_md.data.shards import Manifest, ShardError, ShardReader, content_hash, load_manifest
 from megatron_md.data.stream import SequenceStream
-from megatron_md.data.verify import verify
+from megatron_md.data.survey import unigram_entropy, verify_corpus
+from megatron_md.run.check import resolve_config
+from megatron_md.run.check_corpora import corpus_problems, missing_files
 from tests.data.file_server import FileServer, file_server
 from tests.data.small_corpus import WriteCorpus, all_documents, random_documents
 
@@ -120,7 +120,7 @@ def test_a_corpus_in_fsspec_memory_gives_the_rows_of_the_local_one(manifest: Man
     far = load_manifest("memory://bucket/corpus", cache=cache)
     assert digest(far) == digest(manifest)
     assert all_documents(far) == all_documents(manifest)
-    assert verify(far) == [] and unigram_entropy(far) == unigram_entropy(manifest)
+    assert verify_corpus(far) == [] and unigram_entropy(far) == unigram_entropy(manifest)
 
 
 def test_faults_on_the_way_do_not_change_the_rows(
@@ -145,7 +145,7 @@ def test_a_shard_that_cannot_be_had_stops_the_run_with_its_name(
         stream(far).rows(range(stream(far).rows_per_epoch))
     names = settle(cache)
     assert manifest.shards[4].sha256 not in names and not any(name.endswith(".part") for name in names)
-    assert [manifest.shards[4].name in problem for problem in verify(far)] == [True]
+    assert [manifest.shards[4].name in problem for problem in verify_corpus(far)] == [True]
 
 
 def test_corpora_with_equal_file_names_do_not_mix(write_tokens: WriteCorpus, server: FileServer, cache: Cache) -> None:
@@ -358,6 +358,6 @@ def test_a_config_with_urls_is_checked_through_its_cache(manifest: Manifest, tmp
     sound = {"train": "memory://checked", "valid": "memory://checked", "cache_dir": str(folder), "seq_length": L}
     config = config_from_mapping({"data": sound})
     assert missing_files(config) == [] and list(corpus_problems(config)) == []
-    assert vocabulary(config) == manifest.vocab_size
+    assert resolve_config(config).model.vocab == manifest.vocab_size
     (problem,) = corpus_problems(config_from_mapping({"data": {**sound, "valid": "memory://nowhere"}}))
     assert problem.startswith("data.valid: memory://nowhere/manifest.json: cannot be fetched")

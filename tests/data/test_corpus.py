@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_md.data.corpus import Document, Rejection, documents, texts
+from megatron_md.data.corpus import documents, in_validation, texts
+from megatron_md.data.entries import Document, Entry, Rejection
 
 
-def test_embedded_corpus_is_large_ordered_and_without_tests() -> None:
-    entries = list(documents())
+@pytest.fixture(scope="module")
+def embedded() -> list[Entry]:
+    return list(documents())
+
+
+def test_embedded_corpus_is_large_ordered_and_without_tests(embedded: list[Entry]) -> None:
+    entries = embedded
     names = [entry.name for entry in entries]
     assert names == sorted(set(names))
     assert "dataclasses.py" in names and "asyncio/events.py" in names
@@ -20,10 +26,10 @@ def test_embedded_corpus_is_large_ordered_and_without_tests() -> None:
     assert sum(len(document.text.encode()) for document in texts(entries)) >= 8_000_000
 
 
-def test_splits_divide_the_corpus() -> None:
-    everything, train, valid = (list(documents(split=split)) for split in ("all", "train", "valid"))
-    assert sorted(entry.name for entry in train + valid) == [entry.name for entry in everything]
-    share = len(valid) / len(everything)
+def test_splits_divide_the_corpus(embedded: list[Entry]) -> None:
+    valid = [entry.name for entry in documents(split="valid")]
+    assert valid == [entry.name for entry in embedded if in_validation(entry.name)]
+    share = len(valid) / len(embedded)
     assert 0.02 < share < 0.09
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from megatron_md.data.entries import Document, Rejection, TokenDocument
 from megatron_md.data.readers import Reading, read_file
-from megatron_md.data.shards import content_hash, load_manifest, unigram_entropy
+from megatron_md.data.shards import content_hash, load_manifest
+from megatron_md.data.survey import unigram_entropy, verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.data.verify import verify
 from tests.data.small_corpus import WriteCorpus, all_documents, random_documents
 from tests.data.test_megatron_indexed import write_indexed
 from tests.data.test_readers import write_parquet
@@ -46,7 +46,7 @@ def refused_or(read: Callable[[], Any]) -> Any:
 def read_corpus(folder: Path, tokens: int) -> None:
     manifest = load_manifest(folder)
     lengths = [len(document) for document in all_documents(manifest)]
-    assert sum(lengths) == manifest.tokens == tokens and verify(manifest) == []
+    assert sum(lengths) == manifest.tokens == tokens and verify_corpus(manifest) == []
 
 
 @profiles
@@ -64,7 +64,7 @@ def test_a_manifest_edited_and_hashed_again(profile: str, write_tokens: WriteCor
                 pass  # digits without end
         (folder / "manifest.json").write_bytes(value if isinstance(value, bytes) else as_text(value))
         refused(lambda: read_corpus(folder, tokens))
-        refused(lambda: verify(load_manifest(folder, check_files=False)))
+        refused(lambda: verify_corpus(load_manifest(folder, check_files=False)))
         refused(lambda: unigram_entropy(load_manifest(folder)))
 
     fuzz(st.one_of(changed_value(sound), changed_bytes(json.dumps(sound).encode())), check, profile)
@@ -79,7 +79,7 @@ def test_an_index_changed_and_hashed_again(profile: str, write_tokens: WriteCorp
     def check(data: bytes) -> None:
         rehashed(tmp_path / "corpus", index=data)
         refused(lambda: read_corpus(tmp_path / "corpus", sum(map(len, documents))))
-        refused(lambda: verify(load_manifest(tmp_path / "corpus")))
+        refused(lambda: verify_corpus(load_manifest(tmp_path / "corpus")))
 
     fuzz(changed_bytes(path.read_bytes(), most=2), check, profile)
 

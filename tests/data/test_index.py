@@ -20,11 +20,11 @@ import webdataset
 from megatron_md.batch import DamagedDocument
 from megatron_md.data.builder import build_shards
 from megatron_md.data.entries import Document
-from megatron_md.data.index import index_shards
+from megatron_md.data.index import index_corpus
 from megatron_md.data.shards import ShardError, load_manifest
 from megatron_md.data.stream import SequenceStream
+from megatron_md.data.survey import verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
-from megatron_md.data.verify import verify
 from tests.data.small_corpus import all_documents
 
 SIZES = {"shard_tokens": 6000, "block_bytes": 2000}
@@ -58,13 +58,13 @@ def write_tar(path: Path, members: Members) -> Path:
 
 
 def test_our_own_tars_are_indexed_as_they_were_built(tars: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    manifest = index_shards(tars, tokenizer.path)
+    manifest = index_corpus(tars, tokenizer.path)
     for name in [*(shard.name for shard in manifest.shards), *(shard.index for shard in manifest.shards)]:
         assert (tars / name).read_bytes() == (tmp_path / "built" / name).read_bytes()
-    assert manifest.documents == 40 and manifest.source["indexed"] is True and verify(manifest) == []
+    assert manifest.documents == 40 and manifest.source["indexed"] is True and verify_corpus(manifest) == []
     assert (tars / "rejected.jsonl").exists() is False
     with pytest.raises(ValueError, match=r"manifest\.json: exists; check it with `data verify`"):
-        index_shards(tars, tokenizer.path)
+        index_corpus(tars, tokenizer.path)
 
 
 def test_tars_of_stock_webdataset_in_any_order_and_width(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_tars_of_stock_webdataset_in_any_order_and_width(tokenizer: Tokenizer, t
             (_, tokens), (_, lengths) = pair(key, part, "<u4")
             # The writer sorts the members of a sample: lengths come first.
             writer.write({"__key__": key, "tokens.bin": tokens, "lengths.bin": lengths})
-    manifest = index_shards(tmp_path / "tars", tokenizer.path)
+    manifest = index_corpus(tmp_path / "tars", tokenizer.path)
     assert all_documents(manifest) == documents and manifest.dtype == "uint32"
     assert manifest.text_bytes == sum(len(tokenizer.decode(tokens).encode()) for tokens in documents)
 
@@ -123,7 +123,7 @@ def test_six_damages_before_indexing(tars: Path, tokenizer: Tokenizer, tmp_path:
     damage(path, kind)
     before = sorted(file.name for file in tars.iterdir())
     with pytest.raises(ShardError, match=r"shard-000001\.tar: ") as caught:
-        index_shards(tars, tokenizer.path)
+        index_corpus(tars, tokenizer.path)
     assert DAMAGES[kind][0] in str(caught.value)
     assert f"document {first}" in str(caught.value) or f"documents from {first} on" in str(caught.value)
     assert sorted(file.name for file in tars.iterdir()) == before
@@ -138,11 +138,11 @@ def documents_behind(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_six_damages_after_indexing(tars: Path, tokenizer: Tokenizer, kind: str) -> None:
-    manifest = index_shards(tars, tokenizer.path)
+    manifest = index_corpus(tars, tokenizer.path)
     path = tars / "shard-000001.tar"
     index, behind, block = documents_behind(path)
     damage(path, kind)
-    problems = verify(manifest)
+    problems = verify_corpus(manifest)
     assert all("shard-000001.tar: " in problem and DAMAGES[kind][1] in problem for problem in problems)
     if kind.startswith("cut"):
         # The first document of the cut block may lie wholly before the cut.
@@ -160,7 +160,7 @@ def test_six_damages_after_indexing(tars: Path, tokenizer: Tokenizer, kind: str)
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_six_damages_on_the_way_to_training(tars: Path, tokenizer: Tokenizer, kind: str) -> None:
     """A cut shard stops a run with the documents that it lacks; of the others, served + left out = the total."""
-    manifest = index_shards(tars, tokenizer.path)
+    manifest = index_corpus(tars, tokenizer.path)
     path = tars / "shard-000001.tar"
     index, behind, block = documents_behind(path)
     damage(path, kind)
@@ -190,14 +190,14 @@ def test_a_flip_that_only_a_checksum_can_tell(tars: Path, tokenizer: Tokenizer) 
     path.write_bytes(data)
     (tars / "SHA256SUMS").write_text(sums)
     with pytest.raises(ShardError, match=r"shard-000000\.tar: its sha256 is not that of SHA256SUMS"):
-        index_shards(tars, tokenizer.path)
+        index_corpus(tars, tokenizer.path)
     data[layout(path)[0][1]] ^= 1
     path.write_bytes(data)
-    assert index_shards(tars, tokenizer.path).documents == 40
+    assert index_corpus(tars, tokenizer.path).documents == 40
     (tars / "manifest.json").unlink()
     (tars / "SHA256SUMS").write_text(sums + "what\n")
     with pytest.raises(ValueError, match=r"SHA256SUMS: line \d+ is not"):
-        index_shards(tars, tokenizer.path)
+        index_corpus(tars, tokenizer.path)
 
 
 class Bait:
@@ -215,7 +215,7 @@ def test_foreign_members_are_refused_and_nothing_is_executed(tokenizer: Tokenize
     bait = pickle.dumps(Bait(tmp_path / "executed"))
     write_tar(tmp_path / "tars" / "a.tar", [*pair("x", [[5], [6]]), (name, bait)])
     with pytest.raises(ShardError, match=r"a\.tar: member '.*' at document 2: (unsafe name|neither \.tokens\.bin)"):
-        index_shards(tmp_path / "tars", tokenizer.path)
+        index_corpus(tmp_path / "tars", tokenizer.path)
     assert [file.name for file in tmp_path.rglob("*")] == ["tars", "a.tar"]
 
 
@@ -228,14 +228,14 @@ def test_members_that_are_no_regular_files_are_refused(tokenizer: Tokenizer, tmp
         info.type, info.linkname = type, "/etc/passwd"
         tar.addfile(info)
     with pytest.raises(ShardError, match=r"a\.tar: member 'x\.tokens\.bin' at document 0: not a regular file"):
-        index_shards(tmp_path / "tars", tokenizer.path)
+        index_corpus(tmp_path / "tars", tokenizer.path)
 
 
 CAPPED = """
 import resource, sys
 from pathlib import Path
 from megatron_md.data.corpus import documents
-from megatron_md.data.index import index_shards
+from megatron_md.data.index import index_corpus
 from megatron_md.data.tokenizer import Tokenizer
 
 Tokenizer(sys.argv[1])
@@ -248,7 +248,7 @@ except MemoryError:
     pass
 for folder in sys.argv[2:]:
     try:
-        index_shards(folder, sys.argv[1])
+        index_corpus(folder, sys.argv[1])
     except ValueError as error:
         print(str(error).removeprefix(f"{folder}/"))
     print(*(f"{entry.name} {entry.reason}" for entry in documents([folder], skip_damaged=True)))
@@ -309,10 +309,10 @@ def test_abuse_is_refused_under_a_memory_cap(tokenizer: Tokenizer, tmp_path: Pat
 def test_contradictions_are_named(tokenizer: Tokenizer, tmp_path: Path, members: Members, message: str) -> None:
     write_tar(tmp_path / "tars" / "a.tar", members)
     with pytest.raises(ShardError, match=rf"a\.tar: .*{message}"):
-        index_shards(tmp_path / "tars", tokenizer.path)
+        index_corpus(tmp_path / "tars", tokenizer.path)
 
 
 def test_a_folder_without_tars_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"no \.tar file in this folder"):
-            index_shards(folder, tokenizer.path)
+            index_corpus(folder, tokenizer.path)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_md.data.builder import build_shards
-from megatron_md.data.corpus import Document, documents
-from megatron_md.data.entries import InputError, TokenDocument
+from megatron_md.data.corpus import documents
+from megatron_md.data.entries import Document, InputError, TokenDocument
 from megatron_md.data.tokenizer import Tokenizer
 from tests.data.small_corpus import all_documents, random_documents
 

@@ -1,26 +1,16 @@
-"""Reading shards: contradictions and damage are named; statistics agree with closed forms."""
+"""Reading shards: contradictions and damage are named."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from megatron_md.data.shards import (
-    ShardError,
-    ShardReader,
-    content_hash,
-    document_lengths,
-    load_manifest,
-    token_counts,
-    unigram_entropy,
-)
-from megatron_md.data.verify import verify
-from tests.data.small_corpus import EOS, WriteCorpus, random_documents
+from megatron_md.data.shards import ShardError, ShardReader, content_hash, load_manifest
+from megatron_md.data.survey import verify_corpus
+from tests.data.small_corpus import WriteCorpus, flip_byte, random_documents
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
@@ -28,12 +18,6 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
     content = {**json.loads((folder / "manifest.json").read_text()), **changes}
     content["sha256"] = content_hash(content)
     (folder / "manifest.json").write_text(json.dumps(content))
-
-
-def flip_byte(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 0x10
-    path.write_bytes(data)
 
 
 def test_manifest_is_found_by_folder_and_file(write_tokens: WriteCorpus, tmp_path: Path) -> None:
@@ -97,27 +81,10 @@ def test_missing_and_cut_shards(write_tokens: WriteCorpus, tmp_path: Path) -> No
     manifest = load_manifest(tmp_path / "corpus", check_files=False)
     with pytest.raises(ShardError, match=r"shard-000001\.tar"):
         ShardReader(manifest, 1)
-    assert len(verify(manifest)) == 1
+    assert len(verify_corpus(manifest)) == 1
     path.unlink()
     with pytest.raises(ShardError, match=r"shard-000001\.tar: missing shard"):
         load_manifest(tmp_path / "corpus")
-
-
-def test_every_flipped_byte_of_a_tar_is_noticed(write_tokens: WriteCorpus, tmp_path: Path) -> None:
-    manifest = write_tokens([[5, 6, 7], [8, 9]])
-    path = tmp_path / "corpus" / "shard-000000.tar"
-    sound = path.read_bytes()
-    start = int(ShardReader(manifest, 0).index["offset"][0])
-    for offset in [0, 300, start, start + 5, start + 6, start + 9, start + 10, start + 512 + 40, len(sound) - 1]:
-        flip_byte(path, offset)
-        problems = verify(manifest)
-        assert len(problems) == 1
-        if start <= offset < start + 10:
-            assert f"shard-000000.tar: document {0 if offset < start + 6 else 1} " in problems[0]
-        else:
-            assert "its sha256 differs" in problems[0]
-        path.write_bytes(sound)
-    assert verify(manifest) == []
 
 
 def test_damaged_index_is_named(write_tokens: WriteCorpus, tmp_path: Path) -> None:
@@ -125,17 +92,3 @@ def test_damaged_index_is_named(write_tokens: WriteCorpus, tmp_path: Path) -> No
     flip_byte(tmp_path / "corpus" / "shard-000000.index.npy", 140)
     with pytest.raises(ShardError, match=r"shard-000000\.index\.npy: does not match its hash"):
         ShardReader(manifest, 0)
-
-
-def test_counts_and_lengths(write_tokens: WriteCorpus) -> None:
-    documents = random_documents(50)
-    manifest = write_tokens(documents, shard_tokens=300, block_bytes=100)
-    expected = np.bincount([token for tokens in documents for token in [*tokens, EOS]], minlength=1000)
-    np.testing.assert_array_equal(token_counts(manifest), expected)
-    assert document_lengths(manifest).tolist() == [len(tokens) for tokens in documents]
-
-
-def test_unigram_entropy_of_a_uniform_corpus_is_the_logarithm(write_tokens: WriteCorpus) -> None:
-    # Seven tokens and <eos>, each once per document: eight equally frequent tokens.
-    manifest = write_tokens([list(range(10, 17))] * 5)
-    assert unigram_entropy(manifest) == pytest.approx(math.log(8), abs=1e-12)

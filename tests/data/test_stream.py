@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_md.batch import BatchPosition, DamagedDocument
+from megatron_md.batch import BatchPosition, DamagedDocument, Rows
 from megatron_md.data.packing import RowOrder
 from megatron_md.data.shards import FORMAT, INDEX_DTYPE, Manifest, ShardError, ShardReader, content_hash, load_manifest
-from megatron_md.data.stream import Prefetcher, Rows, SequenceStream, micro_batches, validation_rows
+from megatron_md.data.stream import Prefetcher, SequenceStream, micro_batches, validation_rows
 from tests.data.small_corpus import EOS, PAD, WriteCorpus, random_documents
 
 L = 32
@@ -60,7 +60,7 @@ def test_every_document_appears_exactly_once_per_epoch(write_tokens: WriteCorpus
     served = rows.tokens_BL[rows.is_maskable_BL]
     assert Counter(served.tolist()) == Counter(itertools.chain(*documents, [EOS] * len(documents)))
     assert (rows.tokens_BL[~rows.is_maskable_BL] == PAD).all()
-    assert len(served) == stream(manifest).tokens
+    assert len(served) == manifest.tokens + manifest.documents
 
 
 @pytest.mark.parametrize("name", CORPORA)
@@ -97,7 +97,7 @@ def test_rows_that_run_on_into_the_next_window_hold_both_parts(write_tokens: Wri
     documents = [[10 + number] * (5 + 3 * number) for number in range(40)]
     manifest = write_tokens(documents, shard_tokens=150)
     rows = stream(manifest, window_shards=1).rows(range(stream(manifest).rows_per_epoch))
-    assert len(manifest.shards) > 9 and (~rows.is_maskable_BL).sum() == -stream(manifest).tokens % L
+    assert len(manifest.shards) > 9 and (~rows.is_maskable_BL).sum() == -(manifest.tokens + 40) % L
     # Each document is one run of equal tokens, so parts of rows that were put together wrongly would split one.
     found = Counter[int]()
     for tokens, cuts in zip(rows.tokens_BL, rows.cu_seqlens, strict=True):
@@ -133,7 +133,7 @@ def test_global_batches_are_the_same_for_any_layout_and_restart(write_tokens: Wr
     manifest = many_windows(write_tokens)
     reference = digest(manifest, 1, 16, first=0, batches=50)
     assert len(set(reference)) == 50 and 2 * stream(manifest).rows_per_epoch < 50 * 16
-    for data_size, micro_batch_size in [(1, 2), (2, 8), (2, 1), (4, 4), (8, 1)]:
+    for data_size, micro_batch_size in [(1, 2), (2, 1), (4, 4)]:
         assert digest(manifest, data_size, micro_batch_size, first=0, batches=50) == reference
     for step in [1, 7, 33]:
         assert digest(manifest, 2, 4, first=16 * step, batches=50 - step) == reference[step:]
@@ -184,14 +184,12 @@ def test_damaged_document_is_named_when_a_row_needs_it(write_tokens: WriteCorpus
         except ShardError:
             damaged += 1
     assert damaged == 1
-    unchecked = SequenceStream(manifest, seed=11, seq_length=9, verify=False)
-    assert unchecked.rows(epoch).is_maskable_BL.sum() == 27
 
 
 def cut_and_read_on(manifest: Manifest, keep_going: bool) -> str | Rows:
     """Cut the corpus' only shard in two while a stream reads it; the error, or all rows."""
     shard = manifest.directory / manifest.shards[0].name
-    cut = SequenceStream(manifest, seed=11, seq_length=L, verify=False, keep_going=keep_going)
+    cut = SequenceStream(manifest, seed=11, seq_length=L, keep_going=keep_going)
     cut.rows([0])
     os.truncate(shard, manifest.shards[0].bytes // 2)
     try:
@@ -202,20 +200,16 @@ def cut_and_read_on(manifest: Manifest, keep_going: bool) -> str | Rows:
 
 def test_a_shard_that_is_cut_while_it_is_read_is_damaged_as_any_other(write_tokens: WriteCorpus) -> None:
     """In a process of its own, which a mapping of the file would end by a bus error."""
-    context = multiprocessing.get_context("spawn")
-    for keep_going in (False, True):
-        manifest = write_tokens(random_documents(2000), shard_tokens=10**6)
-        half = manifest.shards[0].bytes // 2
-        index = ShardReader(manifest, 0).index
-        lost = set(np.flatnonzero((index["offset"] + 2 * index["tokens"] > half) & (index["tokens"] > 0)).tolist())
-        assert 100 < len(lost) < 1900
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found = pool.submit(cut_and_read_on, manifest, keep_going).result(timeout=120)
-        if keep_going:
-            assert isinstance(found, Rows) and {damaged.document for damaged in found.damaged} == lost
-        else:
-            end = rf"is damaged: the file ends at byte {half}; restore the shard$"
-            assert isinstance(found, str) and re.search(rf"shard-000000\.tar: document \d+ \(bytes .* {end}", found)
+    corpora = [write_tokens(random_documents(2000), name=name, shard_tokens=10**6) for name in ("stop", "go on")]
+    half = corpora[0].shards[0].bytes // 2
+    index = ShardReader(corpora[0], 0).index
+    lost = set(np.flatnonzero((index["offset"] + 2 * index["tokens"] > half) & (index["tokens"] > 0)).tolist())
+    assert 100 < len(lost) < 1900
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        error, rows = pool.map(cut_and_read_on, corpora, (False, True), timeout=120)
+    end = rf"is damaged: the file ends at byte {half}; restore the shard$"
+    assert isinstance(error, str) and re.search(rf"shard-000000\.tar: document \d+ \(bytes .* {end}", error)
+    assert isinstance(rows, Rows) and {damaged.document for damaged in rows.damaged} == lost
 
 
 def damage(manifest: Manifest, wanted: int, seed: int = 0) -> set[DamagedDocument]:

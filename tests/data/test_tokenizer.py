@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_md.data.corpus import Document
+from megatron_md.data.entries import Document
 from megatron_md.data.tokenizer import Tokenizer, train_tokenizer
 
 HARD_TEXTS = [

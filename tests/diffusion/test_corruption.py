@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from peer_vectors import vector
 
 from megatron_md.batch import BatchPosition, CleanBatch
 from megatron_md.diffusion import corruption
@@ -17,6 +16,7 @@ from megatron_md.diffusion.corruption import (
     uniforms,
 )
 from megatron_md.diffusion.schedule import parse_schedule
+from tests.diffusion.peer_vectors import vector
 
 GOLDEN_WORDS = [10328906019526824645, 14457629271906891161, 10037377057595801202]
 
@@ -147,7 +147,7 @@ def test_assemble_gathers_what_is_scored() -> None:
     np.testing.assert_array_equal(corrupted.targets_M, [11, 18, 20])
     np.testing.assert_array_equal(corrupted.weights_M, np.array([1.5, 3.0, 3.0], dtype=np.float32))
     assert corrupted.weights_M.dtype == np.float32 and corrupted.positions_M.dtype == np.int64
-    assert corrupted.maskable == 11 and corrupted.extra["maskable_B"].tolist() == [4, 4, 3]
+    assert corrupted.denominator == 11
     assert corrupted.tokens_BL[0, 1] == 99 and corrupted.tokens_BL[0, 0] == 10
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from megatron_md.batch import BatchPosition, CleanBatch
+from megatron_md.batch import BatchPosition, CleanBatch, CorruptedBatch
 from megatron_md.diffusion.estimators import Estimator, neyman_density
-from megatron_md.diffusion.nelbo import exact_count_corruption
 
 MASK, ROWS, LENGTH = 9, 60, 12
 
@@ -18,12 +19,45 @@ def rows(count: int = ROWS) -> CleanBatch:
     )
 
 
-def test_exact_draws_what_validation_draws() -> None:
-    batch = rows()
-    ours = Estimator("exact", 3).corrupt(batch, MASK)[0]
-    theirs = exact_count_corruption(batch, seed=3, mask_token_id=MASK)
-    np.testing.assert_array_equal(ours.tokens_BL, theirs.tokens_BL)
-    np.testing.assert_array_equal(ours.weights_M, theirs.weights_M)
+def exact(batch: CleanBatch, randomisation: int = 0) -> CorruptedBatch:
+    return Estimator("exact", 3).corrupt(batch, MASK, randomisation)[0]
+
+
+def plain_rows(tokens_RL: np.ndarray) -> CleanBatch:
+    count = len(tokens_RL)
+    return CleanBatch(tokens_RL, np.ones(tokens_RL.shape, dtype=bool), np.arange(count), BatchPosition(0, count))
+
+
+def test_exact_counts_are_stratified_over_all_rows() -> None:
+    corrupted = exact(plain_rows(np.zeros((40, 20), dtype=np.int64)))
+    counts = (corrupted.tokens_BL == MASK).sum(axis=1)
+    np.testing.assert_array_equal(np.bincount(counts, minlength=21), [0] + [2] * 20)
+    np.testing.assert_allclose(corrupted.mask_rate_B, counts / 20, rtol=1e-6)
+    plan = Estimator("exact", 3).plan(np.arange(40), np.full(40, 20), 40)
+    np.testing.assert_array_equal(np.sort(counts), counts[np.argsort(plan.stratum_B)])
+
+
+def test_every_set_of_masked_positions_is_equally_likely() -> None:
+    count = 6000
+    is_masked_RL = exact(plain_rows(np.zeros((count, 4), dtype=np.int64))).tokens_BL == MASK
+    index_R = is_masked_RL @ (1 << np.arange(4))
+    # Each count gets a quarter of the rows, divided evenly among its 4, 6, 4 and 1 sets.
+    for s in range(1, 16):
+        expected = count / 4 / math.comb(4, int(s).bit_count())
+        assert abs(np.count_nonzero(index_R == s) - expected) < 4.5 * math.sqrt(expected)
+
+
+def test_masks_do_not_depend_on_the_layout_but_on_the_randomisation() -> None:
+    batch = plain_rows(np.random.default_rng(0).integers(0, MASK, (10, 12)))
+    whole = exact(batch)
+    for chosen in ([0, 1, 2], [9, 4]):
+        part = exact(
+            CleanBatch(
+                batch.tokens_BL[chosen], batch.is_maskable_BL[chosen], batch.sample_index_B[chosen], batch.position
+            )
+        )
+        np.testing.assert_array_equal(part.tokens_BL, whole.tokens_BL[chosen])
+    assert not np.array_equal(exact(batch, 1).tokens_BL, whole.tokens_BL)
 
 
 def test_complementary_draws_score_every_token_once() -> None:

@@ -67,3 +67,20 @@ def test_curve_by_hand() -> None:
     residual_R = np.array([10 * (1 - low.ce) + 10 * (3 - low.ce), 30 * (2 - low.ce)]) / 50
     assert low.stderr == pytest.approx(math.sqrt(2 * np.sum(residual_R**2)))
     assert (high.ce, high.rows, high.rate) == (6.0, 1, 1.0) and math.isnan(high.stderr)
+
+
+def test_rows_of_unequal_length_enter_by_their_tokens() -> None:
+    values_PR, maskable_R = np.array([[1.0, 2.0, 4.0, 0.0]]), np.array([10, 20, 10, 0])
+    assert weighted_mean(values_PR, maskable_R) == pytest.approx(90 / 40)
+    rate_PDR = np.array([[[0.1, 0.5, 1.0, 0.0]]])
+    # Bins (0, 1/2] and (1/2, 1], by tokens.
+    assert [point.ce for point in curve(values_PR[:, None], rate_PDR, maskable_R, 2)] == pytest.approx([50 / 30, 4.0])
+    # Three rows are one group: 3/2 of the squared deviations of n (v - nelbo) / sum n.
+    residual = np.array([10 * 1.75, 10 * -1.25, 20 * -0.25]) / 40
+    expected = math.sqrt(1.5 * np.sum((residual - residual.mean()) ** 2))
+    assert total_stderr(values_PR, np.array([[0.7, 0.9, 0.1, 0.3]]), maskable_R) == pytest.approx(expected)
+
+
+def test_paired_formula_for_equal_rows() -> None:
+    values_PR, strata_PR = np.array([[3.0, 1.0, 2.0, 5.0]]), np.array([[0.3, 0.1, 0.9, 0.7]])
+    assert total_stderr(values_PR, strata_PR, np.full(4, 8)) == pytest.approx(math.sqrt((2.0**2 + 3.0**2) / 16))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_md.diffusion import ngrams
-from megatron_md.diffusion.ngrams import ORDERS, NgramCounter, ngram_weights, weights_of, weights_stderr
+from megatron_md.diffusion.ngrams import ORDERS, By, NgramCounter, weights_of, weights_stderr
 
 
 def zipf_documents(count: int, seed: int = 0, longest: int = 400) -> list[np.ndarray]:
@@ -16,6 +16,12 @@ def zipf_documents(count: int, seed: int = 0, longest: int = 400) -> list[np.nda
     random = np.random.default_rng(seed)
     lengths = random.integers(0, longest, count)
     return [np.minimum(random.zipf(1.4, n), 3000).astype(np.uint16) for n in lengths]
+
+
+def ngram_weights(documents: list[np.ndarray], orders: tuple[int, ...] = ORDERS, by: By = "types") -> dict[int, float]:
+    counter = NgramCounter(orders)
+    counter.add(documents)
+    return weights_of(counter.counts(), by)
 
 
 def counted(documents: list[np.ndarray], order: int) -> Counter[tuple[int, ...]]:

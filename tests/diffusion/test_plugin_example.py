@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from peer_vectors import vector
 
 from megatron_md.batch import BatchPosition, CleanBatch
 from megatron_md.config import ObjectiveConfig
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.diffusion.schedule import parse_schedule
+from tests.diffusion.peer_vectors import vector
 
 FOLDER = Path(__file__).parents[2] / "examples" / "plugin"
 FRAGMENT: dict[str, Any] = yaml.safe_load((FOLDER / "plugin.yaml").read_text())

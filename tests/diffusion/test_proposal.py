@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from peer_vectors import vector
 
 from megatron_md.diffusion.proposal import exclude, gumbel_scores, propose
+from tests.diffusion.peer_vectors import vector
 
 
 def test_gumbel_noise_of_llada() -> None:

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy_denoiser import ALARM_Z, ToyLaw, misfit_z
 
 from megatron_md.diffusion import proposal, unmasking
 from megatron_md.diffusion.proposal import gumbel_scores
 from megatron_md.diffusion.sampler import Sample, SamplerConfig, infill, sample
+from tests.diffusion.toy_denoiser import ALARM_Z, ToyLaw, misfit_z
 
 ROWS = 40_000
 

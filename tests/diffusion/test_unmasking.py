@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peer_vectors import vector
 
 from megatron_md.diffusion.proposal import exclude
 from megatron_md.diffusion.unmasking import (
@@ -16,6 +15,7 @@ from megatron_md.diffusion.unmasking import (
     transfer_counts,
     within_factor,
 )
+from tests.diffusion.peer_vectors import vector
 
 
 def test_transfer_counts_of_llada() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peer_vectors import vector
-from toy_posterior import ToyPosterior
 
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.diffusion.weighting import Weighting
+from tests.diffusion.peer_vectors import vector
+from tests.diffusion.toy_posterior import ToyPosterior
 
 MIXTURE: dict[str, Any] = {
     "name": "mixture",

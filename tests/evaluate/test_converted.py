@@ -19,27 +19,27 @@ TOKENS = [7, 11, 2, 40, 9, 30, 30, 12]
 def scored(folder: Path) -> None:
     """On a rank: log p of an answer and of a document, and greedy text."""
     from megatron_md import parallel
-    from megatron_md.checkpoint.families import FAMILIES
-    from megatron_md.checkpoint.hf_folder import HuggingFaceFolder
+    from megatron_md.checkpoint.hf.families import FAMILIES
+    from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
+    from megatron_md.checkpoint.hf.verify import reference_logits, reference_model
     from megatron_md.diffusion.conditional import ConditionalEstimator
     from megatron_md.diffusion.sampler import SamplerConfig
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods, document_log_likelihoods
-    from megatron_md.evaluate.load import LoadedDenoiser, load_scorer
-    from megatron_md.evaluate.saved_run import open_run
-    from megatron_md.evaluate.verify_conversion import reference_logits
-    from megatron_md.train.denoiser import fill
+    from megatron_md.evaluate.load import load_model
+    from megatron_md.run.saved import Placement, open_run
+    from megatron_md.train.inference import fill
 
     def expected(tokens: list[int], first: int) -> float:
         with HuggingFaceFolder(folder / "hf") as hf:
             row = torch.tensor([tokens])
-            logits = reference_logits(hf, FAMILIES["qwen2"], row, causal=True, dtype=torch.float32)
+            logits = reference_logits(reference_model(hf, FAMILIES["qwen2"], torch.float32), row, causal=True)
         logp_LV = logits[0].log_softmax(dim=-1)
         return sum(float(logp_LV[at - 1, tokens[at]]) for at in range(first, len(tokens)))
 
-    saved = open_run(folder / "run", device="cpu")
+    saved = open_run(folder / "run", Placement(device="cpu"))
     words: Any = SimpleNamespace(mask_token_id=5)
     with parallel.session(saved.config) as world:
-        scorer = load_scorer(saved, world, words)
+        scorer = load_model(saved, world, words)
         estimator = ConditionalEstimator("autoregressive")
         ((answer,),) = conditional_log_likelihoods(
             scorer, [Question(TOKENS[:3], [TOKENS[3:]])], estimator, mask_token_id=5
@@ -53,12 +53,11 @@ def scored(folder: Path) -> None:
         assert document.log_likelihood == pytest.approx(sum(expected(part, 1) for part in parts), rel=1e-5)
         with pytest.raises(ValueError, match="nothing predicts the first one without a prompt"):
             conditional_log_likelihoods(scorer, [Question([], [[7]])], estimator, mask_token_id=5)
-        denoiser = LoadedDenoiser(saved, world, words, may_be_causal=True)
-        written = fill(denoiser, [TOKENS[:3]], SamplerConfig(length=4, steps=2), mask_token_id=5, eos_token_id=2)
+        written = fill(scorer, [TOKENS[:3]], SamplerConfig(length=4, steps=2), mask_token_id=5, eos_token_id=2)
         with HuggingFaceFolder(folder / "hf") as hf:
-            row = torch.tensor([TOKENS[:3]])
+            row, network = torch.tensor([TOKENS[:3]]), reference_model(hf, FAMILIES["qwen2"], torch.float32)
             for _ in range(4):
-                logits = reference_logits(hf, FAMILIES["qwen2"], row, causal=True, dtype=torch.float32)
+                logits = reference_logits(network, row, causal=True)
                 logits[..., 5] = -torch.inf  # the mask token is never written
                 row = torch.cat([row, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
         assert written.tokens_BL.tolist() == row.tolist() and written.forward_passes == 4

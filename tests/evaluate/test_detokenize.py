@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from megatron_md.commands.evaluate import DETOKENIZERS
 from megatron_md.evaluate.detokenize import RULES, detokenize
 
 SENTENCES = [
@@ -71,4 +70,3 @@ def test_plain_text_and_every_word_stay(name: str) -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"detokenizer 'c4': unknown \(known: wikitext, ptb"):
         detokenize("", "c4")
-    assert set(DETOKENIZERS) == set(RULES)

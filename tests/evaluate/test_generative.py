@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_md.evaluate.generative import Judge, Quality, ngram_distance, perplexity_at, unigram_entropy
-from megatron_md.evaluate.scorer import DenoiserScorer
+from tests.diffusion.denoiser_scorer import DenoiserScorer
 from tests.evaluate.test_likelihood import evaluate, refusal
 from tests.ranks import run_ranks
 

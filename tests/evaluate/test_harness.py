@@ -122,7 +122,7 @@ def exactness(causal: Path, denoiser: Path) -> None:
     context, text = "def f(x):", "\n    return x + 1\n"
     prompt, answer = model._encode(context, text)
     tokens = torch.tensor([[*prompt, *answer]])
-    logp_LV = model.denoiser(tokens)[0].log_softmax(dim=-1)
+    logp_LV = model.model(tokens)[0].log_softmax(dim=-1)
     expected = sum(logp_LV[at, token].item() for at, token in enumerate(tokens[0].tolist()) if at >= len(prompt))
     ((found, _),) = model.loglikelihood([request("loglikelihood", context, text)])
     assert found == pytest.approx(expected, rel=1e-5)
@@ -136,7 +136,7 @@ def exactness(causal: Path, denoiser: Path) -> None:
     long = model.tok_encode(whole * 4)
     assert len(long) > model.max_length == 32
     pieces = [long[at : at + 32] for at in range(0, len(long), 32)]
-    logs = [model.denoiser(torch.tensor([piece]))[0].log_softmax(dim=-1) for piece in pieces]
+    logs = [model.model(torch.tensor([piece]))[0].log_softmax(dim=-1) for piece in pieces]
     expected = sum(
         log_LV[at, token].item() for log_LV, piece in zip(logs, pieces, strict=True) for at, token in enumerate(piece)
     )
@@ -146,7 +146,7 @@ def exactness(causal: Path, denoiser: Path) -> None:
     # What greedy decoding gives is recognised, and nothing else.
     filled = torch.tensor([prompt])
     for _ in range(3):
-        logits_LV = model.denoiser(torch.cat([filled, torch.zeros(1, 1, dtype=torch.int64)], dim=1))[0]
+        logits_LV = model.model(torch.cat([filled, torch.zeros(1, 1, dtype=torch.int64)], dim=1))[0]
         filled = torch.cat([filled, logits_LV[-1].argmax().reshape(1, 1)], dim=1)
     greedy = filled[0, len(prompt) :].tolist()
     assert model._is_greedy((prompt, greedy)) == (True, 3)
@@ -161,7 +161,7 @@ def _one_token(denoiser: Path, world: Any) -> None:
     model = HarnessModel(denoiser, world=world, device="cpu", method="left_to_right")
     prompt, answer = model._encode("def f(x)", ":")
     assert len(answer) == 1
-    logp_LV = model.denoiser(torch.tensor([[*prompt, model.words.mask_token_id]]))[0].log_softmax(dim=-1)
+    logp_LV = model.model(torch.tensor([[*prompt, model.words.mask_token_id]]))[0].log_softmax(dim=-1)
     before = model.forward_passes
     ((found, greedy),) = model.loglikelihood([request("loglikelihood", "def f(x)", ":")])
     assert found == pytest.approx(logp_LV[-1, answer[0]].item(), rel=1e-5)

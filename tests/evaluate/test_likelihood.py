@@ -76,7 +76,8 @@ def test_an_evaluation_goes_on_from_its_state(run: Path) -> None:
 
 def killed_at_once(state: str, *words: str) -> None:
     """On a rank: an evaluation whose process dies as soon as its state holds a part of the first pass."""
-    from megatron_md.evaluate import likelihood, nelbo
+    from megatron_md.diffusion import nelbo
+    from megatron_md.evaluate import likelihood
 
     write = likelihood.replace_file
 
@@ -181,12 +182,12 @@ def test_bad_input_is_refused_by_name(run: Path) -> None:
 
 
 def test_layouts_that_do_not_fit_are_refused(run: Path) -> None:
-    from megatron_md.evaluate.saved_run import open_run
+    from megatron_md.run.saved import Placement, open_run
 
-    for split, message in (
-        ({"world_size": 3}, "parallel.tensor 3 does not divide model.heads"),
-        ({"world_size": 3, "pipeline": 3}, "parallel.pipeline 3 does not divide model.layers"),
-        ({"world_size": 3, "tensor": 2}, "--tensor 2 x --pipeline 1 does not divide the 3 processes"),
+    for placement, message in (
+        (Placement(), "parallel.tensor 3 does not divide model.heads"),
+        (Placement(pipeline=3), "parallel.pipeline 3 does not divide model.layers"),
+        (Placement(tensor=2), "--tensor 2 x --pipeline 1 does not divide the 3 processes"),
     ):
         with pytest.raises(ValueError, match=message):
-            open_run(run / "run", **split)  # type: ignore[arg-type]
+            open_run(run / "run", placement, world_size=3)

@@ -13,7 +13,7 @@ from megatron_md.checkpoint.directory import FORMAT_VERSION
 from megatron_md.checkpoint.integrity import CheckpointError, seal
 from megatron_md.config import config_from_mapping, to_yaml
 from megatron_md.evaluate.load import is_causal
-from megatron_md.evaluate.saved_run import SavedRun, open_run
+from megatron_md.run.saved import Placement, SavedRun, open_run
 
 PLUGIN = """
 from pathlib import Path
@@ -33,14 +33,16 @@ def checkpoint(tmp_path: Path, *, identity: dict[str, Any], **sections: Any) -> 
     (path / "progress.json").write_text(
         json.dumps({"format": FORMAT_VERSION, "progress": progress, "identity": identity})
     )
-    (path / "config.yaml").write_text(to_yaml(config_from_mapping({"model": {"preset": "tiny"}, **sections})))
+    (path / "config.yaml").write_text(
+        to_yaml(config_from_mapping({"model": {"preset": "tiny", "vocab": 300}, **sections}))
+    )
     (tmp_path / "run" / "tokenizer.model").touch()
     (tmp_path / "foreign_plugin.py").write_text(PLUGIN)
     return path
 
 
 def saved(path: Path, *, trust: bool = False) -> SavedRun:
-    return open_run(path, trust=trust)
+    return open_run(path, Placement(trust=trust))
 
 
 def test_unsealed_checkpoint_needs_trust(tmp_path: Path) -> None:

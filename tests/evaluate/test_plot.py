@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_md.cli import main
-from megatron_md.commands.inspect import inspect
 from megatron_md.evaluate.plot import plot_run, read_metrics
+from megatron_md.run.inspection import inspect
 from tests.train.damaged_lines import DAMAGED
 
 

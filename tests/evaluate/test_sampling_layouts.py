@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_md.diffusion.estimators import Estimator
+from megatron_md.diffusion.nelbo import evaluate_nelbo
 from megatron_md.diffusion.sampler import SamplerConfig, sample
-from megatron_md.evaluate.nelbo import EvaluationRows, evaluate_nelbo
-from megatron_md.evaluate.scorer import StepperScorer
+from megatron_md.diffusion.scoring import ScoredRows
 from tests.ranks import run_ranks
 from tests.small_run import CONFIG, LENGTH, MASK, VOCAB, small_run, variant
 
@@ -32,13 +32,12 @@ def look(layout: dict[str, Any]) -> tuple[torch.Tensor, list[list[int]], float]:
     """Logits of one canvas, greedy continuations, and the bound on some rows."""
     with small_run(variant(CONFIG, parallel=layout)) as run:
         run.train(0, 2)
-        stepper = run.stepper
         tokens_BL = torch.from_numpy(np.random.default_rng(1).integers(3, VOCAB, (2, LENGTH)))
-        logits_BLV = stepper.logits(tokens_BL)
-        greedy = sample(stepper.logits, prompts(), GREEDY, mask_token_id=MASK)
+        logits_BLV = run.inference(tokens_BL)
+        greedy = sample(run.inference, prompts(), GREEDY, mask_token_id=MASK)
         tokens_RL = np.random.default_rng(2).integers(4, VOCAB, (12, LENGTH))
-        rows = EvaluationRows(tokens_RL, np.ones_like(tokens_RL, dtype=bool))
-        table = evaluate_nelbo(StepperScorer(stepper), rows, Estimator("exact", 1), mask_token_id=MASK, passes=1)
+        rows = ScoredRows(tokens_RL, np.ones_like(tokens_RL, dtype=bool))
+        table = evaluate_nelbo(run.inference, rows, Estimator("exact", 1), mask_token_id=MASK, passes=1)
         return logits_BLV, greedy.tokens_BL.tolist(), table.report().nelbo
 
 
@@ -62,7 +61,7 @@ def train(layout: dict[str, Any], between: bool) -> Any:
         curve = run.train(0, 2)
         if between:
             config = SamplerConfig(LENGTH - 4, 7, strategy="random", temperature=1.0)
-            sample(run.stepper.logits, prompts(), config, mask_token_id=MASK)
+            sample(run.inference, prompts(), config, mask_token_id=MASK)
         assert all(chunk.training for chunk in run.chunks)
         return curve + run.train(2, 4)
 

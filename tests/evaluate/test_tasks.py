@@ -64,10 +64,9 @@ def test_summary_is_over_seeds() -> None:
 
 
 def test_the_harness_is_an_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr("megatron_md.evaluate.tasks.open_asked", lambda path, args: None)
-    assert main(["evaluate", str(tmp_path), "--tasks", "arc_easy"]) == 2
+    assert main(["evaluate", str(trained / "run"), "--tasks", "arc_easy"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("--tasks: needs lm_eval: pip install 'megatron-md[eval]'")

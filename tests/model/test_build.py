@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_md import estimates
-from megatron_md.config import Config, config_from_mapping
-from megatron_md.model.build import apply_overrides, build_model, count_parameters, transformer_config
+from megatron_md.config import Config, ResolvedConfig, config_from_mapping, resolve
+from megatron_md.model.build import (
+    RESERVED,
+    apply_overrides,
+    build_model,
+    count_parameters,
+    settled_parameters,
+    transformer_config,
+    wrap_data_parallel,
+)
 from megatron_md.parallel import World
+from megatron_md.run import estimate as estimates
+from megatron_md.train.optimizer import build_optimizer
+from tests.small_run import variant
 
 LLADA_8B = 8_015_581_184
 
 
-def preset(name: str, vocab: int) -> Config:
-    return config_from_mapping({"model": {"preset": name, "vocab": vocab}})
+def preset(name: str, vocab: int) -> ResolvedConfig:
+    return resolve(config_from_mapping({"model": {"preset": name, "vocab": vocab}}))
 
 
 @pytest.mark.parametrize(
@@ -26,7 +37,7 @@ def test_every_preset_builds_and_is_counted_right(world: World, name: str, vocab
     config = preset(name, vocab)
     with torch.device("meta"):
         chunks = build_model(config, torch.device("meta"), causal=False, mask_token_id=3, initialize=False)
-    assert count_parameters(chunks) == estimates.parameter_count(config.model, vocab)
+    assert count_parameters(chunks) == estimates.parameter_count(config.model)
 
 
 def test_8b_is_llada(world: World) -> None:
@@ -39,7 +50,7 @@ def test_8b_is_llada(world: World) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_looks_where_it_should(small_config: Config, world: World, causal: bool) -> None:
+def test_attention_looks_where_it_should(small_config: ResolvedConfig, world: World, causal: bool) -> None:
     (model,) = build_model(small_config, world.device, causal=causal, mask_token_id=3)
     tokens = torch.arange(10, 26)[None]
     changed = tokens.clone()
@@ -53,7 +64,7 @@ def test_attention_looks_where_it_should(small_config: Config, world: World, cau
     assert torch.all(difference[:8] == 0) if causal else torch.all(difference[:8] > 0)
 
 
-def test_the_mask_token_is_excluded_unless_kept(small_config: Config, world: World) -> None:
+def test_the_mask_token_is_excluded_unless_kept(small_config: ResolvedConfig, world: World) -> None:
     tokens, positions = torch.arange(16)[None], torch.arange(16)[None]
     keep = replace(small_config, objective=replace(small_config.objective, mask_logit="keep"))
     for config, expected in ((small_config, True), (keep, False)):
@@ -64,7 +75,7 @@ def test_the_mask_token_is_excluded_unless_kept(small_config: Config, world: Wor
         assert torch.all(torch.isfinite(logits[..., 4:]))
 
 
-def test_every_extra_of_the_model_trains(small_config: Config, world: World) -> None:
+def test_every_extra_of_the_model_trains(small_config: ResolvedConfig, world: World) -> None:
     from megatron_md.model.head import Prediction
 
     extras = replace(
@@ -76,17 +87,17 @@ def test_every_extra_of_the_model_trains(small_config: Config, world: World) -> 
     output.loss.backward()
     names = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert not names
-    expected = estimates.parameter_count(extras, 101, 16)
+    expected = estimates.parameter_count(extras)
     assert count_parameters([model]) == expected
 
 
-def test_unknown_core_field_is_refused_by_name(small_config: Config, world: World) -> None:
+def test_unknown_core_field_is_refused_by_name(small_config: ResolvedConfig, world: World) -> None:
     wrong = replace(small_config, megatron=replace(small_config.megatron, transformer={"num_layerz": 3}))
     with pytest.raises(ValueError, match=r"megatron\.transformer\.num_layerz: megatron-core's TransformerConfig"):
         transformer_config(wrong, world.device)
 
 
-def test_a_core_field_that_a_key_of_ours_decides_is_refused(small_config: Config, world: World) -> None:
+def test_a_core_field_that_a_key_of_ours_decides_is_refused(small_config: ResolvedConfig, world: World) -> None:
     layers = replace(small_config, megatron=replace(small_config.megatron, transformer={"num_layers": 3}))
     with pytest.raises(ValueError, match=r"megatron\.transformer\.num_layers: set model\.layers instead"):
         transformer_config(layers, world.device)
@@ -95,7 +106,7 @@ def test_a_core_field_that_a_key_of_ours_decides_is_refused(small_config: Config
         transformer_config(odd, world.device)
 
 
-def test_known_core_field_is_passed_on(small_config: Config, world: World) -> None:
+def test_known_core_field_is_passed_on(small_config: ResolvedConfig, world: World) -> None:
     known = replace(
         small_config, megatron=replace(small_config.megatron, transformer={"attention_softmax_in_fp32": False})
     )
@@ -103,3 +114,117 @@ def test_known_core_field_is_passed_on(small_config: Config, world: World) -> No
     assert apply_overrides({"num_layers": 2}, {}, type(transformer_config(known, world.device)), "x") == {
         "num_layers": 2
     }
+
+
+BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+# A key of ours, a value that is not its default, and the fields of megatron-core's TransformerConfig that follow.
+TRANSFORMER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "model.layers": (6, {"num_layers": 6}),
+    "model.hidden": (64, {"hidden_size": 64}),
+    "model.heads": (8, {"num_attention_heads": 8}),
+    "model.kv_heads": (4, {"num_query_groups": 4}),
+    "model.head_dim": (12, {"kv_channels": 12}),
+    "model.ffn": (80, {"ffn_hidden_size": 80}),
+    "model.norm_eps": (1e-3, {"layernorm_epsilon": 1e-3}),
+    "model.qk_norm": (True, {"qk_layernorm": True}),
+    "model.qkv_bias": (True, {"add_qkv_bias": True}),
+    "parallel.tensor": (2, {"tensor_model_parallel_size": 2}),
+    "parallel.pipeline": (2, {"pipeline_model_parallel_size": 2}),
+    "train.precision": ("bf16", BF16),
+    "train.deterministic": (True, {"deterministic_mode": True}),
+}
+# Keys that core accepts only beside others.
+TOGETHER: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
+    "train.recompute=full": (
+        {"train": {"recompute": "full"}},
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ),
+    "train.recompute=selective": ({"train": {"recompute": "selective"}}, {"recompute_granularity": "selective"}),
+    "parallel.sequence_parallel": ({"parallel": {"tensor": 2, "sequence_parallel": True}}, {"sequence_parallel": True}),
+    "parallel.virtual_pipeline": (
+        {"model": {"layers": 4}, "parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+        {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True, "batch_p2p_comm": False},
+    ),
+    "parallel.first_stage_layers": (
+        {"model": {"layers": 4}, "parallel": {"pipeline": 2, "first_stage_layers": 1}},
+        {"num_layers_in_first_pipeline_stage": 1},
+    ),
+    "parallel.last_stage_layers": (
+        {"model": {"layers": 4}, "parallel": {"pipeline": 2, "last_stage_layers": 1}},
+        {"num_layers_in_last_pipeline_stage": 1},
+    ),
+    "parallel.context": ({"parallel": {"context": 2}}, {"context_parallel_size": 2}),
+}
+DDP: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "parallel.distributed_optimizer": ({"distributed_optimizer": False}, {"use_distributed_optimizer": False}),
+    "parallel.overlap_grad_reduce": ({"overlap_grad_reduce": True}, {"overlap_grad_reduce": True}),
+    "parallel.overlap_param_gather": (
+        {"overlap_grad_reduce": True, "overlap_param_gather": True},
+        {"overlap_param_gather": True},
+    ),
+}
+OPTIMIZER: dict[str, tuple[Any, str]] = {
+    "optimizer.lr": (0.25, "lr"),
+    "optimizer.weight_decay": (0.375, "weight_decay"),
+    "optimizer.beta1": (0.5, "adam_beta1"),
+    "optimizer.beta2": (0.625, "adam_beta2"),
+    "optimizer.eps": (1e-5, "adam_eps"),
+    "optimizer.clip_grad": (0.75, "clip_grad"),
+}
+
+
+def one_key(config: Config, key: str, value: Any) -> Config:
+    section, name = key.split(".")
+    return variant(config, **{section: {name: value}})
+
+
+def assert_reaches(core: Any, untouched: Any, fields: dict[str, Any]) -> None:
+    """The fields have their values, and did not have all of them before: the key is what has moved them."""
+    assert {name: getattr(core, name) for name in fields} == fields
+    assert {name: getattr(untouched, name) for name in fields} != fields
+
+
+def test_every_key_reaches_the_transformer_config(small_config: Config, world: World) -> None:
+    cases = {key: (one_key(small_config, key, value), fields) for key, (value, fields) in TRANSFORMER.items()}
+    cases |= {key: (variant(small_config, **sections), fields) for key, (sections, fields) in TOGETHER.items()}
+    untouched = transformer_config(small_config, world.device)
+    for config, fields in cases.values():
+        assert_reaches(transformer_config(config, world.device), untouched, fields)
+
+
+def test_every_key_reaches_the_configs_of_data_parallelism_and_of_the_optimizer(
+    small_config: Config, world: World
+) -> None:
+    def built(config: Config) -> tuple[Any, Any]:
+        chunks = wrap_data_parallel(build_model(config, world.device, causal=False, mask_token_id=3), config)
+        return chunks[0].ddp_config, build_optimizer(config, chunks).chained_optimizers[0].config
+
+    ddp, core = built(small_config)
+    for sections, fields in DDP.values():
+        changed = built(variant(small_config, parallel=sections))
+        assert_reaches(changed[0], ddp, fields)
+    for key, (value, field) in OPTIMIZER.items():
+        assert_reaches(built(one_key(small_config, key, value))[1], core, {field: value})
+    assert_reaches(built(one_key(small_config, "train.precision", "bf16"))[1], core, {"bf16": True})
+    passed = replace(small_config, megatron=replace(small_config.megatron, ddp={"grad_reduce_in_fp32": False}))
+    assert_reaches(built(passed)[0], ddp, {"grad_reduce_in_fp32": False})
+
+
+def test_no_key_that_decides_a_field_of_core_is_missing_from_the_tables() -> None:
+    tables = {key.partition("=")[0] for key in (*TRANSFORMER, *TOGETHER, *DDP, *OPTIMIZER)}
+    # Loss is summed per token whatever it is divided by: `calculate_per_token_loss` is the same for all its values.
+    assert set(RESERVED.values()) - tables == {"objective.normalise"}
+
+
+def test_parameters_are_gathered_ahead_again_after_an_error_among_settled_ones(
+    small_config: Config, world: World
+) -> None:
+    overlap = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    config = variant(small_config, parallel=overlap)
+    (chunk,) = wrap_data_parallel(build_model(config, world.device, causal=False, mask_token_id=3), config)
+    hooks = len(chunk.remove_forward_pre_hook_handles)
+    assert hooks > 0
+    with pytest.raises(KeyError, match="planted"), settled_parameters([chunk]):
+        assert not chunk.remove_forward_pre_hook_handles
+        raise KeyError("planted")
+    assert len(chunk.remove_forward_pre_hook_handles) == hooks

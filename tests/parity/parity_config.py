@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_md.config_loader import validate
+from megatron_md.config.loader import validate
 from megatron_md.parity.config import ParityConfig
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_md.config_loader import ConfigError, to_yaml
+from megatron_md.config.loader import ConfigError, to_yaml
 from megatron_md.parity import sweep
 from megatron_md.parity.config import ParityConfig
 from megatron_md.parity.sweep import (
@@ -130,18 +130,19 @@ def test_a_sweep_resumes_and_survives_a_failed_run(
     # A directory where a run wants to write a file.
     obstacle = runs[1].directory / "log.txt"
     obstacle.mkdir(parents=True)
-    assert run_sweep(config, workers=1) == 1
+    rows, failed = run_sweep(config, workers=1)
+    assert failed == 1 and "direct" in table(rows)
     with (tmp_path / "parity.csv").open() as file:
         done = {(row["arm"], row["seed"]): row for row in csv.DictReader(file)}
     assert set(done) == {("low", "4"), ("low", "5"), ("direct", "5")}
     assert done["low", "4"]["seconds"] == "3.0", "a finished run was repeated"
     printed = capsys.readouterr()
-    assert "4 runs, 1 of them done already" in printed.err and "failed" in printed.err and "direct" in printed.out
+    assert "4 runs, 1 of them done already" in printed.err and "failed" in printed.err
     # Once the obstacle is gone, only that run is left.
     obstacle.rmdir()
     started: list[str] = []
     monkeypatch.setattr(sweep, "_pool", lambda workers: _InProcess(started))
-    assert run_sweep(config, workers=1) == 0
+    assert run_sweep(config, workers=1)[1] == 0
     assert started == [runs[1].config.run_dir]
 
 

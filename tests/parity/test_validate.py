@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_md.config_loader import ConfigError
+from megatron_md.config.loader import ConfigError
 from megatron_md.parity import validate
 from megatron_md.parity.config import ParityConfig, load_parity_config
 from megatron_md.parity.sweep import expand
@@ -88,7 +88,7 @@ def main_in_rank(words: list[str]) -> int:
 
 
 def quick() -> ParityConfig:
-    return small(accuracy={"every_steps": 30, "stop_at": 0.9}, train={"steps": 60})
+    return small(accuracy={"every_steps": 4, "stop_at": 0.9}, train={"steps": 8})
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_another_layout_passes(layout: str, quick_record: Path) -> None:
 @pytest.mark.distributed
 def test_other_numbers_fail_on_every_rank(quick_record: Path, tmp_path: Path) -> None:
     record = json.loads(quick_record.read_text())
-    record["loss"][20] *= 1.001
+    record["loss"][5] *= 1.001
     (tmp_path / "record.json").write_text(json.dumps(record))
     words = ["parity", "validate", "--reference", str(tmp_path / "record.json")]
     assert run_ranks(main_in_rank, 2, words) == [1, 1]

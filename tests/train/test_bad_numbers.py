@@ -98,12 +98,13 @@ def pretrain_with(config: Config, factors: dict[int, float], leave_out: tuple[in
     """
     import torch
 
-    from megatron_md import pretrain
+    from megatron_md.run.pretrain import pretrain
     from megatron_md.train.step import Stepper
+    from megatron_md.train.trainer import Trainer
 
     corrupt, update = Stepper.corrupt, Stepper._update
     final: dict[str, Any] = {}
-    trainer_fit = pretrain.Run.fit
+    trainer_fit = Trainer.fit
     steps = iter(range(1, 1000))
 
     def planted(self: Any, batches: Any) -> Any:
@@ -121,20 +122,20 @@ def pretrain_with(config: Config, factors: dict[int, float], leave_out: tuple[in
 
     def fit(self: Any) -> None:
         trainer_fit(self)
-        parameters = [p for chunk in self.trainer.stepper.chunks for p in chunk.parameters()]
+        parameters = [p for chunk in self.stepper.chunks for p in chunk.parameters()]
         moments = [
             value
-            for part in self.trainer.optimizer.chained_optimizers
+            for part in self.optimizer.chained_optimizers
             for state in part.optimizer.state.values()
             for value in state.values()
             if isinstance(value, torch.Tensor)
         ]
         final["tensors"] = [tensor.detach().float().numpy().copy() for tensor in [*parameters, *moments]]
-        final["guard"] = self.trainer.progress.guard
-        final["jumps"] = self.trainer.progress.jumps
+        final["guard"] = self.progress.guard
+        final["jumps"] = self.progress.jumps
 
-    Stepper.corrupt, Stepper._update, pretrain.Run.fit = planted, counted, fit  # type: ignore[method-assign]
-    final["code"] = pretrain.pretrain(config)
+    Stepper.corrupt, Stepper._update, Trainer.fit = planted, counted, fit  # type: ignore[method-assign]
+    final["code"] = pretrain(config)
     return final
 
 
@@ -231,15 +232,15 @@ def die_at_rollback(config: Config, factors: dict[int, float], moment: str) -> N
     """`kill -9` at a moment of the return to a checkpoint."""
     import os
 
-    from megatron_md import pretrain
     from megatron_md.checkpoint import rollback
+    from megatron_md.checkpoint.manager import CheckpointManager
 
     if moment == "before it":
         rollback.agreed = lambda *args, **keys: os._exit(9)
     elif moment == "before the checkpoints go":
         rollback.Rollback.discard_newer = lambda *args: os._exit(9)  # type: ignore[method-assign, assignment]
     else:
-        pretrain.CheckpointManager.load = lambda *args: os._exit(9)
+        CheckpointManager.load = lambda *args: os._exit(9)  # type: ignore[method-assign]
     pretrain_with(config, factors)
 
 
@@ -292,11 +293,11 @@ def test_a_validation_that_is_not_a_number_does_not_end_the_run(tmp_path: Path) 
 
 
 def pretrain_with_bad_validation(config: Config) -> int:
-    from megatron_md.pretrain import pretrain
-    from megatron_md.train.step import Stepper
+    from megatron_md.run.pretrain import pretrain
+    from megatron_md.train.inference import Inference
 
-    original = Stepper.negative_log_likelihoods
-    Stepper.negative_log_likelihoods = lambda self, batches: [  # type: ignore[method-assign]
+    original = Inference.negative_log_likelihoods
+    Inference.negative_log_likelihoods = lambda self, batches: [  # type: ignore[method-assign]
         nll_M * np.float32("nan") for nll_M in original(self, batches) or []
     ]
     return pretrain(config)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from megatron_md.config import as_dict, load_config
-from megatron_md.exit_codes import RunFailedError
+from megatron_md.errors import RunFailedError
 from megatron_md.train import nodes
 from tests.ranks import run_ranks
 from tests.train.test_launch import workers_of

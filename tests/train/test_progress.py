@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_md.config import BatchRampConfig, Config, TrainConfig
-from megatron_md.train.progress import Progress, batch_size_at, row_length_at, row_length_unit, rows_before
+from megatron_md.train.progress import Progress, batch_size_at, row_length_at, rows_before
 from tests.small_run import CONFIG, LENGTH, variant
 
 
@@ -40,7 +40,7 @@ def test_progress_of_a_prolonged_run_stays_within_one() -> None:
 
 def test_random_row_lengths_are_rare_even_and_a_function_of_seed_and_first_row() -> None:
     config = variant(data={"random_length_fraction": 0.25, "seq_length": 64}, parallel={"tensor": 4, "context": 3})
-    assert row_length_unit(config) == 12
+    assert config.parallel.row_unit == 12
     lengths = [row_length_at(config, 8 * step) for step in range(8000)]
     cut = [length for length in lengths if length != 64]
     # 64 is no multiple of 12, so that every cut row is shorter: binomial(8000, 1/4), standard deviation 38.7.

@@ -40,6 +40,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 LAYOUTS = {name: (size, {"distributed_optimizer": True, **layout}) for name, (size, layout) in LAYOUTS.items()}
 
 
+def slow(*values: Any) -> list[Any]:
+    """Values of a parameter whose tests run with the slow ones."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def train(config: Config, steps: int) -> dict[str, Any]:
     """Train on made-up rows; returns per-step figures and this rank's pieces of the final weights."""
     from megatron_md.model.build import settled_parameters
@@ -59,7 +64,7 @@ def shards(chunks: list[Any]) -> list[tuple[str, tuple[int, ...], tuple[int, ...
     for chunk in chunks:
         for shard in sharded_tensors(chunk.module.sharded_state_dict(metadata=state_dict_metadata())):
             axes = shard.prepend_axis_num
-            data = shard.data.detach().float().numpy().reshape((1,) * axes + tuple(shard.data.shape))
+            data = shard.data.detach().float().cpu().numpy().reshape((1,) * axes + tuple(shard.data.shape))
             pieces.append((shard.key, shard.global_shape, shard.global_offset, data))
     return pieces
 
@@ -94,9 +99,18 @@ def assert_same(runs: list[dict[str, Any]], expected: dict[str, Any]) -> None:
         np.testing.assert_allclose(value, expected_weights[name], rtol=1e-4, atol=2e-5, err_msg=name)
 
 
+# The layouts know nothing of the objective: where the causal spec meets a split of its own, it is run by default.
+CAUSAL = ("tensor2+sequence", "pipeline2-interleaved", "tensor2xpipeline2")
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        *((name, "masked_diffusion") for name in LAYOUTS),
+        *(pytest.param(name, "autoregressive", marks=() if name in CAUSAL else pytest.mark.slow) for name in LAYOUTS),
+    ],
+)
 def test_layout_reproduces_one_process(name: str, objective: str) -> None:
     size, layout = LAYOUTS[name]
     runs = run_ranks(train, size, variant(objective={"name": objective}, parallel=layout), STEPS)
@@ -104,7 +118,7 @@ def test_layout_reproduces_one_process(name: str, objective: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["tensor2", "pipeline2", "tensor2xpipeline2", "data2-overlap"])
+@pytest.mark.parametrize("name", ["tensor2xpipeline2", *slow("tensor2", "pipeline2", "data2-overlap")])
 def test_untied_embeddings_too(name: str) -> None:
     size, layout = LAYOUTS[name]
     runs = run_ranks(train, size, variant(model={"tied": False}, parallel=layout), STEPS)
@@ -112,17 +126,11 @@ def test_untied_embeddings_too(name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("micro_batch", [1, 4, 8])
-@pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])
+@pytest.mark.parametrize("micro_batch", [1, *slow(4), 8])
+@pytest.mark.parametrize("objective", ["masked_diffusion", *slow("autoregressive")])
 def test_micro_batches_do_not_matter(micro_batch: int, objective: str) -> None:
     config = variant(objective={"name": objective}, train={"micro_batch_size": micro_batch})
     assert_same(run_ranks(train, 1, config, STEPS), reference(objective))
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_nothing(recompute: str) -> None:
-    assert_same(run_ranks(train, 1, variant(train={"recompute": recompute}), STEPS), reference("masked_diffusion"))
 
 
 @pytest.mark.distributed
@@ -153,7 +161,12 @@ def train_with_a_nan(config: Config) -> dict[str, Any]:
         after = [parameter.detach().clone() for chunk in run.chunks for parameter in chunk.parameters()]
         unchanged = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         good = run.stepper.train(run.stepper.corrupt(run.batches(1)))
-        return {"skipped": bad.skipped, "unchanged": unchanged, "then": good.skipped, "loss": good.loss}
+        return {
+            "skipped": bad.fault is not None,
+            "unchanged": unchanged,
+            "then": good.fault is not None,
+            "loss": good.loss,
+        }
 
 
 @pytest.mark.distributed
@@ -179,7 +192,7 @@ def test_norms_and_biases_are_not_decayed() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["data2-overlap", "pipeline2", "tensor2xpipeline2"])
+@pytest.mark.parametrize("name", ["data2-overlap", *slow("pipeline2"), "tensor2xpipeline2"])
 def test_a_micro_batch_without_anything_to_predict(name: str) -> None:
     # Micro-batches of one row: row 5 has nothing to mask, and the number of head chunks varies from one to the next.
     size, layout = LAYOUTS[name]
@@ -194,11 +207,10 @@ WITHIN = {"document_attention": "within_document"}
 @pytest.mark.parametrize(
     ("name", "objective"),
     [
-        ("tensor2", "masked_diffusion"),
         ("tensor2+sequence", "masked_diffusion"),
-        ("pipeline2", "masked_diffusion"),
         ("pipeline2-interleaved", "autoregressive"),
         ("data2", "masked_diffusion"),
+        *(pytest.param(name, "masked_diffusion", marks=pytest.mark.slow) for name in ("tensor2", "pipeline2")),
         ("tensor2+sequence-xdata2", "autoregressive"),
     ],
 )
@@ -210,17 +222,10 @@ def test_layouts_agree_within_documents(name: str, objective: str) -> None:
     assert abs(runs[0]["curve"][0][1] / reference(objective)["curve"][0][1] - 1) > 1e-2
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("keys", [{"recompute": "selective"}, {"recompute": "full"}, {"micro_batch_size": 8}])
-def test_recomputation_and_micro_batches_do_not_matter_within_documents(keys: dict[str, Any]) -> None:
-    expected = reference("masked_diffusion", document_attention="within_document")
-    assert_same(run_ranks(train, 1, variant(train=keys, data=WITHIN), STEPS), expected)
-
-
 def losses_by_position(run: Any, batch: CleanBatch) -> np.ndarray[Any, Any]:
     """Negative log-likelihood at each position [B, L], 0 where none is scored."""
     (corrupted,) = run.stepper.corrupt([batch])
-    (nll_M,) = run.stepper.negative_log_likelihoods([corrupted])
+    (nll_M,) = run.inference.negative_log_likelihoods([corrupted])
     table = np.zeros(batch.tokens_BL.size, dtype=np.float32)
     table[corrupted.positions_M] = nll_M
     return table.reshape(batch.tokens_BL.shape)
@@ -256,7 +261,9 @@ def two_documents_and_each_alone(config: Config) -> tuple[np.ndarray[Any, Any], 
 
         def losses(part: np.ndarray[Any, Any], *cuts: int) -> np.ndarray[Any, Any]:
             ones, cu_seqlens = np.ones_like(part, dtype=bool), [np.array(cuts, dtype=np.int32)]
-            return losses_by_position(run, CleanBatch(part, ones, np.zeros(1), BatchPosition(0, 1), cu_seqlens))[0]
+            return losses_by_position(
+                run, CleanBatch(part, ones, np.zeros(1), BatchPosition(0, 1), cu_seqlens=cu_seqlens)
+            )[0]
 
         first, second = losses(tokens[:, :cut], 0, cut), losses(tokens[:, cut:], 0, LENGTH - cut)
         return losses(tokens, 0, cut, LENGTH), np.concatenate([first, second])
@@ -285,10 +292,7 @@ def annealed_reference() -> dict[str, Any]:
     [
         "tensor2+sequence",
         "pipeline2-interleaved",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("tensor2", "pipeline2", "data2", "tensor2xpipeline2")
-        ),
+        *slow("tensor2", "pipeline2", "data2", "tensor2xpipeline2"),
     ],
 )
 def test_layouts_agree_about_annealed_attention(name: str) -> None:
@@ -300,15 +304,13 @@ def test_layouts_agree_about_annealed_attention(name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"recompute": "full"},
-        *(pytest.param(keys, marks=pytest.mark.slow) for keys in ({"recompute": "selective"}, {"micro_batch_size": 8})),
-    ],
-)
-def test_recomputation_and_micro_batches_do_not_matter_under_annealed_attention(keys: dict[str, Any]) -> None:
-    assert_same(run_ranks(train, 1, variant(ANNEALED, train=keys), STEPS), annealed_reference())
+@pytest.mark.parametrize("micro_batch", [2, *slow(8)])
+def test_recomputed_layers_attend_as_before_under_every_mask(micro_batch: int) -> None:
+    # That the key reaches megatron-core, tests/model/test_build.py says; here, that the masks survive it.
+    train_keys = {"recompute": "full", "micro_batch_size": micro_batch}
+    assert_same(run_ranks(train, 1, variant(ANNEALED, train=train_keys), STEPS), annealed_reference())
+    expected = reference("masked_diffusion", document_attention="within_document")
+    assert_same(run_ranks(train, 1, variant(train=train_keys, data=WITHIN), STEPS), expected)
 
 
 @pytest.mark.slow
@@ -325,12 +327,12 @@ def test_bf16_follows_fp32_under_annealed_attention(layout: dict[str, Any]) -> N
 def annealed_losses(config: Config) -> dict[str, np.ndarray[Any, Any]]:
     """Losses of a batch as annealing begins, in its middle, and at its end; and those of a causal and a plain model."""
     from megatron_md.model.build import build_model
-    from megatron_md.train.step import Stepper
+    from megatron_md.train.inference import Inference
 
     with small_run(config) as run:
 
-        def losses(stepper: Any, batches: Any) -> np.ndarray[Any, Any]:
-            return np.concatenate(stepper.negative_log_likelihoods(batches))
+        def losses(model: Any, batches: Any) -> np.ndarray[Any, Any]:
+            return np.concatenate(model.negative_log_likelihoods(batches))
 
         progress = {"first": 0.0, "middle": 0.25, "last": 0.5}
         at = {
@@ -340,11 +342,10 @@ def annealed_losses(config: Config) -> dict[str, np.ndarray[Any, Any]]:
         plain = [replace(batch, is_hidden_LL=None) for batch in at["first"]]
         causal = build_model(config, run.world.device, causal=True, mask_token_id=3)
         return {
-            **{name: losses(run.stepper, batches) for name, batches in at.items()},
-            "bidirectional": losses(run.stepper, plain),
-            "causal": losses(Stepper(variant(config, objective={"attention_annealing": 0.0}), run.world, causal, None,
-                                     run.stepper.objective), plain),
-        }  # fmt: skip
+            **{name: losses(run.inference, batches) for name, batches in at.items()},
+            "bidirectional": losses(run.inference, plain),
+            "causal": losses(Inference(config, run.world, causal, causal=True, mask_token_id=3), plain),
+        }
 
 
 @pytest.mark.distributed
@@ -363,7 +364,7 @@ def shifted_losses(config: Config) -> list[Any]:
 
     with small_run(config) as run:
         batches = run.stepper.corrupt(run.batches(0))
-        losses = run.stepper.negative_log_likelihoods(batches)
+        losses = run.inference.negative_log_likelihoods(batches)
         expected = []
         for batch in batches:
             assert (batch.positions_M % LENGTH > 0).all()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_md.config import Config
-from megatron_md.data.builder import Tokenised, Vocabulary, write_corpus
+from megatron_md.data.writer import Tokenised, Vocabulary, write_corpus
 from tests.ranks import run_ranks
 from tests.small_run import CONFIG, LENGTH, MASK, VOCAB, variant
 
@@ -62,8 +62,8 @@ def config_for(run_dir: Path, corpora: dict[str, str], **sections: dict[str, Any
 
 
 def pretrain(config: Config) -> int:
-    """`megatron_md.pretrain.pretrain`, imported in the rank's process."""
-    from megatron_md.pretrain import pretrain as run
+    """`megatron_md.run.pretrain.pretrain`, imported in the rank's process."""
+    from megatron_md.run.pretrain import pretrain as run
 
     return run(config)
 
@@ -121,7 +121,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path: Path, corpora
 
 def pretrain_and_die_after(config: Config, step: int) -> None:
     """A crash: an exception from a callback that comes after everything else in that step."""
-    from megatron_md.checkpoint.callback import Checkpointing
+    from megatron_md.checkpoint.saving import Checkpointing
 
     original = Checkpointing.after_step
 
@@ -267,3 +267,40 @@ def test_golden_curve(tmp_path: Path, corpora: dict[str, str]) -> None:
 
 def golden_config(run_dir: Path, corpora: dict[str, str]) -> Config:
     return config_for(run_dir, corpora, train={"steps": 60}, optimizer={"lr": 1e-2}, validation={"sequences": 0})
+
+
+def collectives(config: Config) -> int:
+    """How many collectives this package itself asks for in a whole run."""
+    import sys
+
+    import torch.distributed as dist
+
+    asked = 0
+
+    def counting(collective: Any) -> Any:
+        def call(*words: Any, **keys: Any) -> Any:
+            nonlocal asked
+            asked += str(sys._getframe(1).f_globals["__name__"]).startswith("megatron_md.")
+            return collective(*words, **keys)
+
+        return call
+
+    for name in ("all_reduce", "broadcast", "broadcast_object_list", "all_gather_object", "barrier"):
+        setattr(dist, name, counting(getattr(dist, name)))
+    assert pretrain(config) == 0
+    return asked
+
+
+@pytest.mark.distributed
+def test_a_step_asks_for_one_collective(tmp_path: Path, corpora: dict[str, str]) -> None:
+    def count(steps: int) -> int:
+        config = config_for(
+            tmp_path / str(steps),
+            corpora,
+            train={"steps": steps},
+            validation={"every_steps": 0, "sequences": 0},
+            checkpoint={"every_steps": 0, "every_minutes": 60.0},
+        )
+        return run_ranks(collectives, 2, config)[0]
+
+    assert count(7) - count(2) == 5

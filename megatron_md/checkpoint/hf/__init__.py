@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face: families, tensors, folders, conversion both ways."""

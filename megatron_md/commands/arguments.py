@@ -1,0 +1,43 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_md.errors import UserError
+from megatron_md.run.saved import Placement
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what every command takes that loads a trained model."""
+    parser.add_argument("run_path", metavar="RUN", help="run directory or checkpoint")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--tensor", type=positive, metavar="N", help="tensor-parallel size (all processes)")
+    parser.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline-parallel size (1)")
+    parser.add_argument(
+        "--trust", action="store_true", help="load a checkpoint that has no manifest, and import what RUN's config says"
+    )
+
+
+def placement(args: argparse.Namespace) -> Placement:
+    """What was said to `add_model_arguments` of where to load the model."""
+    return Placement(args.tensor, args.pipeline, args.device, args.trust)
+
+
+def check_folder_of(path: Path | None, name: str = "") -> None:
+    """Check that a file that will be written has a place.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"{name}{path}: the folder {path.parent} does not exist")

@@ -1,0 +1,228 @@
+"""What a run will cost, counted from shapes: parameters, FLOPs, memory, tokens. No torch, nothing is built.
+
+Letters in the formulas: H hidden, A = heads * head_dim, K = kv_heads * head_dim, F ffn, V vocabulary, L seq_length,
+B micro_batch_size, TP/PP/DP the parallel sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_md.config import Config, ModelConfig, ResolvedConfig, ResolvedModel, to_yaml
+from megatron_md.diffusion.schedule import parse_schedule
+from megatron_md.run.check import Layout
+from megatron_md.train.progress import Progress, batch_size_at
+
+
+def _scaled(value: float, unit: str, base: int) -> str:
+    """A number with a prefix that keeps it readable: `1.87 GiB`, `49.9 GFLOP`."""
+    prefixes = ("", "Ki", "Mi", "Gi", "Ti") if base == 1024 else ("", "k", "M", "G", "T", "P")
+    power = 0
+    while value >= base and power < len(prefixes) - 1:
+        value, power = value / base, power + 1
+    return f"{value:.2f} {prefixes[power]}{unit}"
+
+
+def attention_widths(model: ModelConfig) -> tuple[int, int]:
+    """Widths of all query heads and of all key (or value) heads together: (A, K)."""
+    return model.heads * model.head_width, model.key_heads * model.head_width
+
+
+def layer_matrices(model: ModelConfig) -> int:
+    """Entries of one layer's weight matrices: 2HA + 2HK for attention, 3HF for SwiGLU."""
+    query, key = attention_widths(model)
+    return model.hidden * (2 * query + 2 * key + 3 * model.ffn)
+
+
+def layer_vectors(model: ModelConfig) -> int:
+    """Entries of one layer's norms and biases."""
+    query, key = attention_widths(model)
+    return (
+        2 * model.hidden + (2 * model.head_width if model.qk_norm else 0) + (query + 2 * key if model.qkv_bias else 0)
+    )
+
+
+def parameter_count(model: ResolvedModel) -> int:
+    """Parameters of the whole model, without the padding of the vocabulary."""
+    embeddings = model.vocab * model.hidden * (1 if model.tied else 2)
+    positions = model.max_length * model.hidden if model.position == "learned" else 0
+    return embeddings + positions + model.layers * (layer_matrices(model) + layer_vectors(model)) + model.hidden
+
+
+def padded_vocab(config: ResolvedConfig) -> int:
+    """Rows of the embedding: the vocabulary rounded up to `parallel.vocab_multiple * parallel.tensor`."""
+    unit = config.parallel.vocab_multiple * config.parallel.tensor
+    return -(-config.model.vocab // unit) * unit
+
+
+def predicted_fraction(config: Config) -> float:
+    """Expected share of positions that are predicted, hence pass through the head: E[t], averaged over the run."""
+    if config.objective.name == "autoregressive":
+        return 1.0
+    schedule = parse_schedule(config.objective.mask_schedule)
+    moments = [(step + 0.5) / 16 for step in range(16)]
+    return sum(schedule.mean(progress) for progress in moments) / len(moments)
+
+
+def training_flops_per_token(
+    config: Config, vocab: int, fraction: float | None = None, *, recomputation: bool = False
+) -> float:
+    """FLOPs of forward and backward for one token of a row, as executed; a multiply-add counts as two.
+
+    Forward: `layers * (2 * matrices + 4 L A) + fraction * 2 H V`, with the full L x L attention of a bidirectional
+    model (half of it under the causal mask of the autoregressive baseline), no embedding look-up, the head at
+    predicted positions only. Backward is twice that. Attention within documents does less than what is counted here,
+    by how much the config cannot tell.
+
+    Args:
+        config: the run.
+        vocab: rows of the output layer.
+        fraction: share of positions that the head sees; E[t] of the mask schedule by default.
+        recomputation: add what activation recomputation does again (the layers under `full`, their attention under
+            `selective`); model FLOPs utilisation leaves it out.
+    """
+    model = config.model
+    query, _ = attention_widths(model)
+    attention = 4.0 * config.data.seq_length * query
+    if config.objective.name == "autoregressive":
+        attention /= 2.0
+    layers = model.layers * (2.0 * layer_matrices(model) + attention)
+    head = (predicted_fraction(config) if fraction is None else fraction) * 2.0 * model.hidden * vocab
+    again = {"none": 0.0, "selective": model.layers * attention, "full": layers}[config.train.recompute]
+    return 3.0 * (layers + head) + (again if recomputation else 0.0)
+
+
+def layers_per_stage(config: Config) -> list[int]:
+    """Transformer layers of each pipeline rank."""
+    layout = config.parallel
+    first, last = layout.first_stage_layers, layout.last_stage_layers
+    rest = config.model.layers - (first or 0) - (last or 0)
+    middle = layout.pipeline - (first is not None) - (last is not None)
+    counts = [rest // middle if middle else 0] * layout.pipeline
+    if first is not None:
+        counts[0] = first
+    if last is not None:
+        counts[-1] = last
+    return counts
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+
+def _stage_parameters(config: ResolvedConfig, stage: int) -> int:
+    """Parameters of one tensor-parallel rank of a pipeline stage."""
+    model, layout = config.model, config.parallel
+    first, last = stage == 0, stage == layout.pipeline - 1
+    query, key = attention_widths(model)
+    biases = query + 2 * key if model.qkv_bias else 0
+    replicated = layer_vectors(model) - biases
+    layer = (layer_matrices(model) + biases) // layout.tensor + replicated
+    # A tied output layer on another stage than the embedding is a copy of it.
+    tables = int(first) + int(last and not (model.tied and first))
+    positions = model.max_length if model.position == "learned" and first else 0
+    embeddings = tables * padded_vocab(config) * model.hidden // layout.tensor + positions * model.hidden
+    return layers_per_stage(config)[stage] * layer + embeddings + (model.hidden if last else 0)
+
+
+def _activation_bytes(config: Config, layout: Layout, stage: int) -> float:
+    """Activations that a stage holds for the backward pass, at the fullest moment of the pipeline schedule.
+
+    Counted as in section 4 of arXiv 2205.05198, for SwiGLU, RMSNorm, no dropout, and attention that keeps no
+    L x L scores. Per token and layer: the inputs of both norms and what follows them (4H), q, k, v before and after the
+    rotation (2A + 3K), the attention's output (A), gate, up and their product (3F).
+    """
+    model, train, parallel = config.model, config.train, config.parallel
+    query, key = attention_widths(model)
+    rows = 4.0 * model.hidden / (parallel.tensor if parallel.sequence_parallel else 1)
+    split = (3.0 * query + 3.0 * key + 3.0 * model.ffn) / parallel.tensor
+    per_token = rows + split
+    if train.recompute == "full":
+        per_token = rows / 4.0
+    elif train.recompute == "selective":
+        per_token = rows + split - query / parallel.tensor
+    chunks = parallel.virtual_pipeline
+    warmup = parallel.pipeline - stage - 1
+    in_flight = warmup + 1 if chunks == 1 else 2 * warmup + (chunks - 1) * parallel.pipeline + 1
+    in_flight = min(in_flight, layout.micro_batches * chunks)
+    layers = layers_per_stage(config)[stage] / chunks * in_flight
+    one_again = rows + split if train.recompute == "full" else 0.0
+    width = 2 if train.precision == "bf16" else 4
+    return width * train.micro_batch_size * config.data.seq_length * (layers * per_token + one_again)
+
+
+def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:
+    """A rough estimate for the fullest rank, without the framework's own buffers and fragmentation."""
+    bf16 = config.train.precision == "bf16"
+    shards = layout.data * layout.context if config.parallel.distributed_optimizer else 1
+
+    def of_stage(stage: int) -> Memory:
+        count = _stage_parameters(config, stage)
+        last = stage == layout.pipeline - 1
+        rows = config.train.micro_batch_size * config.data.seq_length
+        # Chunks of fp32 logits and their softmax; the gradient of the hidden states at all positions.
+        logits = 2 * 4.0 * min(config.objective.head_chunk, rows) * padded_vocab(config) / layout.tensor
+        return Memory(
+            parameters=count,
+            weights=count * (2.0 if bf16 else 4.0),
+            gradients=count * 4.0,
+            optimizer=count * (12.0 if bf16 else 8.0) / shards,
+            activations=_activation_bytes(config, layout, stage),
+            head=logits + 4.0 * rows * config.model.hidden if last else 0.0,
+        )
+
+    return max((of_stage(stage) for stage in range(layout.pipeline)), key=lambda memory: memory.total)
+
+
+def report(config: ResolvedConfig, layout: Layout) -> str:
+    """What `--dry-run` prints: the resolved config, the layout and all estimates."""
+    model, train = config.model, config.train
+    rows, vocab = padded_vocab(config), model.vocab
+    count = parameter_count(model)
+    padding = f" (embedding padded from {vocab:,} to {rows:,} rows)" if rows != vocab else ""
+    fraction = predicted_fraction(config)
+    executed = training_flops_per_token(config, rows, fraction)
+    again = training_flops_per_token(config, rows, fraction, recomputation=True) - executed
+    total_tokens = Progress.start(config).total_tokens
+    tokens_per_step = train.global_batch_size * config.data.seq_length
+    memory = memory_per_rank(config, layout)
+    attention = "causal attention" if config.objective.name == "autoregressive" else "full L x L attention"
+    usual = _scaled(6.0 * count, "FLOP", 1000)
+    parts = ("weights", "gradients", "optimizer", "activations", "head")
+    shares = ", ".join(f"{part} {_scaled(getattr(memory, part), 'B', 1024)}" for part in parts)
+    sizes = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {layout.data}"
+    recomputed = f", and {_scaled(again, 'FLOP', 1000)} recomputed" if again else ""
+    ramp = f" (from {batch_size_at(config, 0):,} rows at step 0)" if train.batch_ramp else ""
+    facts = {
+        "processes": f"{layout.world} = {sizes}",
+        "layers per stage": ", ".join(map(str, layers_per_stage(config)))
+        + (f" in {config.parallel.virtual_pipeline} chunks each" if config.parallel.virtual_pipeline > 1 else ""),
+        "micro-batches": f"{layout.micro_batches} of {train.micro_batch_size} rows per rank and step",
+        "vocabulary": f"{vocab:,}{padding}",
+        "parameters": f"{count:,}",
+        "predicted share": f"{fraction:.4f} of the positions pass through the head (expected mask rate)",
+        "FLOPs per token": f"{_scaled(executed, 'FLOP', 1000)} "
+        f"executed ({attention}, head at predicted positions){recomputed}",
+        "usual figure": f"{usual} per token (6N: no attention, embedding and head at all positions)",
+        "FLOPs in all": f"{(executed + again) * total_tokens:.3e}",
+        "tokens per step": f"{tokens_per_step:,} = {train.global_batch_size:,} rows x {config.data.seq_length:,}{ramp}",
+        "steps": f"{train.steps:,}",
+        "tokens in all": f"{total_tokens:,} ({total_tokens / count:.2f} per parameter)",
+        "memory per rank": f"{_scaled(memory.total, 'B', 1024)} on the fullest, roughly ({shares})",
+    }
+    width = max(map(len, facts))
+    lines = [f"  {name:<{width}}  {value}" for name, value in facts.items()]
+    return "\n".join(["# resolved config", to_yaml(config).rstrip(), "", "# layout and estimates", *lines])

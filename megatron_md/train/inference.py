@@ -1,0 +1,132 @@
+"""A model that is only looked at, on any layout: logits for samplers, negative log-likelihoods for estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_md.batch import CorruptedBatch
+from megatron_md.config import ResolvedConfig
+from megatron_md.diffusion.sampler import OnStep, Sample, sample
+from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.parallel import World, sum_over_ranks
+from megatron_md.train.step import ForwardPass
+
+
+class Inference(ForwardPass):
+    """A denoiser (tokens [B, L] -> logits fp32 [B, L, V]) and a `Scorer`; every rank makes the same calls.
+
+    A causal model predicts each position from those to its left, so that filling a canvas in blocks of one token is its
+    own left-to-right sampling.
+    """
+
+    def __init__(
+        self, config: ResolvedConfig, world: World, chunks: list[Any], *, causal: bool, mask_token_id: int
+    ) -> None:
+        super().__init__(config, world, chunks)
+        self.causal, self.right_shift = causal, self.shift.enabled
+        self.data_rank, self.data_size, self.device = world.data_rank, world.data_size, world.device
+        self.max_length = config.model.max_length
+        self._vocab = config.model.vocab
+        # What a causal model of ours reads first, as in training; a right-shifted one reads the row itself.
+        self._bos_token_id = mask_token_id if causal and not self.right_shift else None
+
+    @torch.no_grad()
+    def __call__(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Logits fp32 [B, L, V] of token ids on this rank's device, -inf for tokens that are never predicted.
+
+        Every rank of a replica of the model calls this with the same tokens, and gets the same logits.
+        """
+        if self._bos_token_id is not None:
+            bos_B1 = tokens_BL.new_full((len(tokens_BL), 1), self._bos_token_id)
+            tokens_BL = torch.cat((bos_B1, tokens_BL[:, :-1]), dim=1)
+        shape = (tokens_BL.shape[0], tokens_BL.shape[1])
+        with self._looking():
+            outputs = self.through(_logits_step, [tokens_BL], shape, forward_only=True, collect_non_loss_data=True)
+        logits_BLV = self._from_last_stage(outputs[0] if self.world.is_last_stage else None, shape)
+        if self.right_shift:
+            outputs_L = self.shift.outputs(np.arange(shape[1])).clip(min=0)  # nothing predicts the first one
+            logits_BLV = logits_BLV[:, torch.from_numpy(outputs_L).to(self.device)]
+        return logits_BLV
+
+    @torch.no_grad()
+    def negative_log_likelihoods(self, batches: Sequence[CorruptedBatch]) -> list[np.ndarray[Any, Any]] | None:
+        """Each batch's nll_M in nats, without gradients; None on ranks that do not hold the last pipeline stage."""
+        with self._looking():
+            outputs = self.predict(batches, forward_only=True)
+        return [output.nll_M.cpu().numpy() for output in outputs] if self.world.is_last_stage else None
+
+    def sum_over_ranks(self, figures: torch.Tensor) -> torch.Tensor:
+        """Sum over data-parallel ranks of what the last pipeline stages hold, given to every rank (on the CPU)."""
+        return sum_over_ranks(figures, self.world)
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """The model in evaluation mode; training may go on behind it."""
+        modes = [chunk.training for chunk in self.chunks]
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk, mode in zip(self.chunks, modes, strict=True):
+                chunk.train(mode)
+
+    def _from_last_stage(self, logits_BLV: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+        """The last pipeline stage's logits, given to every stage."""
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            assert logits_BLV is not None
+            return logits_BLV
+        if logits_BLV is None:
+            logits_BLV = torch.empty((*shape, self._vocab), dtype=torch.float32, device=self.device)
+        logits_BLV = logits_BLV.contiguous()
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(logits_BLV, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+        return logits_BLV
+
+
+def _logits_step(iterator: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
+    tokens_BL = next(iterator)
+    positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+    return model(tokens_BL, positions_BL, None), lambda logits_BLV, non_loss_data: logits_BLV
+
+
+def fill(
+    denoiser: Inference,
+    prompts_BP: Sequence[Sequence[int]],
+    config: SamplerConfig,
+    *,
+    mask_token_id: int,
+    eos_token_id: int,
+    on_step: OnStep | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Sample:
+    """Continue prompts of one length; a causal model fills one token after the other, whatever the steps and strategy.
+
+    Where nothing predicts a row's first token (`right_shift`) an `<eos>` stands for an empty prompt.
+
+    Raises:
+        UserError: as for `sampler.sample`.
+    """
+    if denoiser.right_shift:
+        prompts_BP = [prompt or [eos_token_id] for prompt in prompts_BP]
+    if denoiser.causal:
+        config = replace(config, steps=config.length, block=1, strategy="low_confidence")
+    prompts = torch.tensor([list(prompt) for prompt in prompts_BP], dtype=torch.int64, device=denoiser.device)
+    return sample(
+        denoiser,
+        prompts,
+        config,
+        mask_token_id=mask_token_id,
+        eos_token_id=eos_token_id,
+        max_length=denoiser.max_length,
+        on_step=on_step,
+        seeds=seeds,
+    )
