@@ -16,6 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
 
 from megatron_md import cpu
 from megatron_md.config import Config, ParallelConfig, ResolvedConfig
@@ -257,18 +258,23 @@ def build_model(
     stages = range(config.parallel.virtual_pipeline)
     chunks: list[torch.nn.Module] = [_build_chunk(config, core, device, causal, excluded, s).to(device) for s in stages]
     if initialize:
-        depth = math.sqrt(2.0 * config.model.layers) if config.model.scaled_init else 1.0
-        initialize_weights(
-            chunks,
-            seed=config.seed,
-            std=config.model.init_std,
-            output_std=config.model.init_std / depth,
-            vocab=config.model.vocab,
-            metadata=state_dict_metadata(),
-        )
+        draw_weights(config, chunks)
     if core.bf16:
         chunks = [Float16Module(core, chunk) for chunk in chunks]
     return chunks
+
+
+def draw_weights(config: ResolvedConfig, chunks: list[Any]) -> None:
+    """Fill this rank's model chunks, wrapped or not, from the run's seed."""
+    depth = math.sqrt(2.0 * config.model.layers) if config.model.scaled_init else 1.0
+    initialize_weights(
+        unwrap_model(chunks),
+        seed=config.seed,
+        std=config.model.init_std,
+        output_std=config.model.init_std / depth,
+        vocab=config.model.vocab,
+        metadata=state_dict_metadata(),
+    )
 
 
 def wrap_data_parallel(chunks: list[Any], config: Config) -> list[Any]:
