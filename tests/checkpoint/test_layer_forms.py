@@ -6,6 +6,7 @@ parameters, names and extra state that megatron-core's `TELayerNormColumnParalle
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ def in_fused_form(spec: ModuleSpec) -> ModuleSpec:
     parts = spec.submodules
     assert parts.sharded_state_dict_keys_map.keys() == {"input_layernorm.", "pre_mlp_layernorm."}
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-    parts.self_attention.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = NormedLinear
+    mlp = (
+        parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
+    )  # of core 0.19, 0.16
+    parts.self_attention.submodules.linear_qkv = mlp.linear_fc1 = NormedLinear
     parts.sharded_state_dict_keys_map = {}
     return spec
 
