@@ -49,7 +49,7 @@ def in_fused_form(spec: ModuleSpec) -> ModuleSpec:
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
     mlp = (
         parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
-    )  # of core 0.19, 0.16
+    )
     parts.self_attention.submodules.linear_qkv = mlp.linear_fc1 = NormedLinear
     parts.sharded_state_dict_keys_map = {}
     return spec
