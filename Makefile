@@ -10,6 +10,9 @@ PYTHON ?= $(shell for python in $$(type -aP python3.11 python3.12 python3); do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
 	done)
 TORCH ?= torch==2.13.0
+NEWEST_CORE := 0.19.2
+CORE_TESTS := tests/model tests/train tests/checkpoint tests/evaluate tests/parity tests/run \
+	tests/test_compatibility.py tests/test_core_compat.py
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,7 +25,7 @@ STAMP := .venv/.installed
 WANTED := $(CURDIR) $(TORCH)
 FOUND := $(shell test ! -e .venv/.installing && .venv/bin/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu test-harness lint clean
+.PHONY: help demo test test-slow test-gpu test-core test-harness lint clean
 ifneq ($(FOUND),$(WANTED))
 .PHONY: $(STAMP)
 endif
@@ -32,6 +35,7 @@ help:
 	@echo 'make test        run the tests'
 	@echo 'make test-slow   run the slow tests as well'
 	@echo 'make test-gpu    run the tests that need a CUDA device'
+	@echo 'make test-core   run the tests that meet megatron-core on its newest release (Python 3.12)'
 	@echo 'make test-harness  install lm-evaluation-harness (450 MB) into .venv, run the tests that need it'
 	@echo 'make lint        formatting, lint, types, architecture'
 	@echo 'make clean       remove .venv, caches and build outputs (runs/ and corpus/ stay)'
@@ -60,6 +64,16 @@ test-slow: $(STAMP)
 test-gpu: $(STAMP)
 	.venv/bin/python -m pytest -m gpu
 
+# The newest megatron-core, which needs Python 3.12, in an environment of its own; a torch with CUDA is several GB.
+test-core: $(STAMP)
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 12))' \
+		|| { echo 'megatron-core $(NEWEST_CORE) needs Python 3.12: say make test-core PYTHON=/path/to/python3.12' >&2; exit 1; }
+	test -x .venv-core/bin/python || '$(PYTHON)' -m venv .venv-core
+	.venv-core/bin/python -m pip install -q '$(TORCH)'
+	sed 's/^megatron-core==.*/megatron-core==$(NEWEST_CORE)/' constraints.txt > .venv-core/constraints.txt
+	.venv-core/bin/python -m pip install -q -c .venv-core/constraints.txt -e '.[dev]'
+	OTHER_PYTHON=.venv/bin/python .venv-core/bin/python -m pytest $(CORE_TESTS)
+
 test-harness: $(STAMP)
 	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev,eval]'
 	.venv/bin/python -m pytest tests/evaluate/test_harness.py -m 'not gpu'
@@ -71,5 +85,5 @@ lint: $(STAMP)
 	.venv/bin/lint-imports --no-logo
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-core build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

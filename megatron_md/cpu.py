@@ -76,6 +76,7 @@ def activate() -> None:
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
+    torch.cuda.current_stream = lambda device=None: torch.cpu.current_stream()  # type: ignore[assignment, return-value]
     # Recomputation saves and restores the CPU generator by itself; there is no second one here.
     core_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.empty(0)
     core_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: None

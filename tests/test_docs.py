@@ -289,8 +289,8 @@ def test_versions_are_those_that_are_tested() -> None:
     makefile, constraints = (ROOT / "Makefile").read_text(), (ROOT / "constraints.txt").read_text()
     (torch,) = re.findall(r"torch ([\d.]+\d)", text)
     assert f"torch=={torch}\n" in makefile
-    (core,) = re.findall(r"megatron-core (0\.\d+\.\d+)", text)
-    assert f"megatron-core=={core}\n" in constraints
+    core, newest = re.findall(r"megatron-core (0\.\d+\.\d+)", text)
+    assert f"megatron-core=={core}\n" in constraints and f"NEWEST_CORE := {newest}\n" in makefile
 
 
 def test_exit_codes_are_those_of_the_code() -> None:

@@ -262,7 +262,7 @@ class CheckpointManager:
                 "train.precision and megatron.optimizer back to what it was trained with"
             )
         with settled_parameters(chunks):
-            state = states.model_state(chunks)
+            state = states.wanted_state(chunks)
             state["optimizer"] = states.optimizer_state(optimizer, state)
             loaded = states.read_state(state, checkpoint)
             states.load_model_state(chunks, loaded)

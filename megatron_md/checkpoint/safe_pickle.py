@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from megatron_md.core_compat import storage_formats
 from megatron_md.errors import UserError
 
 _LARGEST = 2**28  # bytes of a `.metadata`, which has a hundred or so for each piece of a tensor
@@ -282,8 +283,8 @@ def _check_formats(path: Path) -> None:
     """megatron-core picks its reader by this file; other readers than torch's are not guarded."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        formats = content["sharded_backend"], content["common_backend"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        formats = storage_formats(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged or not there ({type(error).__name__})") from error
     if formats != ("torch_dist", "torch"):
         raise CheckpointError(f"{path}: formats {formats} are not ('torch_dist', 'torch')")

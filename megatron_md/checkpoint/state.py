@@ -235,10 +235,26 @@ def model_state(chunks: list[Any]) -> dict[str, Any]:
     }
 
 
+def wanted_state(chunks: list[Any]) -> dict[str, Any]:
+    """What is read of a checkpoint's `model_state`.
+
+    All but the scales of fp8 arithmetic: what was converted, or written without Transformer Engine, has none.
+    """
+    state = model_state(chunks)
+    return {
+        key: {name: value for name, value in part.items() if not name.endswith("_extra_state")}
+        for key, part in state.items()
+    }
+
+
 def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
-    """Put a loaded `model_state` into the model chunks."""
+    """Put a loaded `wanted_state` into the model chunks."""
     for number, chunk in enumerate(chunks):
-        unwrapped(chunk).load_state_dict(state[f"model{number}"])
+        network = unwrapped(chunk)
+        # megatron-core's wrapper for bf16 does not say what was missing.
+        network = network.module if isinstance(network, Float16Module) else network
+        missing, unexpected = network.load_state_dict(state[f"model{number}"], strict=False)
+        assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
 
 
 def load_model(chunks: list[Any], checkpoint: Path) -> None:
@@ -248,18 +264,7 @@ def load_model(chunks: list[Any], checkpoint: Path) -> None:
         chunks: model chunks, with or without the data-parallel wrapper.
         checkpoint: a complete checkpoint directory.
     """
-    template = model_state(chunks)
-    for state in template.values():
-        # Scales of fp8 arithmetic: of no use at a new start, and converted checkpoints have none.
-        for name in [name for name in state if name.endswith("_extra_state")]:
-            del state[name]
-    loaded = read_state(template, checkpoint)
-    for number, chunk in enumerate(chunks):
-        network = unwrapped(chunk)
-        # megatron-core's wrapper for bf16 does not say what was missing.
-        network = network.module if isinstance(network, Float16Module) else network
-        missing, unexpected = network.load_state_dict(loaded[f"model{number}"], strict=False)
-        assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
+    load_model_state(chunks, read_state(wanted_state(chunks), checkpoint))
 
 
 def read_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_md.checkpoint.integrity import CheckpointError, FileRecord, digest_files, seal
 from megatron_md.checkpoint.storage import explained
+from megatron_md.core_compat import BACKEND, SavePlan
 from megatron_md.errors import RunFailedError
 from megatron_md.files import write_synced
 from megatron_md.model.initialize import sharded_tensors
@@ -33,9 +32,6 @@ from megatron_md.together import together
 
 class SaveError(RunFailedError):
     """A checkpoint could not be written; raised on all ranks at once."""
-
-
-BACKEND = CheckpointingConfig("torch_dist", 1)
 
 
 def raise_together(error: BaseException | None) -> None:
@@ -48,17 +44,6 @@ def raise_together(error: BaseException | None) -> None:
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
     if failed:
         raise SaveError(f"the checkpoint could not be written ({'; '.join(failed)})") from error
-
-
-class _Plan(TorchDistSaveShardedStrategy):
-    """megatron-core's strategy up to the point where it would start to write."""
-
-    def __init__(self) -> None:
-        super().__init__(BACKEND.sharded_backend, BACKEND.sharded_backend_version, thread_count=1)
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
-        _, metadata, _ = save_state_dict_ret
-        return writer, metadata
 
 
 def _live_storages(state: dict[str, Any]) -> set[int]:
@@ -90,7 +75,7 @@ class CheckpointWrite:
         filesystem_async._results_queue = queue.Queue()
         live = _live_storages(state) if copy else set()
         sharded, self._common = save_preprocess(state, validate)
-        self._writer, self._metadata = _Plan().async_save(sharded, directory)
+        self._writer, self._metadata = SavePlan().make(sharded, directory)
         staged = self._writer.preload_tensors(self._writer.write_buckets, True)
         self._buckets = [
             (path, name, (blobs, [(item, _detached(tensor, live)) for item, tensor in tensors]))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
 
 from megatron_md import cpu
 from megatron_md.config import Config, ParallelConfig, ResolvedConfig
@@ -98,6 +100,14 @@ RESERVED = {
 }  # fmt: skip
 
 
+# Beginnings of fields that ask for layers which our spec does not build: it would train a plain transformer.
+UNSUPPORTED = (
+    "moe_", "num_moe_experts", "expert_", "mtp_", "multi_latent_attention", "experimental_attention_variant", "dsa_",
+    "mamba_", "is_hybrid_model", "heterogeneous_block_specs", "window_", "softmax_type",
+)  # fmt: skip
+WGRAD_EXTENSION = "fused_weight_gradient_mlp_cuda"
+
+
 def apply_overrides(fields: dict[str, Any], overrides: dict[str, Any], target: type, section: str) -> dict[str, Any]:
     """Merge a user's `megatron.*` keys into the fields of one of megatron-core's dataclasses.
 
@@ -110,6 +120,8 @@ def apply_overrides(fields: dict[str, Any], overrides: dict[str, Any], target: t
             raise UserError(f"megatron.{section}.{key}: megatron-core's {target.__name__} has no such field")
         if key in RESERVED:
             raise UserError(f"megatron.{section}.{key}: set {RESERVED[key]} instead")
+        if target is TransformerConfig and key.startswith(UNSUPPORTED):
+            raise UserError(f"megatron.{section}.{key}: such layers are not built here; leave it out")
     return {**fields, **overrides}
 
 
@@ -117,7 +129,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     """megatron-core's transformer configuration for a run.
 
     Raises:
-        UserError: an unknown field under `megatron.transformer`.
+        UserError: a field under `megatron.transformer` is unknown, or cannot be had here.
     """
     model = config.model
     bf16 = config.train.precision == "bf16"
@@ -161,6 +173,11 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     if device.type == "cpu":
         fields |= cpu.CPU_TRANSFORMER_CONFIG
     fields = apply_overrides(fields, config.megatron.transformer, TransformerConfig, "transformer")
+    if fields["gradient_accumulation_fusion"] and find_spec(WGRAD_EXTENSION) is None:
+        raise UserError(
+            f"megatron.transformer.gradient_accumulation_fusion needs NVIDIA's apex, built with its extension "
+            f"{WGRAD_EXTENSION}, also beside Transformer Engine; leave it out, or build apex"
+        )
     try:
         core = TransformerConfig(**fields)
     except (ValueError, TypeError, AssertionError) as error:
@@ -183,6 +200,7 @@ def _layout_fields(layout: ParallelConfig) -> dict[str, Any]:
         num_layers_in_last_pipeline_stage=layout.last_stage_layers,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # a wait for the device after every exchange, for faults of old drivers
         deallocate_pipeline_outputs=True,
     )
 
@@ -257,18 +275,23 @@ def build_model(
     stages = range(config.parallel.virtual_pipeline)
     chunks: list[torch.nn.Module] = [_build_chunk(config, core, device, causal, excluded, s).to(device) for s in stages]
     if initialize:
-        depth = math.sqrt(2.0 * config.model.layers) if config.model.scaled_init else 1.0
-        initialize_weights(
-            chunks,
-            seed=config.seed,
-            std=config.model.init_std,
-            output_std=config.model.init_std / depth,
-            vocab=config.model.vocab,
-            metadata=state_dict_metadata(),
-        )
+        draw_weights(config, chunks)
     if core.bf16:
         chunks = [Float16Module(core, chunk) for chunk in chunks]
     return chunks
+
+
+def draw_weights(config: ResolvedConfig, chunks: list[Any]) -> None:
+    """Fill this rank's model chunks, wrapped or not, from the run's seed."""
+    depth = math.sqrt(2.0 * config.model.layers) if config.model.scaled_init else 1.0
+    initialize_weights(
+        unwrap_model(chunks),
+        seed=config.seed,
+        std=config.model.init_std,
+        output_std=config.model.init_std / depth,
+        vocab=config.model.vocab,
+        metadata=state_dict_metadata(),
+    )
 
 
 def wrap_data_parallel(chunks: list[Any], config: Config) -> list[Any]:

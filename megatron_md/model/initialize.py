@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -34,12 +36,18 @@ def normal_rows(seed: int, name: str, first_row: int, rows: int, columns: int) -
     padded = -(-columns // 4) * 4  # one counter value gives four 64-bit words
     counter = np.array([first_row * (padded // 4), 0, 0, 0], dtype=np.uint64)
     words = np.random.Philox(key=key, counter=counter).random_raw(rows * padded)
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    first, second = uniform.reshape(rows, padded // 2, 2).transpose(2, 0, 1)
-    radius = np.sqrt(-2.0 * np.log(first))
-    angle = 2.0 * math.pi * second
-    normal = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1)
-    return normal.reshape(rows, padded)[:, :columns]
+    words >>= np.uint64(11)
+    # In place where it can be: a table of 8B parameters is bound by memory.
+    pairs = words.astype(np.float64).reshape(-1, 2)
+    pairs += 0.5
+    pairs *= 2.0**-53
+    radius = np.log(pairs[:, 0])
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    angle = 2.0 * math.pi * pairs[:, 1]
+    np.multiply(radius, np.cos(angle), out=pairs[:, 0])
+    np.multiply(radius, np.sin(angle), out=pairs[:, 1])
+    return pairs.reshape(rows, padded)[:, :columns]
 
 
 def sharded_tensors(state_dict: Any) -> list[ShardedTensor]:
@@ -53,7 +61,7 @@ def sharded_tensors(state_dict: Any) -> list[ShardedTensor]:
     return found
 
 
-def _fill(shard: ShardedTensor, seed: int, std: float) -> None:
+def _fill(shard: ShardedTensor, seed: int, std: float, pool: Executor) -> None:
     """Fill one shard's data, a [rows, columns] slice of a [.., rows, columns] tensor, in blocks of rows."""
     axes = shard.prepend_axis_num
     *leading, rows_total, columns_total = shard.global_shape
@@ -65,11 +73,15 @@ def _fill(shard: ShardedTensor, seed: int, std: float) -> None:
         layer = layer * size + offset
     rows, columns = shard.data.shape
     step = max(1, _BLOCK // columns_total)
-    for start in range(0, rows, step):
+
+    def fill(start: int) -> None:
         count = min(step, rows - start)
         table = normal_rows(seed, shard.key, layer * rows_total + row_offset + start, count, columns_total)
         values = table[:, column_offset : column_offset + columns] * std
-        shard.data[start : start + count].copy_(torch.from_numpy(values))
+        with torch.no_grad():  # a setting of each thread
+            shard.data[start : start + count].copy_(torch.from_numpy(values))
+
+    list(pool.map(fill, range(0, rows, step)))
 
 
 @torch.no_grad()
@@ -86,15 +98,18 @@ def initialize_weights(
         vocab: tokens of the vocabulary without its padding.
         metadata: megatron-core's sharded-state-dict metadata.
     """
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if parameter.dim() < 2:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        for shard in sharded_tensors(chunk.sharded_state_dict(metadata=metadata)):
-            if shard.data is None or len(shard.data.shape) < 2:
-                continue
-            into_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-            _fill(shard, seed, output_std if into_residual else std)
-            if shard.key.endswith(_VOCABULARY_TABLES):
-                # Padding differs between layouts; zeros that never get a gradient leave the weights' norm alone.
-                shard.data[max(0, vocab - shard.global_offset[-2]) :].zero_()
+    # numpy lets go of the interpreter lock; the cores of a node are shared out among its ranks.
+    threads = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if parameter.dim() < 2:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            for shard in sharded_tensors(chunk.sharded_state_dict(metadata=metadata)):
+                if shard.data is None or len(shard.data.shape) < 2:
+                    continue
+                into_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+                _fill(shard, seed, output_std if into_residual else std, pool)
+                if shard.key.endswith(_VOCABULARY_TABLES):
+                    # Padding differs between layouts; zeros that never get a gradient leave the weights' norm alone.
+                    shard.data[max(0, vocab - shard.global_offset[-2]) :].zero_()

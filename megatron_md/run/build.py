@@ -55,7 +55,10 @@ def build(
         eos_token_id=manifest.eos_id,
         within_document=config.data.document_attention == "within_document",
     )
-    chunks = build_model(config, world.device, causal=objective.causal, mask_token_id=manifest.mask_id)
+    # `Restore` fills it: drawing the weights of a large model takes minutes, for nothing where they are loaded.
+    chunks = build_model(
+        config, world.device, causal=objective.causal, mask_token_id=manifest.mask_id, initialize=False
+    )
     chunks = wrap_data_parallel(chunks, config)
     optimizer = build_optimizer(config, chunks)
     stepper = Stepper(config, world, chunks, optimizer, objective)

@@ -15,6 +15,7 @@ from megatron_md.config import ResolvedConfig
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
 from megatron_md.errors import UserError
 from megatron_md.messages import tell
+from megatron_md.model.build import draw_weights
 from megatron_md.parallel import World
 from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.callbacks.quarantine import Quarantine
@@ -40,13 +41,18 @@ class Restore:
     def resume(self, trainer: Trainer) -> bool:
         """Continue from the newest undamaged checkpoint, if there is one; False if the run is finished already.
 
-        A run without a checkpoint starts from `checkpoint.load`, if that is set.
+        A run without a checkpoint starts from `checkpoint.load`, if that is set, else from weights that are drawn.
 
         Raises:
             UserError: there are checkpoints and `checkpoint.resume` is never, or none of them can be read.
         """
         returned = rollback.finish(self.directory)
-        loaded = self._load_newest(trainer) or self._load_another(trainer)
+        loaded = self._load_newest(trainer)
+        if loaded is None and self.config.checkpoint.load is not None:
+            loaded = self._load_another(trainer, Path(self.config.checkpoint.load))
+        elif loaded is None:
+            draw_weights(self.config, trainer.stepper.chunks)
+            trainer.optimizer.reload_model_params()  # its own fp32 parameters, taken from weights not drawn yet
         if loaded is None:
             return True
         self._continue_from(trainer, *loaded, returned)
@@ -93,16 +99,13 @@ class Restore:
             )
         return self.manager.load_newest(trainer.stepper.chunks, trainer.optimizer)
 
-    def _load_another(self, trainer: Trainer) -> tuple[Path, Progress] | None:
-        """Take the weights of `checkpoint.load`, or all of it."""
-        keys, chunks, optimizer = self.config.checkpoint, trainer.stepper.chunks, trainer.optimizer
-        if keys.load is None:
-            return None
-        checkpoint = find_checkpoint(Path(keys.load))
+    def _load_another(self, trainer: Trainer, source: Path) -> tuple[Path, Progress] | None:
+        """Take the weights of another run, or all of it."""
+        chunks, optimizer, checkpoint = trainer.stepper.chunks, trainer.optimizer, find_checkpoint(source)
         if self.world.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
             original.hand_on(checkpoint.parent.parent, self.directory)
-        if keys.load_only is None:
+        if self.config.checkpoint.load_only is None:
             return checkpoint, self.manager.load(chunks, optimizer, checkpoint)
         self.manager.load_model_only(chunks, optimizer, checkpoint)
         if self.world.is_main:

@@ -6,9 +6,12 @@ parameters, names and extra state that megatron-core's `TELayerNormColumnParalle
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.models.gpt import gpt_layer_specs
@@ -21,6 +24,7 @@ from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.config import load_config
 from tests.checkpoint.hf.test_convert import convert
 from tests.checkpoint.hf_models import FAMILY_NAMES, shape_of, write_model
+from tests.checkpoint.legs import SHARDED, leg, legs_config, uninterrupted
 from tests.ranks import run_ranks
 
 TOKENS_BL = torch.arange(40).view(2, 20) % 67
@@ -46,7 +50,8 @@ def in_fused_form(spec: ModuleSpec) -> ModuleSpec:
     parts = spec.submodules
     assert parts.sharded_state_dict_keys_map.keys() == {"input_layernorm.", "pre_mlp_layernorm."}
     parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-    parts.self_attention.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = NormedLinear
+    mlp = parts.mlp.keywords["submodules"] if isinstance(parts.mlp, partial) else parts.mlp.submodules
+    parts.self_attention.submodules.linear_qkv = mlp.linear_fc1 = NormedLinear
     parts.sharded_state_dict_keys_map = {}
     return spec
 
@@ -98,3 +103,21 @@ def test_the_names_are_those_under_which_megatron_core_saves_its_local_layers(fa
     names = {rule.ours for rule in FAMILIES[family].rules}
     assert {f"decoder.layers.{name}weight" for name in keys_map.values()} <= names
     assert not any(old in name for name in names for old in keys_map)
+
+
+def fused_leg(config: Any, run: Path, first: int, stop: int, save: bool) -> Any:
+    """`leg`, from layers of the fused form."""
+    from megatron_md.model import spec as specs
+
+    ours = specs.layer_spec
+    specs.layer_spec = lambda core, **keys: in_fused_form(ours(core, **keys))  # this process ends with the test
+    return leg(config, run, first, stop, save)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("legs", [(leg, fused_leg), (fused_leg, leg)], ids=["into the fused form", "out of it"])
+def test_a_run_resumes_in_the_other_form(legs: Any, tmp_path: Path) -> None:
+    config = legs_config(SHARDED, tied=True)
+    parts = [run_ranks(one, 1, config, tmp_path, 3 * n, 3 * n + 3, True)[0] for n, one in enumerate(legs)]
+    whole = uninterrupted(1, json.dumps(SHARDED), True)
+    np.testing.assert_allclose([*parts[0], *parts[1]], whole, rtol=1e-4)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_md.config import Config, ResolvedConfig, config_from_mapping, resolve
+from megatron_md.errors import UserError
+from megatron_md.model import build
 from megatron_md.model.build import (
     RESERVED,
     apply_overrides,
@@ -104,6 +106,26 @@ def test_a_core_field_that_a_key_of_ours_decides_is_refused(small_config: Resolv
     odd = replace(small_config, megatron=replace(small_config.megatron, transformer={"recompute_granularity": "odd"}))
     with pytest.raises(ValueError, match="megatron-core refuses this model"):
         transformer_config(odd, world.device)
+
+
+@pytest.mark.parametrize(
+    "key", ["num_moe_experts", "moe_router_topk", "mtp_num_layers", "window_size", "is_hybrid_model"]
+)
+def test_layers_that_are_not_built_are_refused(small_config: ResolvedConfig, world: World, key: str) -> None:
+    asked = replace(small_config, megatron=replace(small_config.megatron, transformer={key: 4}))
+    with pytest.raises(UserError, match=rf"megatron\.transformer\.{key}: such layers are not built here"):
+        transformer_config(asked, world.device)
+
+
+def test_fused_gradients_of_weights_need_their_extension(
+    small_config: ResolvedConfig, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = {"gradient_accumulation_fusion": True}
+    asked = replace(small_config, megatron=replace(small_config.megatron, transformer=fused))
+    with pytest.raises(UserError, match="gradient_accumulation_fusion needs NVIDIA's apex"):
+        transformer_config(asked, world.device)
+    monkeypatch.setattr(build, "find_spec", lambda name: name)
+    assert transformer_config(asked, world.device).gradient_accumulation_fusion
 
 
 def test_known_core_field_is_passed_on(small_config: ResolvedConfig, world: World) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import pytest
 
 from megatron_md.model.initialize import normal_rows
+from tests.ranks import run_ranks
+from tests.small_run import small_run, variant
 
 
 def test_any_slice_of_rows_is_a_slice_of_the_whole() -> None:
@@ -34,3 +38,36 @@ def test_neighbours_are_uncorrelated() -> None:
     for left, right in ((table[:, :-1], table[:, 1:]), (table[:-1], table[1:])):
         correlation = float(np.mean(left * right))
         assert abs(correlation) < 5.0 / math.sqrt(left.size)
+
+
+def curve(config: Any, is_late: bool) -> Any:
+    """On a rank: two steps, with weights that are drawn first, or last of all."""
+    import torch
+
+    from megatron_md.model.build import draw_weights, settled_parameters
+
+    with small_run(config) as run:
+        if is_late:
+            with torch.no_grad(), settled_parameters(run.chunks):
+                for chunk in run.chunks:
+                    for parameter in chunk.parameters():
+                        parameter.fill_(float("nan"))
+            run.optimizer.reload_model_params()
+            draw_weights(config, run.chunks)
+            run.optimizer.reload_model_params()
+        return run.train(0, 2)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (1, {}),
+        (2, {"distributed_optimizer": True, "overlap_param_gather": True, "overlap_grad_reduce": True}),
+        (2, {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True}),
+    ],
+)
+def test_weights_may_be_drawn_when_all_is_built(size: int, layout: dict[str, Any], precision: str) -> None:
+    config = variant(parallel=layout, train={"precision": precision})
+    assert run_ranks(curve, size, config, True, timeout=60) == run_ranks(curve, size, config, False, timeout=60)
