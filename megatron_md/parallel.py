@@ -137,6 +137,9 @@ def initialize(config: Config) -> World:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from megatron_md import core_compat
+
+    core_compat.quieten()
     layout = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,12 +123,10 @@ def write_tensors(directory: Path, slices: Sequence[Slice]) -> None:
     """
     # One file a slice: within a file, PyTorch's writer keeps what it has written.
     writer = FileSystemWriter(directory, single_file_per_rank=False, thread_count=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        try:
-            dcp_save({}, storage_writer=writer, planner=_LazyPlanner(slices), no_dist=True)
-        except CheckpointException as error:
-            raise explained(next(iter(error.failures.values()))[0], directory) from None
+    try:
+        dcp_save({}, storage_writer=writer, planner=_LazyPlanner(slices), no_dist=True)
+    except CheckpointException as error:
+        raise explained(next(iter(error.failures.values()))[0], directory) from None
     backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     common = {"common_backend": "torch", "common_backend_version": 1}
     buffer = io.BytesIO()
