@@ -17,8 +17,13 @@ BACKEND = CheckpointingConfig("torch_dist", 1)
 
 
 def quieten() -> None:
-    """Keep back what 0.19 logs about its own plans: that its GPTModel and its own writer of checkpoints will go."""
-    for name in ("models.gpt.gpt_model", "dist_checkpointing.strategies.common", "dist_checkpointing.strategies.torch"):
+    """Keep back what 0.19 logs about its own plans, that its GPTModel and its writer of checkpoints will go, and the like."""
+    for name in (
+        "models.gpt.gpt_model",
+        "dist_checkpointing.strategies.common",
+        "dist_checkpointing.strategies.torch",
+        "distributed.distributed_data_parallel",
+    ):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
 
 
