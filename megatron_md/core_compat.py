@@ -17,7 +17,7 @@ BACKEND = CheckpointingConfig("torch_dist", 1)
 
 
 def quieten() -> None:
-    """Keep back what 0.19 logs about its own plans, that its GPTModel and its writer of checkpoints will go, and the like."""
+    """Keep back what 0.19 logs of its own plans: that its GPTModel and its writer of checkpoints will go."""
     for name in (
         "models.gpt.gpt_model",
         "dist_checkpointing.strategies.common",
