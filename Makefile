@@ -55,8 +55,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: $(STAMP)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/tiny/demo.sh
 
+# Two at a time: many wait for processes, and each of those has one thread.
 test: $(STAMP)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	.venv/bin/python -m pytest -m 'not gpu'
