@@ -20,7 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_md.core_compat import storage_formats
 from megatron_md.errors import UserError
 
 _LARGEST = 2**28  # bytes of a `.metadata`, which has a hundred or so for each piece of a tensor
@@ -281,6 +280,10 @@ _FORCE_UNSAFE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 def _check_formats(path: Path) -> None:
     """megatron-core picks its reader by this file; other readers than torch's are not guarded."""
+    from megatron_md.core_compat import (
+        storage_formats,
+    )  # with megatron-core, which a look at a checkpoint does not need
+
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         formats = storage_formats(content)
