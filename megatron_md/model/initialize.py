@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -100,16 +101,34 @@ def initialize_weights(
     """
     # numpy lets go of the interpreter lock; the cores of a node are shared out among its ranks.
     threads = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    replicas = metadata["dp_cp_group"]
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 if parameter.dim() < 2:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            for shard in sharded_tensors(chunk.sharded_state_dict(metadata=metadata)):
-                if shard.data is None or len(shard.data.shape) < 2:
+            shards = sharded_tensors(chunk.sharded_state_dict(metadata=metadata))
+            matrices = [shard for shard in shards if shard.data is not None and len(shard.data.shape) >= 2]
+            owners = _shared_out([shard.data.numel() for shard in matrices], replicas.size())
+            for shard, owner in zip(matrices, owners, strict=True):
+                if owner != replicas.rank():
                     continue
                 into_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
                 _fill(shard, seed, output_std if into_residual else std, pool)
                 if shard.key.endswith(_VOCABULARY_TABLES):
                     # Padding differs between layouts; zeros that never get a gradient leave the weights' norm alone.
                     shard.data[max(0, vocab - shard.global_offset[-2]) :].zero_()
+            for shard, owner in zip(matrices, owners, strict=True):
+                if replicas.size() > 1:
+                    dist.broadcast(shard.data, group_src=owner, group=replicas)
+
+
+def _shared_out(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Which of the ranks that hold the same weights draws each of them: the one with the least to draw so far."""
+    drawn = [0] * ranks
+    owners = []
+    for size in sizes:
+        owner = drawn.index(min(drawn))
+        drawn[owner] += size
+        owners.append(owner)
+    return owners

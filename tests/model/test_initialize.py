@@ -71,3 +71,24 @@ def curve(config: Any, is_late: bool) -> Any:
 def test_weights_may_be_drawn_when_all_is_built(size: int, layout: dict[str, Any], precision: str) -> None:
     config = variant(parallel=layout, train={"precision": precision})
     assert run_ranks(curve, size, config, True, timeout=60) == run_ranks(curve, size, config, False, timeout=60)
+
+
+def drawn_numbers(config: Any) -> tuple[int, float]:
+    """On a rank: how many numbers it drew itself, and the sum of its weights' squares."""
+    from unittest import mock
+
+    from megatron_md.model import initialize
+
+    counted = mock.Mock(side_effect=normal_rows)
+    with mock.patch.object(initialize, "normal_rows", counted), small_run(config) as run:
+        squares = sum(float(p.double().square().sum()) for chunk in run.chunks for p in chunk.parameters())
+    return sum(call.args[3] * call.args[4] for call in counted.call_args_list), squares
+
+
+@pytest.mark.distributed
+def test_ranks_that_hold_the_same_weights_share_their_drawing() -> None:
+    ((whole, squares),) = run_ranks(drawn_numbers, 1, variant())
+    found = run_ranks(drawn_numbers, 2, variant())
+    assert sum(count for count, _ in found) == whole
+    assert max(count for count, _ in found) < 0.7 * whole
+    assert [total for _, total in found] == [squares] * 2
