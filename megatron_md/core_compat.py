@@ -10,6 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -25,6 +26,13 @@ def quieten() -> None:
         "distributed.distributed_data_parallel",
     ):
         logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
+
+
+def gradients_of_norm(optimizer: Any) -> list[torch.Tensor]:
+    """The gradients that count in an optimizer's gradient norm: each parameter once over all ranks of its group."""
+    gradients = getattr(optimizer, "get_grads_for_grad_norm", None) or optimizer.get_main_grads_for_grad_norm
+    found: list[torch.Tensor] = gradients()
+    return found
 
 
 class SavePlan(TorchDistSaveShardedStrategy):

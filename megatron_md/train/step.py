@@ -19,9 +19,11 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.nn.utils import get_total_norm
 
 from megatron_md.batch import CleanBatch, CorruptedBatch, RightShift
 from megatron_md.config import Config
+from megatron_md.core_compat import gradients_of_norm
 from megatron_md.diffusion.annealing import hidden_pairs
 from megatron_md.diffusion.objective import Objective
 from megatron_md.errors import UserError
@@ -171,8 +173,7 @@ class Stepper(ForwardPass):
         self.optimizer.zero_grad()
         outputs = self.predict(batches, forward_only=False)
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        report = self._agreed(batches, outputs, grad_norm, votes)
+        report = self._agreed(batches, outputs, votes)
         report = replace(report, fault=judge(report.loss, report.grad_norm))
         if report.fault is None:
             self._update(report.grad_norm)
@@ -187,12 +188,12 @@ class Stepper(ForwardPass):
         self.optimizer.step_with_ready_grads()
 
     def _agreed(
-        self, batches: Sequence[CorruptedBatch], outputs: list[PredictionLoss], grad_norm: float, votes: Sequence[float]
+        self, batches: Sequence[CorruptedBatch], outputs: list[PredictionLoss], votes: Sequence[float]
     ) -> StepReport:
         """The step's figures, in one sum over all ranks: a last bit that differs must not make some ranks update.
 
-        Loss and metrics are sums over micro-batches and ranks, divided by global counts. The gradient norm is rank 0's,
-        and not a number where any rank's is not: one device that computes wrongly is enough.
+        Loss and metrics are sums over micro-batches and ranks, divided by global counts; the gradient norm is the root
+        of a sum of squares, and not finite where any rank's part is not: one device that computes wrongly is enough.
         """
         names = self.objective.metric_names
         sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.world.device)
@@ -205,18 +206,26 @@ class Stepper(ForwardPass):
                 for number, name in enumerate(names):
                     sums[2 + 2 * number] += pairs[name][0]
                     sums[3 + 2 * number] += pairs[name][1]
-        is_finite = math.isfinite(grad_norm)
-        own = [grad_norm if is_finite and self.world.is_main else 0.0, float(not is_finite), *votes]
-        table = torch.cat((sums, torch.tensor(own, dtype=torch.float64).to(self.world.device)))
+        own = torch.tensor(votes, dtype=torch.float64).to(self.world.device)
+        table = torch.cat((self._squared_norm()[None], sums, own))
         dist.all_reduce(table)
-        figures = table.tolist()
-        loss_sum, count = figures[:2]
-        means = zip(names, figures[2 : len(sums) : 2], figures[3 : len(sums) : 2], strict=True)
-        norm, bad, *counted = figures[len(sums) :]
+        squares, loss_sum, count, *figures = table.tolist()
+        totals, counted = figures[: len(sums) - 2], figures[len(sums) - 2 :]
+        means = zip(names, totals[::2], totals[1::2], strict=True)
         return StepReport(
             loss=loss_sum / max(count, 1.0),
-            grad_norm=math.nan if bad else norm,
+            grad_norm=math.sqrt(squares) if math.isfinite(squares) else math.nan,
             fault=None,
             metrics={name: total / number if number else math.nan for name, total, number in means},
             votes=counted,
         )
+
+    def _squared_norm(self) -> torch.Tensor:
+        """This rank's part of the squared gradient norm, fp64: summed over all ranks it is the whole."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for part in self.optimizer.chained_optimizers:
+            # megatron-core's own norm without apex waits for the device once per tensor.
+            norm = get_total_norm(gradients_of_norm(part), foreach=True).to(squares)
+            # The group holds every gradient once, and there may be several such groups, each with all of them.
+            squares += norm**2 * (part.get_grad_stats_parallel_group().size() / self.world.size)
+        return squares

@@ -117,6 +117,33 @@ def test_layout_reproduces_one_process(name: str, objective: str) -> None:
     assert_same(runs, reference(objective))
 
 
+def norms(config: Config) -> tuple[float, float, int]:
+    """On a rank: the reported gradient norm, megatron-core's own of the same gradients, reductions over the world."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    with small_run(config) as run:
+        batches = run.stepper.corrupt(run.batches(0))
+        with (
+            mock.patch.object(run.optimizer, "step_with_ready_grads"),
+            mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reductions,
+        ):
+            report = run.stepper.train(batches)
+        over_all = [call for call in reductions.call_args_list if call.kwargs.get("group") is None]
+        return report.grad_norm, float(run.optimizer.get_grad_norm()), len(over_all)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["data2-plain", "tensor2", "pipeline2xdata2-overlap"])
+def test_the_gradient_norm_travels_with_the_other_figures(name: str) -> None:
+    size, layout = LAYOUTS[name]
+    # Without clipping the gradients stay what they were when the norm was taken.
+    for ours, core, reductions in run_ranks(norms, size, variant(parallel=layout, optimizer={"clip_grad": 0.0})):
+        assert ours == pytest.approx(core, rel=1e-6)
+        assert reductions == 1
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["tensor2xpipeline2", *slow("tensor2", "pipeline2", "data2-overlap")])
 def test_untied_embeddings_too(name: str) -> None:
