@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from megatron_md import __version__
+from megatron_md import __version__, cuda
 from megatron_md.errors import EXIT_BAD_INPUT, EXIT_ERROR, RunFailedError, UserError, final
 from megatron_md.messages import guard_tracebacks, shown, tell, tell_error
 
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         guard_tracebacks()
+    cuda.prepare_environment()
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in arguments if not word.startswith("-")), None)
     parser = build_parser(command)

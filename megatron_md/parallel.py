@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_md import cuda
 from megatron_md.config import Config
 from megatron_md.errors import UserError
 from megatron_md.together import together
@@ -78,15 +79,17 @@ def select_device(name: str) -> torch.device:
 _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
+def peak_flops(device: torch.device, *, bf16: bool) -> float | None:
     """Peak FLOP/s that an MFU is measured against; None where it is not known (CPU, fp32, other devices)."""
-    if device.type != "cuda" or precision != "bf16":
+    if device.type != "cuda" or not bf16:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
 
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    # Bound to its device, NCCL connects at once, not within the first steps, and splits groups off without a new start.
+    keys: dict[str, Any] = {"timeout": timeout, "device_id": None if device.type == "cpu" else device}
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The launcher's store outlives a restart: the addresses of dead processes must not be found there.
@@ -95,12 +98,12 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
         store = dist.PrefixStore(
             f"attempt_{restarts()}", dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
         )
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, **keys)
     elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, **keys)
     else:
         # One process alone: any free port will do, nobody else looks for it.
-        dist.init_process_group(backend, init_method="tcp://127.0.0.1:0", rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, init_method="tcp://127.0.0.1:0", rank=0, world_size=1, **keys)
 
 
 def initialize(config: Config) -> World:
@@ -116,11 +119,10 @@ def initialize(config: Config) -> World:
         cpu.activate()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     else:
-        torch.cuda.set_device(device)
+        cuda.activate(device)
     if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NCCL_ALGO", "Ring")
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        for name, value in cuda.DETERMINISTIC_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         torch.use_deterministic_algorithms(True)
     if device.type == "cpu":
         from megatron.core import optimizer as core_optimizer

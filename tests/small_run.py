@@ -28,7 +28,7 @@ CONFIG = ResolvedConfig(
     data=DataConfig(seq_length=LENGTH),
     objective=ObjectiveConfig(mask_schedule="uniform:0.3,0.7", head_chunk=16),
     optimizer=OptimizerConfig(lr=1e-3),
-    train=TrainConfig(global_batch_size=ROWS, micro_batch_size=2),
+    train=TrainConfig(global_batch_size=ROWS, micro_batch_size=2, precision="fp32"),
 )
 
 Curve = list[tuple[float, float, float, float]]

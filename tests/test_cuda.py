@@ -31,6 +31,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fp32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the ranks, which are started anew: TF32 keeps ten bits of the mantissa, the CPU all of them."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+
+
 def on(device: dict[str, str], **sections: dict[str, Any]) -> Any:
     """The small run on a device."""
     return variant(**{**sections, "train": {**sections.get("train", {}), **device}})

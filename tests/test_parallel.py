@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_md import parallel
+from megatron_md import cuda, parallel
 from megatron_md.config import Config, ParallelConfig, TrainConfig
 from tests.ranks import run_ranks
 
@@ -56,7 +56,24 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"train.device=auto or cpu"):
         parallel.select_device("cuda")
     assert parallel.select_device("auto") == parallel.select_device("cpu") == torch.device("cpu")
-    assert parallel.peak_flops(torch.device("cpu"), "bf16") is None
+    assert parallel.peak_flops(torch.device("cpu"), bf16=True) is None
+
+
+def test_what_cuda_reads_is_set_unless_the_user_has_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*cuda.ENVIRONMENT, "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    # The same value as to be set: monkeypatch then knows what to take back.
+    for name in cuda.ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    cuda.prepare_environment()
+    assert os.environ["NCCL_NVLS_ENABLE"] == "1"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    cuda.prepare_environment()
+    assert {name: os.environ[name] for name in cuda.ENVIRONMENT} == cuda.ENVIRONMENT | {"NCCL_NVLS_ENABLE": "1"}
 
 
 def kernels(config: Config) -> tuple[bool, str | None, str | None]:

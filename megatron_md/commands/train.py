@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
+from pathlib import Path
 
 from megatron_md.commands.arguments import positive
 from megatron_md.config import Config, ConfigError, explain, load_config
@@ -110,6 +112,9 @@ def _dry_run(config: Config, world_size: int, *, trust: bool) -> int:
     problems = list(corpus_problems(config))
     if problems:
         raise ConfigError(problems)
+    # What torch would find, as far as that can be told without it.
+    has_cuda = config.train.device != "cpu" and Path("/proc/driver/nvidia/version").exists()
+    config = replace(config, train=config.train.settled("cuda" if has_cuda else "cpu"))
     text = report(resolve_config(config), layout)
     if os.environ.get("RANK", "0") == "0":
         say(text, multiline=True)

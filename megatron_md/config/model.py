@@ -88,8 +88,13 @@ class ParallelConfig:
     )
     context: Annotated[Listed, Doc("context-parallel size")] = 1
     distributed_optimizer: Annotated[bool, Doc("shard optimizer state over data-parallel ranks")] = True
-    overlap_grad_reduce: Annotated[bool, Doc("overlap the gradient reduction with the backward pass")] = False
-    overlap_param_gather: Annotated[bool, Doc("overlap the parameter gather with the forward pass")] = False
+    overlap_grad_reduce: Annotated[
+        bool | None, Doc("overlap the gradient reduction with the backward pass; null: between several CUDA devices")
+    ] = None
+    overlap_param_gather: Annotated[
+        bool | None,
+        Doc("overlap the parameter gather with the forward pass; null: as overlap_grad_reduce, where it can"),
+    ] = None
     vocab_multiple: Annotated[PositiveInt, Doc("pad the vocabulary to a multiple of this times tensor")] = 1
     timeout_seconds: Annotated[PositiveFloat, Doc("collective timeout of the process groups")] = 600.0
 
@@ -103,6 +108,12 @@ class ParallelConfig:
         """What random row lengths are multiples of, so that tensor and context parallelism can split them."""
         return math.lcm(self.tensor, 2 * self.context)
 
+    def overlaps(self, by_default: bool) -> tuple[bool, bool]:
+        """Whether gradient reduction and parameter gather are overlapped, where null means `by_default`."""
+        reduce, gather = self.overlap_grad_reduce, self.overlap_param_gather
+        reduce = by_default or bool(gather) if reduce is None else reduce
+        return reduce, reduce and self.distributed_optimizer if gather is None else gather
+
     def problems(self, run: Config) -> Iterator[str]:
         """What these keys contradict in the run, a line for each."""
         yield from self._tensor_problems(run)
@@ -112,7 +123,7 @@ class ParallelConfig:
                 "set parallel.context=1"
             )
         for name in ("distributed_optimizer", "overlap_grad_reduce") if self.overlap_param_gather else ():
-            if not getattr(self, name):
+            if getattr(self, name) is False:
                 yield f"parallel.overlap_param_gather needs parallel.{name}"
         yield from self._pipeline_problems(run.model.layers)
 

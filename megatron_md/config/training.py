@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -95,7 +95,10 @@ class TrainConfig:
     global_batch_size: Annotated[PositiveInt, Doc("rows per optimizer step over the whole job")] = 16
     micro_batch_size: Annotated[PositiveInt, Doc("rows per forward pass of one data-parallel rank")] = 8
     batch_ramp: Annotated[BatchRampConfig | None, Doc("batch-size ramp-up; none if null")] = None
-    precision: Annotated[Literal["fp32", "bf16"], Doc("arithmetic of the model; weights are kept in fp32")] = "fp32"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        Doc("arithmetic of the model, auto: bf16 on CUDA, fp32 elsewhere; the optimizer keeps its weights in fp32"),
+    ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Doc("auto takes CUDA where there is one")] = "auto"
     recompute: Annotated[Literal["none", "selective", "full"], Doc("activation recomputation")] = "none"
     deterministic: Annotated[bool, Doc("deterministic kernels only")] = False
@@ -123,7 +126,21 @@ class TrainConfig:
             "steps after which ranks compare what several of them hold, as before each save; null: then only; 0: never"
         ),
     ] = None
+    gc_every: Annotated[
+        NonNegativeInt,
+        Doc(
+            "steps after which all ranks collect Python's garbage together, and at no other time; 0: when Python likes"
+        ),
+    ] = 100
     profile: Annotated[ProfileConfig, Doc("profiler window")] = field(default_factory=ProfileConfig)
+
+    def uses_bf16(self, device_type: str) -> bool:
+        """Whether the model computes in bf16 on a device of this type (cpu or cuda)."""
+        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
+
+    def settled(self, device_type: str) -> TrainConfig:
+        """The same with its precision on a device of this type, which is what a run keeps of it."""
+        return replace(self, precision="bf16" if self.uses_bf16(device_type) else "fp32")
 
     def may_use_transformer_engine(self) -> bool:
         """Whether Transformer Engine is installed, and its kernels may be taken."""

@@ -132,7 +132,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         UserError: a field under `megatron.transformer` is unknown, or cannot be had here.
     """
     model = config.model
-    bf16 = config.train.precision == "bf16"
+    bf16 = config.train.uses_bf16(device.type)
     dtype = torch.bfloat16 if bf16 else torch.float32
     fields: dict[str, Any] = dict(
         num_layers=model.layers,
@@ -297,10 +297,14 @@ def draw_weights(config: ResolvedConfig, chunks: list[Any]) -> None:
 def wrap_data_parallel(chunks: list[Any], config: Config) -> list[Any]:
     """Wrap model chunks in megatron-core's data-parallel module and tell the pipeline schedule about it."""
     layout = config.parallel
+    is_cuda = next(chunks[0].parameters()).device.type == "cuda"
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    # Over gloo the device that computes also carries the data.
+    reduce_overlaps, gather_overlaps = layout.overlaps(by_default=is_cuda and replicas > 1)
     fields: dict[str, Any] = dict(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=layout.overlap_grad_reduce,
-        overlap_param_gather=layout.overlap_param_gather,
+        overlap_grad_reduce=reduce_overlaps,
+        overlap_param_gather=gather_overlaps,
         use_distributed_optimizer=layout.distributed_optimizer,
         # The verdict on bad numbers falls between the gradient norm and the update, on all ranks at once.
         check_for_nan_in_grad=False,
@@ -312,12 +316,12 @@ def wrap_data_parallel(chunks: list[Any], config: Config) -> list[Any]:
     wrapped = [
         DistributedDataParallel(core, ddp, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
     ]
-    if layout.overlap_grad_reduce:
+    if reduce_overlaps:
         core.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
         if layout.pipeline > 1:
             starts = [chunk.start_grad_sync for chunk in wrapped]
             core.grad_sync_func = starts if len(wrapped) > 1 else starts[0]
-    if layout.overlap_param_gather and layout.pipeline > 1:
+    if gather_overlaps and layout.pipeline > 1:
         gathers = [partial(chunk.start_param_sync) for chunk in wrapped]
         core.param_sync_func = gathers if len(wrapped) > 1 else gathers[0]
     return wrapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_md import parallel
@@ -28,7 +29,8 @@ def pretrain(config: Config) -> int:
     cache = Cache.of(config.data)
     manifests = [load_manifest(corpus.manifest, cache=cache) for corpus in config.data.corpora()]
     assert manifests, "checked before"
-    resolved = resolve(config, manifests[0].vocab_size)
+    train = config.train.settled(parallel.select_device(config.train.device).type)
+    resolved = resolve(replace(config, train=train), manifests[0].vocab_size)
     directory = Path(config.run_dir)
     with (
         parallel.session(resolved) as world,

@@ -138,7 +138,7 @@ def build_optimizer(config: Config, chunks: list[Any]) -> MegatronOptimizer:
         UserError: an unknown field under `megatron.optimizer`.
     """
     keys = config.optimizer
-    bf16 = config.train.precision == "bf16"
+    bf16 = bool(chunks[0].config.bf16)
     fields: dict[str, Any] = dict(
         optimizer="adam",
         lr=keys.lr,
@@ -150,7 +150,7 @@ def build_optimizer(config: Config, chunks: list[Any]) -> MegatronOptimizer:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     core = OptimizerConfig(**apply_overrides(fields, config.megatron.optimizer, OptimizerConfig, "optimizer"))
     optimizer = get_megatron_optimizer(core, chunks, use_gloo_process_groups=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from megatron.core.optimizer import MegatronOptimizer
@@ -27,6 +28,22 @@ class PreparedBatch:
 
     micro_batches: list[CorruptedBatch]
     damaged: frozenset[DamagedDocument]
+
+
+@contextmanager
+def _without_collector(is_wanted: bool) -> Iterator[None]:
+    """Within it, Python collects garbage only when told to: a rank that pauses by itself holds up all others."""
+    was_enabled = gc.isenabled()
+    if is_wanted:
+        gc.freeze()  # what is built by now stays, and need not be looked at again
+        gc.disable()
+    try:
+        yield
+    finally:
+        if is_wanted:
+            gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass
@@ -63,6 +80,10 @@ class Trainer:
         """
         for callback in self.callbacks:
             callback.on_start(self)
+        with _without_collector(self.config.train.gc_every > 0):
+            self._fit()
+
+    def _fit(self) -> None:
         is_ended = False
         while not is_ended:
             # A run that ended right before its rollback begins with it.
@@ -83,6 +104,9 @@ class Trainer:
         """Tell the callbacks, and stop where any rank has been asked to."""
         for callback in self.callbacks:
             callback.after_step(self, result)
+        every = self.config.train.gc_every
+        if every and self.progress.step % every == 0:
+            gc.collect()
         # A callback may have ended the run already, on all ranks.
         if self.stop_request is not None and self._has_steps():
             self.stopped_by = self.stop_request.verdict(result.stop_votes)

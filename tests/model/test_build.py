@@ -181,8 +181,8 @@ DDP: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "parallel.distributed_optimizer": ({"distributed_optimizer": False}, {"use_distributed_optimizer": False}),
     "parallel.overlap_grad_reduce": ({"overlap_grad_reduce": True}, {"overlap_grad_reduce": True}),
     "parallel.overlap_param_gather": (
-        {"overlap_grad_reduce": True, "overlap_param_gather": True},
         {"overlap_param_gather": True},
+        {"overlap_grad_reduce": True, "overlap_param_gather": True},
     ),
 }
 OPTIMIZER: dict[str, tuple[Any, str]] = {

@@ -58,7 +58,11 @@ def test_layout_of_a_sound_config(tmp_path: Path) -> None:
             "parallel.tensor 2 does not divide data.seq_length 255",
         ),
         ({"parallel": {"context": 2}}, 2, "no attention backend here supports context parallelism yet"),
-        ({"parallel": {"overlap_param_gather": True}}, 1, "needs parallel.overlap_grad_reduce"),
+        (
+            {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": False}},
+            1,
+            "needs parallel.overlap_grad_reduce",
+        ),
         ({"parallel": {"pipeline": 3}}, 3, "parallel.pipeline 3 does not divide model.layers 4"),
         (
             {"parallel": {"pipeline": 2, "virtual_pipeline": 4}},

@@ -425,3 +425,24 @@ def test_right_shift_reads_the_output_one_to_the_left(name: str) -> None:
 def train_curve(config: Config, steps: int) -> Any:
     with small_run(config) as run:
         return run.train(0, steps)
+
+
+def cycles(config: Config) -> list[str]:
+    """On a rank: types of what two steps leave to the garbage collector."""
+    import gc
+
+    with small_run(config) as run:
+        run.train(0, 2)
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        run.train(2, 4)
+        gc.collect()
+        return [type(found).__name__ for found in gc.garbage]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("keys", [{"parallel": OVERLAP}, {"train": {"recompute": "full"}}], ids=str)
+def test_a_step_leaves_nothing_to_the_garbage_collector(keys: dict[str, Any]) -> None:
+    """Between two collections, `train.gc_every` steps apart, tensors in cycles would pile up on the device."""
+    assert run_ranks(cycles, 1, variant(**{"parallel": {"distributed_optimizer": True}} | keys)) == [[]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -97,7 +99,8 @@ def test_a_run_directory_holds_all_that_was_promised(tmp_path: Path, corpora: di
     assert {"val_nelbo_stderr", "unigram_entropy", "tokens_per_second", "parameters"} <= summary.keys()
     assert (run / "checkpoints" / "latest").read_text() == "step_00000008"
     assert any((run / "tensorboard").iterdir())
-    assert "seq_length: 32" in (run / "config.yaml").read_text()
+    kept = (run / "config.yaml").read_text()
+    assert "seq_length: 32" in kept and "precision: fp32" in kept  # of the CPU; the config leaves it open
     assert "torch" in json.loads((run / "env.json").read_text())["versions"]
     assert [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()] == [
         "started",
@@ -304,3 +307,26 @@ def test_a_step_asks_for_one_collective(tmp_path: Path, corpora: dict[str, str])
         return run_ranks(collectives, 2, config)[0]
 
     assert count(7) - count(2) == 5
+
+
+def collections(config: Config) -> tuple[list[int], bool]:
+    """On a rank: the steps after which garbage is collected during training, and whether Python does so afterwards."""
+    from megatron_md.train.trainer import Trainer
+
+    found = []
+    original, collect = Trainer._heed, gc.collect
+
+    def heard(self: Any, result: Any) -> None:
+        with mock.patch.object(gc, "collect", side_effect=lambda: found.append(self.progress.step) or collect()):
+            original(self, result)
+        assert not gc.isenabled()
+
+    with mock.patch.object(Trainer, "_heed", heard):
+        pretrain(config)
+    return found, gc.isenabled() and gc.get_freeze_count() == 0
+
+
+@pytest.mark.distributed
+def test_all_ranks_collect_garbage_after_the_same_steps(tmp_path: Path, corpora: dict[str, str]) -> None:
+    config = config_for(tmp_path / "run", corpora, train={"gc_every": 3}, validation={"sequences": 0})
+    assert run_ranks(collections, 2, config) == [([3, 6], True)] * 2

@@ -1,0 +1,26 @@
+"""What the keys of training mean on a device."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+
+from megatron_md.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "settled"),
+    [
+        ("auto", "cuda", "bf16"),
+        ("auto", "cpu", "fp32"),
+        ("fp32", "cuda", "fp32"),
+        ("bf16", "cpu", "bf16"),
+    ],
+)
+def test_precision_follows_the_device_where_it_is_left_open(
+    precision: Literal["auto", "fp32", "bf16"], device: str, settled: str
+) -> None:
+    train = TrainConfig(precision=precision, steps=7)
+    assert train.uses_bf16(device) == (settled == "bf16")
+    assert train.settled(device) == TrainConfig(precision=settled, steps=7)  # type: ignore[arg-type]
