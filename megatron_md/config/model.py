@@ -249,11 +249,6 @@ class DataConfig:
                 f"data.random_length_fraction needs data.seq_length of at least {run.parallel.row_unit}, of which "
                 "parallel.tensor and 2 x parallel.context are divisors"
             )
-        if self.document_attention == "within_document" and run.train.may_use_transformer_engine():
-            yield (
-                "data.document_attention within_document: Transformer Engine is installed, and its attention does not "
-                "take document boundaries here; uninstall it, or set data.document_attention=full or train.device=cpu"
-            )
 
 
 @dataclass(frozen=True)
@@ -303,12 +298,6 @@ class ObjectiveConfig:
             )
         if not self.attention_annealing:
             return
-        if run.train.may_use_transformer_engine():
-            yield (
-                f"objective.attention_annealing {self.attention_annealing:g}: Transformer Engine is installed, and its "
-                "attention does not take hidden pairs here; uninstall it, or set objective.attention_annealing=0 or "
-                "train.device=cpu"
-            )
         if is_within:
             yield (
                 "objective.attention_annealing hides pairs of whole rows, and data.document_attention within_document "

@@ -142,10 +142,6 @@ class TrainConfig:
         """The same with its precision on a device of this type, which is what a run keeps of it."""
         return replace(self, precision="bf16" if self.uses_bf16(device_type) else "fp32")
 
-    def may_use_transformer_engine(self) -> bool:
-        """Whether Transformer Engine is installed, and its kernels may be taken."""
-        return self.device != "cpu" and importlib.util.find_spec("transformer_engine") is not None
-
     def problems(self) -> Iterator[str]:
         """What these keys contradict in each other, a line for each; `run.check` counts the batches' rows."""
         ramp, factor = self.batch_ramp, self.spike_factor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_md.batch import Int32Array
 from megatron_md.errors import UserError
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    HAS_VARLEN = "enable_gqa" in signature(varlen_attn).parameters  # torch 2.13; earlier ones lack what we need of it
+except ImportError:
+    HAS_VARLEN = False
+
 
 @lru_cache(maxsize=8)
 def rotary_tables(length: int, width: int, base: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,13 +34,27 @@ def rotary_tables(length: int, width: int, base: float, device: torch.device) ->
     return angles.cos()[:, None, None], angles.sin()[:, None, None]
 
 
+def rotate_half(x_LBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    """Pairs (j, j + d/2) of x turned by their angles times `sign`, in fp32."""
+    first, second = x_LBHD.float().chunk(2, dim=-1)
+    sin = sin * sign
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_LBHD.dtype)
+
+
+_rotate_half_in_one_kernel = torch.compile(rotate_half)
+
+
 def _rotated(x_LBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
-    out_LBHD = torch.empty_like(x_LBHD)
+    """`rotate_half`, the fastest way that the device has: on the CPU without tensors in between."""
+    if x_LBHD.is_cuda:
+        return _rotate_half_in_one_kernel(x_LBHD, cos, sin, sign)
+    exact_LBHD = x_LBHD.float()
+    out_LBHD = torch.empty_like(exact_LBHD)
     half = x_LBHD.shape[-1] // 2
-    first, second = x_LBHD[..., :half], x_LBHD[..., half:]
+    first, second = exact_LBHD[..., :half], exact_LBHD[..., half:]
     torch.mul(first, cos, out=out_LBHD[..., :half]).addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=out_LBHD[..., half:]).addcmul_(first, sin, value=sign)
-    return out_LBHD
+    return out_LBHD.to(x_LBHD.dtype)
 
 
 class _Rotary(torch.autograd.Function):
@@ -41,12 +63,12 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_LBHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.tables = cos, sin
-        return _rotated(x_LBHD.float(), cos, sin, 1.0).to(x_LBHD.dtype)
+        return _rotated(x_LBHD, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, grad_LBHD: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.tables
-        return _rotated(grad_LBHD.float(), cos, sin, -1.0).to(grad_LBHD.dtype), None, None
+        return _rotated(grad_LBHD, cos, sin, -1.0), None, None
 
 
 def apply_rotary(x_LBHD: torch.Tensor, base: float) -> torch.Tensor:
@@ -56,19 +78,25 @@ def apply_rotary(x_LBHD: torch.Tensor, base: float) -> torch.Tensor:
     return rotated
 
 
-def packed_documents(cu_seqlens: Sequence[Int32Array]) -> PackedSeqParams:
+def packed_documents(cu_seqlens: Sequence[Int32Array], device: torch.device) -> PackedSeqParams:
     """The documents of a micro-batch, as megatron-core's models hand them on to the core attention.
 
     Args:
         cu_seqlens: per row the boundaries of its documents, from 0 to L ascending.
+        device: the model's.
 
     Returns:
-        Parameters whose `cu_seqlens_q` are the boundaries in the B rows laid end to end, from 0 to B * L. They stay on
-        the host, which starts a kernel per document. The format `sbhd` says that the tensors are not packed.
+        Parameters whose `cu_seqlens_q` are the boundaries in the B rows laid end to end, from 0 to B * L, on the host;
+        `cu_seqlens_kv` are the same on the device. The format `sbhd` says that the tensors are not packed.
     """
     lengths = np.concatenate([np.diff(boundaries) for boundaries in cu_seqlens])
     boundaries = torch.from_numpy(np.append(0, lengths.cumsum()).astype(np.int32))
-    return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
+    return PackedSeqParams(
+        qkv_format="sbhd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries.to(device),
+        max_seqlen_q=int(lengths.max()),
+    )
 
 
 def additive_mask(is_hidden_LL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -138,11 +166,33 @@ class SDPACoreAttention(torch.nn.Module):
             query, key = apply_rotary(query, self.rotary_base), apply_rotary(key, self.rotary_base)
         if packed_seq_params is None:
             return self._attend(query, key, value, attention_mask).reshape(length, rows, heads * width)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        # The gradient of `split` is put together once; that of a slice per document would be a whole tensor each.
-        parts = [x_LBHD.transpose(0, 1).flatten(0, 1)[:, None].split(lengths) for x_LBHD in (query, key, value)]
-        context = torch.cat([self._attend(*document) for document in zip(*parts, strict=True)])
+        packed = [x_LBHD.transpose(0, 1).flatten(0, 1) for x_LBHD in (query, key, value)]
+        context = self._attend_within(*packed, packed_seq_params)
         return context.view(rows, length, heads * width).transpose(0, 1).contiguous()
+
+    def _attend_within(
+        self, query_THD: torch.Tensor, key_THD: torch.Tensor, value_THD: torch.Tensor, documents: PackedSeqParams
+    ) -> torch.Tensor:
+        """Attention within documents of T tokens in all, laid end to end: [T, heads, d]."""
+        if HAS_VARLEN and query_THD.is_cuda and query_THD.dtype is not torch.float32:
+            boundaries, longest = documents.cu_seqlens_kv, documents.max_seqlen_q
+            context_THD: torch.Tensor = varlen_attn(
+                query_THD,
+                key_THD,
+                value_THD,
+                boundaries,
+                boundaries,
+                longest,
+                longest,
+                scale=self.softmax_scale,
+                window_size=(-1, 0) if self.is_causal else (-1, -1),
+                enable_gqa=key_THD.shape[1] != query_THD.shape[1],
+            )
+            return context_THD
+        lengths = documents.cu_seqlens_q.diff().tolist()
+        # The gradient of `split` is put together once; that of a slice per document would be a whole tensor each.
+        parts = [x_THD[:, None].split(lengths) for x_THD in (query_THD, key_THD, value_THD)]
+        return torch.cat([self._attend(*document) for document in zip(*parts, strict=True)])
 
     def _attend(
         self,

@@ -35,8 +35,13 @@ def use_transformer_engine(device: torch.device) -> bool:
     return bool(gpt_layer_specs.HAVE_TE) and device.type == "cuda"
 
 
+def core_attention(rotary_base: float | None) -> ModuleSpec:
+    """Our core attention; with a base it applies rotary positions, else the model does."""
+    return ModuleSpec(module=SDPACoreAttention, params={"rotary_base": rotary_base})
+
+
 def layer_spec(
-    config: TransformerConfig, *, causal: bool, transformer_engine: bool, rotary_base: float | None
+    config: TransformerConfig, *, causal: bool, transformer_engine: bool, attention: ModuleSpec | None
 ) -> ModuleSpec:
     """Spec of one transformer layer.
 
@@ -44,7 +49,7 @@ def layer_spec(
         config: the transformer's shape.
         causal: causal attention (the autoregressive baseline) instead of bidirectional.
         transformer_engine: build it from Transformer Engine's modules.
-        rotary_base: base of the rotary frequencies that our core attention applies; None where the model does it.
+        attention: the core attention; None takes Transformer Engine's.
     """
     if transformer_engine:
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -52,11 +57,11 @@ def layer_spec(
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-        attention = spec.submodules.self_attention.submodules
-        attention.core_attention = ModuleSpec(module=SDPACoreAttention, params={"rotary_base": rotary_base})
         if config.qk_layernorm:
-            attention.q_layernorm = RMSNorm
-            attention.k_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    if attention is not None:
+        spec.submodules.self_attention.submodules.core_attention = attention
     spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal if causal else AttnMaskType.no_mask
     return spec
 
@@ -66,11 +71,11 @@ def block_spec(
     *,
     causal: bool,
     transformer_engine: bool,
-    rotary_base: float | None,
+    attention: ModuleSpec | None,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """Spec of this pipeline stage's layers and, on the last stage, of the final norm."""
-    spec = layer_spec(config, causal=causal, transformer_engine=transformer_engine, rotary_base=rotary_base)
+    spec = layer_spec(config, causal=causal, transformer_engine=transformer_engine, attention=attention)
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

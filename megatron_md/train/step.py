@@ -110,7 +110,7 @@ class ForwardPass:
         tokens_BL = _to_device(batch.tokens_BL, device)
         positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
         # Every pipeline stage has the batch, so the boundaries need not travel from stage to stage.
-        documents = None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens)
+        documents = None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens, device)
         output = model(tokens_BL, positions_BL, attention_mask, labels=prediction, packed_seq_params=documents)
         return output, partial(self._loss, batch.denominator)
 

@@ -11,7 +11,15 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_md.config import Config
-from megatron_md.model.attention import SDPACoreAttention, additive_mask, apply_rotary, packed_documents
+from megatron_md.cpu import CPU
+from megatron_md.model.attention import (
+    SDPACoreAttention,
+    additive_mask,
+    apply_rotary,
+    packed_documents,
+    rotary_tables,
+    rotate_half,
+)
 from megatron_md.model.build import transformer_config
 from megatron_md.parallel import World
 
@@ -41,20 +49,18 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("documents", DOCUMENTS)
-@pytest.mark.parametrize(("groups", "dtype"), [(2, torch.float64), (4, torch.float32)])
-def test_within_documents_equals_a_dense_masked_softmax(
-    small_config: Config, world: World, causal: bool, documents: str, groups: int, dtype: torch.dtype
-) -> None:
-    core = transformer_config(small_config, world.device)
+def within_documents(
+    core: TransformerConfig, causal: bool, documents: str, groups: int, dtype: torch.dtype, device: torch.device
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Attention within documents, and the gradients of its inputs: ours, and by a dense mask."""
     kind = AttnMaskType.causal if causal else AttnMaskType.no_mask
     attention = SDPACoreAttention(core, layer_number=1, attn_mask_type=kind, attention_type="self")
     length, rows, heads, width = 13, 3, 4, 8
-    query = torch.randn(length, rows, heads, width, dtype=dtype, requires_grad=True)
-    key, value = (torch.randn(length, rows, groups, width, dtype=dtype, requires_grad=True) for _ in range(2))
+    shapes = [(length, rows, count, width) for count in (heads, groups, groups)]
+    inputs = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    query, key, value = inputs
     cu_seqlens = [np.array(boundaries, dtype=np.int32) for boundaries in DOCUMENTS[documents]]
-    got = attention(query, key, value, None, packed_seq_params=packed_documents(cu_seqlens))
+    got = attention(query, key, value, None, packed_seq_params=packed_documents(cu_seqlens, device))
 
     number_BL = torch.stack([torch.bucketize(torch.arange(length), torch.tensor(c), right=True) for c in cu_seqlens])
     is_visible_BLL = number_BL[:, :, None] == number_BL[:, None]
@@ -62,13 +68,21 @@ def test_within_documents_equals_a_dense_masked_softmax(
         is_visible_BLL = is_visible_BLL & torch.ones(length, length).tril().bool()
     keys, values = (x.repeat_interleave(heads // groups, 2) for x in (key, value))
     scores = torch.einsum("lbhd,mbhd->bhlm", query, keys) / math.sqrt(width)
-    weights = scores.masked_fill(~is_visible_BLL[:, None], float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~is_visible_BLL[:, None].to(device), float("-inf")).softmax(-1)
     expected = torch.einsum("bhlm,mbhd->lbhd", weights, values).reshape(length, rows, heads * width)
-    torch.testing.assert_close(got, expected)
     probe = torch.randn_like(got)
-    inputs = (query, key, value)
-    gradients, expected_gradients = (torch.autograd.grad((x * probe).sum(), inputs) for x in (got, expected))
-    torch.testing.assert_close(gradients, expected_gradients)
+    ours, dense = ([x, *torch.autograd.grad((x * probe).sum(), inputs)] for x in (got, expected))
+    return ours, dense
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize(("groups", "dtype"), [(2, torch.float64), (4, torch.float32)])
+def test_within_documents_equals_a_dense_masked_softmax(
+    small_config: Config, world: World, causal: bool, documents: str, groups: int, dtype: torch.dtype
+) -> None:
+    core = transformer_config(small_config, world.device)
+    torch.testing.assert_close(*within_documents(core, causal, documents, groups, dtype, CPU))
 
 
 @pytest.mark.parametrize(("groups", "dtype"), [(2, torch.float64), (4, torch.float32), (1, torch.float64)])
@@ -98,8 +112,9 @@ def test_hidden_pairs_equal_a_dense_masked_softmax(
 
 
 def test_boundaries_of_rows_laid_end_to_end() -> None:
-    packed = packed_documents([np.array([0, 3, 5], dtype=np.int32), np.array([0, 1, 5], dtype=np.int32)])
+    packed = packed_documents([np.array([0, 3, 5], dtype=np.int32), np.array([0, 1, 5], dtype=np.int32)], CPU)
     assert packed.cu_seqlens_q.tolist() == [0, 3, 5, 6, 10] and packed.cu_seqlens_q.dtype == torch.int32
+    assert packed.max_seqlen_q == 4
 
 
 def test_other_masks_are_refused(small_config: Config, world: World) -> None:
@@ -132,3 +147,13 @@ def test_rotary_scores_depend_on_distance_only_and_stay_exact_in_bf16(world: Wor
     x = torch.randn(200, 2, 2, 64)
     rounded = apply_rotary(x.bfloat16(), 1e4)
     torch.testing.assert_close(rounded, apply_rotary(x.bfloat16().float(), 1e4).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_function_that_cuda_compiles_rotates_as_the_cpu_does(dtype: torch.dtype) -> None:
+    x = torch.randn(9, 2, 3, 8, dtype=dtype, requires_grad=True)
+    tables = rotary_tables(9, 8, 100.0, CPU)
+    rotated = apply_rotary(x, 100.0)
+    torch.testing.assert_close(rotate_half(x, *tables, 1.0), rotated)
+    (gradient,) = torch.autograd.grad(rotated.float().square().sum(), x)
+    torch.testing.assert_close(rotate_half(2.0 * rotated, *tables, -1.0), gradient)

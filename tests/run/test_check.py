@@ -161,25 +161,6 @@ def test_run_dir_must_be_a_place_to_write(tmp_path: Path) -> None:
     assert line == f"run_dir {tmp_path}/run: {tmp_path}/run is a file"
 
 
-@pytest.mark.parametrize(
-    ("sections", "start"),
-    [
-        ({"data": {"document_attention": "within_document"}}, "data.document_attention within_document"),
-        ({"objective": {"attention_annealing": 0.1}}, "objective.attention_annealing 0.1"),
-    ],
-)
-def test_what_transformer_engines_attention_cannot_do_is_refused_where_it_would_have_to(
-    sections: dict[str, Any], start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert not problems(config_of(tmp_path, **sections))
-    (tmp_path / "transformer_engine.py").write_text("raise ImportError('must not be imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (line,) = problems(config_of(tmp_path, **sections))
-    assert line.startswith(f"{start}: Transformer Engine is installed")
-    assert not problems(config_of(tmp_path, **sections, train={"device": "cpu"}))
-    assert not problems(config_of(tmp_path))
-
-
 def test_checkpoint_keys_must_make_sense_together(tmp_path: Path) -> None:
     (line,) = problems(config_of(tmp_path, checkpoint={"load_only": "model"}))
     assert line.startswith("checkpoint.load_only says what to take of checkpoint.load")
