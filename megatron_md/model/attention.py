@@ -166,8 +166,8 @@ class SDPACoreAttention(torch.nn.Module):
             query, key = apply_rotary(query, self.rotary_base), apply_rotary(key, self.rotary_base)
         if packed_seq_params is None:
             return self._attend(query, key, value, attention_mask).reshape(length, rows, heads * width)
-        packed = [x_LBHD.transpose(0, 1).flatten(0, 1) for x_LBHD in (query, key, value)]
-        context = self._attend_within(*packed, packed_seq_params)
+        query, key, value = (x_LBHD.transpose(0, 1).flatten(0, 1) for x_LBHD in (query, key, value))
+        context = self._attend_within(query, key, value, packed_seq_params)
         return context.view(rows, length, heads * width).transpose(0, 1).contiguous()
 
     def _attend_within(
@@ -176,7 +176,7 @@ class SDPACoreAttention(torch.nn.Module):
         """Attention within documents of T tokens in all, laid end to end: [T, heads, d]."""
         if HAS_VARLEN and query_THD.is_cuda and query_THD.dtype is not torch.float32:
             boundaries, longest = documents.cu_seqlens_kv, documents.max_seqlen_q
-            context_THD: torch.Tensor = varlen_attn(
+            context_THD = varlen_attn(
                 query_THD,
                 key_THD,
                 value_THD,
@@ -188,6 +188,7 @@ class SDPACoreAttention(torch.nn.Module):
                 window_size=(-1, 0) if self.is_causal else (-1, -1),
                 enable_gqa=key_THD.shape[1] != query_THD.shape[1],
             )
+            assert isinstance(context_THD, torch.Tensor), "without auxiliary outputs"
             return context_THD
         lengths = documents.cu_seqlens_q.diff().tolist()
         # The gradient of `split` is put together once; that of a slice per document would be a whole tensor each.

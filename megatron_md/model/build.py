@@ -82,6 +82,7 @@ class Denoiser(GPTModel):
             excluded=self._excluded_on(hidden_MH.device),
             chunk=self.head_chunk,
             tp_group=tp,
+            is_weight_shared=tied and self.pre_process,
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_md.model import head
 from megatron_md.model.head import Prediction, masked_cross_entropy, select_hidden
 from tests.ranks import run_ranks
 
@@ -132,3 +134,47 @@ def test_vocabulary_parallel_equals_one_process_for_varying_chunk_counts() -> No
             torch.testing.assert_close(rank[number][0], loss.detach())
             torch.testing.assert_close(rank[number][1], hidden.grad)
         torch.testing.assert_close(torch.cat([rank[number][2] for rank in ranks]), weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_functions_that_cuda_compiles_score_as_the_cpu_does(dtype: torch.dtype) -> None:
+    hidden, weight, prediction = example(11)
+    logits = (hidden @ weight.t()).to(dtype).index_fill_(1, EXCLUDED, float("-inf"))
+    # This rank has the tokens 5 to 44 of a vocabulary of which others have the rest.
+    column, is_local = head._local(prediction.targets_M, 5, logits)
+    assert 0 < is_local.sum() < 11
+    arguments = prediction.weights_M, column, is_local, None
+    expected_nll, expected_grad = head._score_in_place(logits.clone(), *arguments)
+    with mock.patch.multiple(head, _sums_in_one_pass=head.exponential_sums, _gradient_in_one_pass=head.logit_gradient):
+        nll, grad = head._score_in_few_passes(logits, *arguments)
+    torch.testing.assert_close(nll, expected_nll)
+    torch.testing.assert_close(grad, expected_grad)
+    assert grad.dtype is dtype
+
+
+class Buffered(torch.nn.Parameter):
+    """A weight with megatron-core's gradient buffer."""
+
+    main_grad: torch.Tensor
+    grad_added_to_main_grad = False
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_the_weights_gradient_goes_into_megatron_cores_buffer_in_fp32(is_shared: bool) -> None:
+    hidden, weight, prediction = (x.bfloat16() if isinstance(x, torch.Tensor) else x for x in example(11))
+    plain = weight.clone().requires_grad_()
+    masked_cross_entropy(hidden, plain, prediction, first_token=0, excluded=EXCLUDED, chunk=4).loss.backward()
+    buffered = Buffered(weight.clone())
+    buffered.main_grad = torch.ones(weight.shape)
+    loss = masked_cross_entropy(
+        hidden, buffered, prediction, first_token=0, excluded=EXCLUDED, chunk=4, is_weight_shared=is_shared
+    ).loss
+    other_use = buffered[3].float().sum()
+    (loss + other_use if is_shared else loss).backward()
+    assert buffered.grad is not None and plain.grad is not None
+    # More exact than what autograd gets, to which it is rounded.
+    torch.testing.assert_close((buffered.main_grad - 1.0).bfloat16(), plain.grad)
+    assert not torch.equal(buffered.main_grad - 1.0, plain.grad.float())
+    assert buffered.grad_added_to_main_grad is not is_shared
+    if is_shared:
+        torch.testing.assert_close(buffered.grad, torch.zeros_like(weight).index_fill_(0, torch.tensor([3]), 1.0))
