@@ -52,6 +52,9 @@ class StepReport:
     votes: list[float]
 
 
+# Predicted positions are filled up to a multiple of this, so that CUDA's allocator and compiler see few shapes.
+CUDA_BUCKET = 128
+
 Judge = Callable[[float, float], str | None]
 
 
@@ -68,6 +71,7 @@ class ForwardPass:
         self.micro_batch_size = config.train.micro_batch_size
         self.within_document = config.data.document_attention == "within_document"
         self.shift = RightShift(config.objective.right_shift)
+        self.bucket = CUDA_BUCKET if world.device.type == "cuda" else 1
         # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
         self._round = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
         self._schedule = get_forward_backward_func()
@@ -102,23 +106,28 @@ class ForwardPass:
         self, attention_mask: torch.Tensor | None, iterator: Iterator[CorruptedBatch], model: Any
     ) -> tuple[Any, Any]:
         batch, device = next(iterator), self.world.device
+        # Weights of 0 for what fills up a bucket; its targets must be ones that have a likelihood.
+        count = len(batch.positions_M)
+        filling = (0, -count % self.bucket)
         prediction = Prediction(
-            _to_device(self.shift.outputs(batch.positions_M), device),
-            _to_device(batch.targets_M, device),
-            _to_device(batch.weights_M, device),
+            _to_device(np.pad(self.shift.outputs(batch.positions_M), filling, "edge"), device),
+            _to_device(np.pad(batch.targets_M, filling, "edge"), device),
+            _to_device(np.pad(batch.weights_M, filling), device),
         )
         tokens_BL = _to_device(batch.tokens_BL, device)
         positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
         # Every pipeline stage has the batch, so the boundaries need not travel from stage to stage.
         documents = None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens, device)
         output = model(tokens_BL, positions_BL, attention_mask, labels=prediction, packed_seq_params=documents)
-        return output, partial(self._loss, batch.denominator)
+        return output, partial(self._loss, batch.denominator, count)
 
-    def _loss(self, denominator: int, output: PredictionLoss) -> tuple[torch.Tensor, torch.Tensor, PredictionLoss]:
+    def _loss(
+        self, denominator: int, predicted: int, output: PredictionLoss
+    ) -> tuple[torch.Tensor, torch.Tensor, PredictionLoss]:
         """(loss sum, its share of the global count, report): megatron-core divides gradients by the global count."""
         count = torch.full((), denominator, dtype=torch.int, device=output.loss.device)
         # The report must not keep the graph, nor be the tensor that the schedule goes on to change.
-        return output.loss, count, PredictionLoss(output.loss.detach().clone(), output.nll_M)
+        return output.loss, count, PredictionLoss(output.loss.detach().clone(), output.nll_M[:predicted])
 
 
 class Stepper(ForwardPass):

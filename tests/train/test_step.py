@@ -427,6 +427,32 @@ def train_curve(config: Config, steps: int) -> Any:
         return run.train(0, steps)
 
 
+def bucketed(config: Config, bucket: int) -> tuple[list[Any], set[int]]:
+    """On a rank: the figures of steps whose predicted positions are filled up, and by how many the head saw."""
+    from megatron_md.model import build
+
+    seen = set()
+    original = build.masked_cross_entropy
+
+    def recorded(hidden_MH: Any, *words: Any, **keys: Any) -> Any:
+        seen.add(len(hidden_MH))
+        return original(hidden_MH, *words, **keys)
+
+    build.masked_cross_entropy = recorded
+    with small_run(config) as run:
+        run.stepper.bucket = bucket
+        return run.train(0, STEPS), seen
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("right_shift", [False, True])
+def test_filling_up_predicted_positions_changes_nothing(right_shift: bool) -> None:
+    config = variant(objective={"right_shift": right_shift})
+    ((expected, counts),), ((got, filled),) = (run_ranks(bucketed, 1, config, bucket) for bucket in (1, 24))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert any(count % 24 for count in counts) and not any(count % 24 for count in filled)
+
+
 def cycles(config: Config) -> list[str]:
     """On a rank: types of what two steps leave to the garbage collector."""
     import gc
