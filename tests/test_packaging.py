@@ -24,6 +24,7 @@ WORLDS = {
     "50m/window": [8],
     "1b/pretrain": [1, 8],
     "8b/pretrain": [8, 64],
+    "8b/tp1": [64],
     "8b/pipeline": [64],
     "continue_llada_8b": [8, 64],
 }
