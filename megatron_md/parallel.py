@@ -79,12 +79,13 @@ def select_device(name: str) -> torch.device:
 _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def peak_flops(device: torch.device, *, bf16: bool) -> float | None:
+def peak_flops(device: torch.device, precision: str) -> float | None:
     """Peak FLOP/s that an MFU is measured against; None where it is not known (CPU, fp32, other devices)."""
-    if device.type != "cuda" or not bf16:
+    if device.type != "cuda" or precision not in ("bf16", "fp8"):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
+    peak = next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
+    return 2.0 * peak if peak is not None and precision == "fp8" else peak
 
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:

@@ -56,7 +56,14 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"train.device=auto or cpu"):
         parallel.select_device("cuda")
     assert parallel.select_device("auto") == parallel.select_device("cpu") == torch.device("cpu")
-    assert parallel.peak_flops(torch.device("cpu"), bf16=True) is None
+    assert parallel.peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_the_peak_is_that_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    device = torch.device("cuda")
+    assert parallel.peak_flops(device, "bf16") == 989e12 and parallel.peak_flops(device, "fp8") == 2 * 989e12
+    assert parallel.peak_flops(device, "fp32") is None
 
 
 def test_what_cuda_reads_is_set_unless_the_user_has_set_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ class Config:
         yield from self.data.problems(self)
         yield from self.objective.problems(self)
         yield from self.optimizer.problems()
-        yield from self.train.problems()
+        yield from self.train.problems(self)
         yield from self.checkpoint.problems(self)
         yield from self.sampling.problems(self)
         yield from self.log.problems()

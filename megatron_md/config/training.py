@@ -96,8 +96,11 @@ class TrainConfig:
     micro_batch_size: Annotated[PositiveInt, Doc("rows per forward pass of one data-parallel rank")] = 8
     batch_ramp: Annotated[BatchRampConfig | None, Doc("batch-size ramp-up; none if null")] = None
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"],
-        Doc("arithmetic of the model, auto: bf16 on CUDA, fp32 elsewhere; the optimizer keeps its weights in fp32"),
+        Literal["auto", "fp32", "bf16", "fp8"],
+        Doc(
+            "arithmetic of the model, auto: bf16 on CUDA, fp32 elsewhere; fp8: products of the layers in fp8, the rest "
+            "as bf16; the optimizer keeps its weights in fp32"
+        ),
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Doc("auto takes CUDA where there is one")] = "auto"
     recompute: Annotated[Literal["none", "selective", "full"], Doc("activation recomputation")] = "none"
@@ -136,14 +139,18 @@ class TrainConfig:
 
     def uses_bf16(self, device_type: str) -> bool:
         """Whether the model computes in bf16 on a device of this type (cpu or cuda)."""
-        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
+        return self.precision in ("bf16", "fp8") or (self.precision == "auto" and device_type == "cuda")
 
     def settled(self, device_type: str) -> TrainConfig:
         """The same with its precision on a device of this type, which is what a run keeps of it."""
+        if self.precision != "auto":
+            return self
         return replace(self, precision="bf16" if self.uses_bf16(device_type) else "fp32")
 
-    def problems(self) -> Iterator[str]:
-        """What these keys contradict in each other, a line for each; `run.check` counts the batches' rows."""
+    def problems(self, run: Config) -> Iterator[str]:
+        """What these keys contradict in the run, a line for each; `run.check` counts the batches' rows."""
+        if self.precision == "fp8":
+            yield from self._fp8_problems(run)
         ramp, factor = self.batch_ramp, self.spike_factor
         if ramp is not None and ramp.start > self.global_batch_size:
             yield f"train.batch_ramp.start {ramp.start} is above train.global_batch_size {self.global_batch_size}"
@@ -151,6 +158,26 @@ class TrainConfig:
             yield f"train.batch_ramp.steps {ramp.steps} is more than train.steps {self.steps}: the ramp would not end"
         if factor and factor <= 1.0:
             yield f"train.spike_factor {factor:g} would leave out ordinary updates: it must be above 1, or 0 for none"
+
+    def _fp8_problems(self, run: Config) -> Iterator[str]:
+        """What the kernels cannot split: they take matrices whose sides are multiples of 16."""
+        if self.device == "cpu":
+            yield "train.precision fp8 needs a CUDA device with Transformer Engine: set train.precision=bf16"
+        model, layout = run.model, run.parallel
+        rows = self.micro_batch_size * run.data.seq_length // layout.context
+        split = layout.tensor if layout.sequence_parallel else 1
+        sides = {
+            "train.micro_batch_size x data.seq_length": (rows, split),
+            "model.hidden": (model.hidden, 1),
+            "model.ffn": (model.ffn, layout.tensor),
+            "model.heads x model.head_dim": (model.heads * model.head_width, layout.tensor),
+            "model.kv_heads x model.head_dim": (model.key_heads * model.head_width, layout.tensor),
+        }
+        for name, (size, parts) in sides.items():
+            if size % (16 * parts):
+                yield f"train.precision fp8 needs {name} on a rank to be a multiple of 16, got {size} / {parts}"
+        if run.data.random_length_fraction:
+            yield "train.precision fp8 takes rows of one length: set data.random_length_fraction=0"
 
 
 @dataclass(frozen=True)

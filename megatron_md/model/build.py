@@ -95,16 +95,16 @@ RESERVED = {
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline", "context_parallel_size": "parallel.context",
     "sequence_parallel": "parallel.sequence_parallel", "use_distributed_optimizer": "parallel.distributed_optimizer",
     "overlap_grad_reduce": "parallel.overlap_grad_reduce", "overlap_param_gather": "parallel.overlap_param_gather",
-    "bf16": "train.precision", "fp16": "train.precision", "params_dtype": "train.precision",
+    "bf16": "train.precision", "fp16": "train.precision", "fp8": "train.precision", "params_dtype": "train.precision",
     "deterministic_mode": "train.deterministic", "lr": "optimizer.lr", "clip_grad": "optimizer.clip_grad",
     "weight_decay": "optimizer.weight_decay", "calculate_per_token_loss": "objective.normalise",
 }  # fmt: skip
 
 
-# Beginnings of fields that ask for layers which our spec does not build: it would train a plain transformer.
+# Beginnings of fields that ask for what is not built here: our spec would train a plain transformer in their place.
 UNSUPPORTED = (
     "moe_", "num_moe_experts", "expert_", "mtp_", "multi_latent_attention", "experimental_attention_variant", "dsa_",
-    "mamba_", "is_hybrid_model", "heterogeneous_block_specs", "window_", "softmax_type",
+    "mamba_", "is_hybrid_model", "heterogeneous_block_specs", "window_", "softmax_type", "fp8_param", "fp4",
 )  # fmt: skip
 WGRAD_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
@@ -121,7 +121,7 @@ def apply_overrides(fields: dict[str, Any], overrides: dict[str, Any], target: t
             raise UserError(f"megatron.{section}.{key}: megatron-core's {target.__name__} has no such field")
         if key in RESERVED:
             raise UserError(f"megatron.{section}.{key}: set {RESERVED[key]} instead")
-        if target is TransformerConfig and key.startswith(UNSUPPORTED):
+        if key.startswith(UNSUPPORTED):
             raise UserError(f"megatron.{section}.{key}: such layers are not built here; leave it out")
     return {**fields, **overrides}
 
@@ -167,6 +167,9 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         persist_layer_norm=False,
         deterministic_mode=config.train.deterministic,
     )
+    if config.train.precision == "fp8":
+        _check_fp8(device)
+        fields |= dict(fp8="hybrid", fp8_recipe="tensorwise")
     if config.train.recompute == "full":
         fields |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif config.train.recompute == "selective":
@@ -186,6 +189,14 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
     if device.type == "cpu":
         cpu.assert_safe_transformer_config(core)
     return core
+
+
+def _check_fp8(device: torch.device) -> None:
+    if not use_transformer_engine(device):
+        raise UserError("train.precision fp8 needs a CUDA device and Transformer Engine; set train.precision=bf16")
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"train.precision fp8: {name} has no such products; set train.precision=bf16")
 
 
 def _layout_fields(layout: ParallelConfig) -> dict[str, Any]:

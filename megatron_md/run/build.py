@@ -102,7 +102,7 @@ def _metrics(config: ResolvedConfig, world: World, directory: Path) -> MetricsWr
         config,
         directory,
         flops_per_token=estimate.training_flops_per_token(config, config.model.vocab),
-        peak_flops=parallel.peak_flops(world.device, bf16=config.train.uses_bf16(world.device.type)),
+        peak_flops=parallel.peak_flops(world.device, config.train.precision),
     )
 
 

@@ -69,13 +69,16 @@ class Inference(ForwardPass):
 
     @contextmanager
     def _looking(self) -> Iterator[None]:
-        """The model in evaluation mode; training may go on behind it."""
+        """The model in evaluation mode, and never in fp8, which takes few lengths; training may go on behind it."""
         modes = [chunk.training for chunk in self.chunks]
+        core = self.chunks[0].config  # one for all layers and chunks
+        fp8, core.fp8 = core.fp8, None
         for chunk in self.chunks:
             chunk.eval()
         try:
             yield
         finally:
+            core.fp8 = fp8
             for chunk, mode in zip(self.chunks, modes, strict=True):
                 chunk.train(mode)
 

@@ -86,7 +86,7 @@ def test_whole_numbers_serve_as_floats_but_not_the_other_way_round(tmp_path: Pat
         ("optimizer: {lr: .nan}", "optimizer.lr must be number > 0, got NaN"),
         ("optimizer: {lr: .inf}", "optimizer.lr must be number > 0, got Infinity"),
         ("optimizer: {beta1: 1.0}", "optimizer.beta1 must be number >= 0 < 1, got 1.0"),
-        ("train: {precision: fp16}", 'train.precision must be auto | fp32 | bf16, got "fp16"'),
+        ("train: {precision: fp16}", 'train.precision must be auto | fp32 | bf16 | fp8, got "fp16"'),
         ("data: {train: 1e3}", "data.train must be text or list of mapping or null, got 1000.0; put it in quotes"),
         ("model: 3", "model must be mapping, got 3"),
         ("model: {preset: tinny}", "model.preset 'tinny' is unknown; did you mean 'tiny'? "

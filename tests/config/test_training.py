@@ -16,11 +16,12 @@ from megatron_md.config import TrainConfig
         ("auto", "cpu", "fp32"),
         ("fp32", "cuda", "fp32"),
         ("bf16", "cpu", "bf16"),
+        ("fp8", "cuda", "fp8"),
     ],
 )
 def test_precision_follows_the_device_where_it_is_left_open(
-    precision: Literal["auto", "fp32", "bf16"], device: str, settled: str
+    precision: Literal["auto", "fp32", "bf16", "fp8"], device: str, settled: str
 ) -> None:
     train = TrainConfig(precision=precision, steps=7)
-    assert train.uses_bf16(device) == (settled == "bf16")
+    assert train.uses_bf16(device) == (settled != "fp32")
     assert train.settled(device) == TrainConfig(precision=settled, steps=7)  # type: ignore[arg-type]

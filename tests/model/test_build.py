@@ -250,3 +250,20 @@ def test_parameters_are_gathered_ahead_again_after_an_error_among_settled_ones(
         assert not chunk.remove_forward_pre_hook_handles
         raise KeyError("planted")
     assert len(chunk.remove_forward_pre_hook_handles) == hooks
+
+
+def test_fp8_is_asked_of_transformer_engine_and_refused_without_it(
+    small_config: Config, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = one_key(small_config, "train.precision", "fp8")
+    with pytest.raises(UserError, match=r"needs a CUDA device and Transformer Engine; set train.precision=bf16"):
+        transformer_config(config, world.device)
+    monkeypatch.setattr(build, "use_transformer_engine", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UserError, match=r"A100-SXM4-80GB has no such products"):
+        transformer_config(config, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    unfused = replace(config, megatron=replace(config.megatron, transformer={"apply_rope_fusion": False}))
+    core = transformer_config(unfused, torch.device("cuda"))
+    assert (core.fp8, core.fp8_recipe, core.bf16, core.fp8_param) == ("hybrid", "tensorwise", True, False)

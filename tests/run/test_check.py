@@ -129,6 +129,32 @@ def test_layout_of_a_sound_config(tmp_path: Path) -> None:
             1,
             "attention_annealing hides pairs of whole rows, and data.document_attention within_document cuts them up",
         ),
+        (
+            {"train": {"precision": "fp8", "device": "cpu"}, "model": {"ffn": 352}},
+            1,
+            "train.precision fp8 needs a CUDA device with Transformer",
+        ),
+        (
+            {"train": {"precision": "fp8", "micro_batch_size": 1}, "data": {"seq_length": 200}, "model": {"ffn": 352}},
+            1,
+            "needs train.micro_batch_size x data.seq_length on a rank to be a multiple of 16, got 200 / 1",
+        ),
+        (
+            {
+                "train": {"precision": "fp8", "micro_batch_size": 1},
+                "data": {"seq_length": 48},
+                "model": {"ffn": 352},
+                "parallel": {"tensor": 2, "sequence_parallel": True},
+            },
+            2,
+            "needs train.micro_batch_size x data.seq_length on a rank to be a multiple of 16, got 48 / 2",
+        ),
+        ({"train": {"precision": "fp8"}, "model": {"ffn": 344}}, 1, "needs model.ffn on a rank to be a multiple of 16"),
+        (
+            {"train": {"precision": "fp8"}, "model": {"ffn": 352}, "data": {"random_length_fraction": 0.1}},
+            1,
+            "takes rows of one length",
+        ),
         ({"imports": ["no_such_plugin"]}, 1, "module 'no_such_plugin' cannot be imported"),
     ],
 )
