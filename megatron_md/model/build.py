@@ -32,7 +32,8 @@ class Denoiser(GPTModel):
 
     `forward(tokens_BL, position_ids, None, labels=Prediction)` returns a `PredictionLoss` on the last pipeline stage;
     with `labels=None` it returns logits fp32 [B, L, vocab], gathered over tensor-parallel ranks, with
-    -inf for tokens that can never be predicted. Other stages return hidden states.
+    -inf for tokens that can never be predicted. Other stages return hidden states. Under context parallelism tokens and
+    positions are this rank's slice of the rows.
     """
 
     def __init__(self, *args: Any, real_vocab: int, excluded_tokens: tuple[int, ...], head_chunk: int, **kwargs: Any):
@@ -231,8 +232,9 @@ def _build_chunk(
 ) -> Denoiser:
     vp_stage = stage if config.parallel.virtual_pipeline > 1 else None
     transformer_engine = use_transformer_engine(device)
-    # Transformer Engine has a fused rotary embedding of its own; our core attention applies it otherwise.
-    in_attention = config.model.position == "rope" and not transformer_engine
+    # Transformer Engine has a fused rotary embedding of its own; where attention is ours, it applies it.
+    is_ours = not transformer_engine or core.context_parallel_size > 1
+    in_attention = config.model.position == "rope" and is_ours
     encoding = {"learned": "learned_absolute", "rope": "none" if in_attention else "rope"}[config.model.position]
     return Denoiser(
         config=core,

@@ -1,7 +1,8 @@
 """The layer spec: megatron-core's transformer layer with the attention mask fixed to bidirectional (or causal).
 
 Two backends build the same network: Transformer Engine's modules where it is installed and the device is CUDA,
-else megatron-core's own linear layers with torch's RMSNorm and scaled-dot-product attention.
+else megatron-core's own linear layers with torch's RMSNorm and scaled-dot-product attention. Under context parallelism
+that attention serves both: Transformer Engine's wants each rank to hold two far ends of a row, as causal masks ask for.
 """
 
 from __future__ import annotations
@@ -46,14 +47,17 @@ def layer_spec(
         transformer_engine: build it from Transformer Engine's modules.
         rotary_base: base of the rotary frequencies that our core attention applies; None where the model does it.
     """
+    own_attention = ModuleSpec(module=SDPACoreAttention, params={"rotary_base": rotary_base})
     if transformer_engine:
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        if config.context_parallel_size > 1:
+            spec.submodules.self_attention.submodules.core_attention = own_attention
     else:
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
         attention = spec.submodules.self_attention.submodules
-        attention.core_attention = ModuleSpec(module=SDPACoreAttention, params={"rotary_base": rotary_base})
+        attention.core_attention = own_attention
         if config.qk_layernorm:
             attention.q_layernorm = RMSNorm
             attention.k_layernorm = RMSNorm

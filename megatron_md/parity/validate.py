@@ -104,7 +104,7 @@ def layout_config(reference: Reference, words: Sequence[str], world_size: int) -
             raise ConfigError([f"{word}: the run is recorded; only {', '.join(FREE)} may be changed"])
     config = with_words(reference.config, words)
     if not any(word.startswith("train.micro_batch_size") for word in words):
-        data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
+        data_size = world_size // config.parallel.replica
         rows = config.train.global_batch_size // max(1, data_size * config.parallel.pipeline)
         config = replace(config, train=replace(config.train, micro_batch_size=max(1, rows)))
     check_parity(config, world_size)

@@ -35,6 +35,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2+sequence-xdata2": (4, {"tensor": 2, "sequence_parallel": True}),
     "pipeline2xdata2-overlap": (4, {"pipeline": 2, **OVERLAP}),
     "interleaved-xdata2-overlap": (4, {"pipeline": 2, "virtual_pipeline": 2, **OVERLAP}),
+    "context2": (2, {"context": 2}),
+    "context4": (4, {"context": 4}),
+    "context2xtensor2": (4, {"context": 2, "tensor": 2}),
+    "context2xtensor2+sequence": (4, {"context": 2, "tensor": 2, "sequence_parallel": True}),
+    "context2xpipeline2": (4, {"context": 2, "pipeline": 2}),
+    "context2xpipeline2-interleaved": (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    "context2xdata2-overlap": (4, {"context": 2, **OVERLAP}),
     "padded-vocabulary": (2, {"tensor": 2, "vocab_multiple": 64}),
 }
 LAYOUTS = {name: (size, {"distributed_optimizer": True, **layout}) for name, (size, layout) in LAYOUTS.items()}
