@@ -39,12 +39,15 @@ def whole_rows(
 
 
 def own_slice(context: torch.Tensor, width: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """What attention gave for whole rows [L, B, heads / CP * d], as this rank's slice of all heads, [L / CP, B, heads * d].
+    """What attention gave for this rank's share of the heads, as the rank's slice of the rows.
 
     Args:
-        context: of this rank's share of the heads.
+        context: [L, B, heads / CP * d].
         width: d, of one head.
         group: as for `whole_rows`.
+
+    Returns:
+        [L / CP, B, heads * d].
     """
     slices = context.unflatten(0, (group.size(), -1)).unflatten(3, (-1, width))
     return all_to_all(group, slices).movedim(0, 2).flatten(2)

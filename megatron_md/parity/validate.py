@@ -195,8 +195,9 @@ def record_reference(config: ParityConfig, path: Path) -> None:
 def report(config: ParityConfig, world_size: int, reference: Reference, verdict: Verdict) -> str:
     """One line: PASS or FAIL, the layout, and the figures behind it."""
     layout = config.parallel
-    data = world_size // (layout.tensor * layout.pipeline)
-    where = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {data} ({config.train.device})"
+    data = world_size // layout.replica
+    context = f" x context {layout.context}" if layout.context > 1 else ""
+    where = f"tensor {layout.tensor} x pipeline {layout.pipeline}{context} x data {data} ({config.train.device})"
     curve = (
         f"{CURVE_STEPS} steps' losses within {verdict.loss_difference:.1e} of the record (rtol {RTOL:g}), "
         f"gradient norms within {verdict.grad_difference:.1e} (rtol {GRAD_RTOL:g})"

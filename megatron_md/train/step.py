@@ -119,7 +119,9 @@ class ForwardPass:
 
     def inputs(self, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and their positions, of this rank's slice of the rows."""
-        positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+        length = tokens_BL.shape[1]
+        assert length % self.row_slice.size == 0, "the config's checks refuse such rows"
+        positions_BL = torch.arange(length, device=tokens_BL.device).expand_as(tokens_BL)
         return self.row_slice.of(tokens_BL), self.row_slice.of(positions_BL)
 
     def _loss(self, denominator: int, output: PredictionLoss) -> tuple[torch.Tensor, torch.Tensor, PredictionLoss]:
