@@ -75,7 +75,7 @@ ACROSS = [
     (4, {**PIPELINE2, **OVERLAP}, 3, OVERLAP, "fp32"),
     pytest.param(3, OVERLAP, 4, {**PIPELINE2, **OVERLAP}, "fp32", marks=pytest.mark.slow),
     pytest.param(3, OVERLAP, 4, {**CONTEXT2, **OVERLAP}, "fp32", marks=pytest.mark.slow),
-    pytest.param(4, {**CONTEXT2, **OVERLAP}, 1, ONE, "bf16", marks=pytest.mark.slow),
+    pytest.param(4, {**CONTEXT2, **OVERLAP}, 1, ONE, "fp32", marks=pytest.mark.slow),
     pytest.param(3, OVERLAP, 3, OVERLAP, "fp32", marks=pytest.mark.slow),
     pytest.param(3, OVERLAP, 2, SHARDED, "fp32", marks=pytest.mark.slow),
     pytest.param(2, TENSOR2 | SHARDED, 3, OVERLAP, "fp32", marks=pytest.mark.slow),

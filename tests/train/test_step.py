@@ -339,7 +339,7 @@ def test_recomputed_layers_exchange_heads_as_before(recompute: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}])
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}, {"context": 2}])
 def test_bf16_follows_fp32_under_annealed_attention(layout: dict[str, Any]) -> None:
     config = variant(ANNEALED, train={"precision": "bf16"}, parallel=layout)
     losses = np.array(run_ranks(train, 2 if layout else 1, config, STEPS)[0]["curve"])[:, 0]
