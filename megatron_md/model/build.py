@@ -97,6 +97,8 @@ RESERVED = {
     "overlap_grad_reduce": "parallel.overlap_grad_reduce", "overlap_param_gather": "parallel.overlap_param_gather",
     "bf16": "train.precision", "fp16": "train.precision", "params_dtype": "train.precision",
     "deterministic_mode": "train.deterministic", "lr": "optimizer.lr", "clip_grad": "optimizer.clip_grad",
+    "cp_comm_type": "parallel.context", "hybrid_context_parallel": "parallel.context",
+    "hierarchical_context_parallel_sizes": "parallel.context",
     "weight_decay": "optimizer.weight_decay", "calculate_per_token_loss": "objective.normalise",
 }  # fmt: skip
 
