@@ -24,7 +24,7 @@ from megatron_md.config import Config, ParallelConfig, ResolvedConfig
 from megatron_md.errors import UserError
 from megatron_md.model.head import Prediction, PredictionLoss, masked_cross_entropy, select_hidden
 from megatron_md.model.initialize import initialize_weights
-from megatron_md.model.spec import block_spec, use_transformer_engine
+from megatron_md.model.spec import block_spec, has_own_attention, use_transformer_engine
 
 
 class Denoiser(GPTModel):
@@ -235,7 +235,7 @@ def _build_chunk(
     vp_stage = stage if config.parallel.virtual_pipeline > 1 else None
     transformer_engine = use_transformer_engine(device)
     # Transformer Engine has a fused rotary embedding of its own; where attention is ours, it applies it.
-    is_ours = not transformer_engine or core.context_parallel_size > 1
+    is_ours = has_own_attention(core, transformer_engine=transformer_engine)
     in_attention = config.model.position == "rope" and is_ours
     encoding = {"learned": "learned_absolute", "rope": "none" if in_attention else "rope"}[config.model.position]
     return Denoiser(

@@ -36,6 +36,11 @@ def use_transformer_engine(device: torch.device) -> bool:
     return bool(gpt_layer_specs.HAVE_TE) and device.type == "cuda"
 
 
+def has_own_attention(config: TransformerConfig, *, transformer_engine: bool) -> bool:
+    """True where our core attention is built, which then applies rotary positions too."""
+    return not transformer_engine or config.context_parallel_size > 1
+
+
 def layer_spec(
     config: TransformerConfig, *, causal: bool, transformer_engine: bool, rotary_base: float | None
 ) -> ModuleSpec:
@@ -47,20 +52,18 @@ def layer_spec(
         transformer_engine: build it from Transformer Engine's modules.
         rotary_base: base of the rotary frequencies that our core attention applies; None where the model does it.
     """
-    own_attention = ModuleSpec(module=SDPACoreAttention, params={"rotary_base": rotary_base})
     if transformer_engine:
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        if config.context_parallel_size > 1:
-            spec.submodules.self_attention.submodules.core_attention = own_attention
     else:
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
-        attention = spec.submodules.self_attention.submodules
-        attention.core_attention = own_attention
         if config.qk_layernorm:
-            attention.q_layernorm = RMSNorm
-            attention.k_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    if has_own_attention(config, transformer_engine=transformer_engine):
+        own = ModuleSpec(module=SDPACoreAttention, params={"rotary_base": rotary_base})
+        spec.submodules.self_attention.submodules.core_attention = own
     spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal if causal else AttnMaskType.no_mask
     return spec
 
