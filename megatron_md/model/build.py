@@ -24,7 +24,7 @@ from megatron_md.config import Config, ParallelConfig, ResolvedConfig
 from megatron_md.errors import UserError
 from megatron_md.model.head import Prediction, PredictionLoss, masked_cross_entropy, select_hidden
 from megatron_md.model.initialize import initialize_weights
-from megatron_md.model.spec import block_spec, has_own_attention, use_transformer_engine
+from megatron_md.model.spec import block_spec, core_attention, use_transformer_engine
 
 
 class Denoiser(GPTModel):
@@ -224,6 +224,11 @@ def state_dict_metadata() -> dict[str, Any]:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
+def needs_own_attention(config: Config) -> bool:
+    """Whether a run cuts rows between ranks."""
+    return config.parallel.context > 1
+
+
 def _build_chunk(
     config: ResolvedConfig,
     core: TransformerConfig,
@@ -234,8 +239,9 @@ def _build_chunk(
 ) -> Denoiser:
     vp_stage = stage if config.parallel.virtual_pipeline > 1 else None
     transformer_engine = use_transformer_engine(device)
-    # Transformer Engine has a fused rotary embedding of its own; where attention is ours, it applies it.
-    is_ours = has_own_attention(core, transformer_engine=transformer_engine)
+    # Transformer Engine's attention is faster, but takes whole rows only.
+    is_ours = not transformer_engine or needs_own_attention(config)
+    # Its fused rotary embedding is the model's; our attention applies its own.
     in_attention = config.model.position == "rope" and is_ours
     encoding = {"learned": "learned_absolute", "rope": "none" if in_attention else "rope"}[config.model.position]
     return Denoiser(
@@ -244,7 +250,7 @@ def _build_chunk(
             core,
             causal=causal,
             transformer_engine=transformer_engine,
-            rotary_base=config.model.rope_theta if in_attention else None,
+            attention=core_attention(config.model.rope_theta if in_attention else None) if is_ours else None,
             vp_stage=vp_stage,
         ),
         vocab_size=padded_vocab(config),

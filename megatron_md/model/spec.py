@@ -36,13 +36,13 @@ def use_transformer_engine(device: torch.device) -> bool:
     return bool(gpt_layer_specs.HAVE_TE) and device.type == "cuda"
 
 
-def has_own_attention(config: TransformerConfig, *, transformer_engine: bool) -> bool:
-    """True where our core attention is built, which then applies rotary positions too."""
-    return not transformer_engine or config.context_parallel_size > 1
+def core_attention(rotary_base: float | None) -> ModuleSpec:
+    """Our core attention; with a base it applies rotary positions, else the model does."""
+    return ModuleSpec(module=SDPACoreAttention, params={"rotary_base": rotary_base})
 
 
 def layer_spec(
-    config: TransformerConfig, *, causal: bool, transformer_engine: bool, rotary_base: float | None
+    config: TransformerConfig, *, causal: bool, transformer_engine: bool, attention: ModuleSpec | None
 ) -> ModuleSpec:
     """Spec of one transformer layer.
 
@@ -50,7 +50,7 @@ def layer_spec(
         config: the transformer's shape.
         causal: causal attention (the autoregressive baseline) instead of bidirectional.
         transformer_engine: build it from Transformer Engine's modules.
-        rotary_base: base of the rotary frequencies that our core attention applies; None where the model does it.
+        attention: the core attention; None takes Transformer Engine's.
     """
     if transformer_engine:
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
@@ -61,9 +61,8 @@ def layer_spec(
         if config.qk_layernorm:
             spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
             spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    if has_own_attention(config, transformer_engine=transformer_engine):
-        own = ModuleSpec(module=SDPACoreAttention, params={"rotary_base": rotary_base})
-        spec.submodules.self_attention.submodules.core_attention = own
+    if attention is not None:
+        spec.submodules.self_attention.submodules.core_attention = attention
     spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.causal if causal else AttnMaskType.no_mask
     return spec
 
@@ -73,11 +72,11 @@ def block_spec(
     *,
     causal: bool,
     transformer_engine: bool,
-    rotary_base: float | None,
+    attention: ModuleSpec | None,
     vp_stage: int | None,
 ) -> TransformerBlockSubmodules:
     """Spec of this pipeline stage's layers and, on the last stage, of the final norm."""
-    spec = layer_spec(config, causal=causal, transformer_engine=transformer_engine, rotary_base=rotary_base)
+    spec = layer_spec(config, causal=causal, transformer_engine=transformer_engine, attention=attention)
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
