@@ -40,8 +40,8 @@ class World:
         rank: global rank.
         size: number of processes.
         device: where this process computes.
-        data_rank: rank within the data-parallel group.
-        data_size: size of the data-parallel group.
+        data_rank: which share of the rows this process has a part in; context-parallel ranks have the same.
+        data_size: number of shares.
         is_last_stage: this process holds the end of the pipeline, where losses arise.
     """
 
@@ -166,14 +166,17 @@ def initialize(config: Config) -> World:
 
 
 def sum_over_ranks(figures: torch.Tensor, world: World) -> torch.Tensor:
-    """Sum over data-parallel ranks of what the last pipeline stages hold, given to every rank (on the CPU)."""
+    """Sum over data-parallel ranks of what the last pipeline stages hold, given to every rank (on the CPU).
+
+    The context-parallel ranks of one share hold the same figures: each sums over its own kind.
+    """
     if world.size == 1:
         return figures.cpu()
     from megatron.core import parallel_state
 
     figures = figures.to(world.device)
     if world.is_last_stage:
-        dist.all_reduce(figures, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        dist.all_reduce(figures, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(
             figures,

@@ -1,9 +1,9 @@
 """Tensors that several ranks hold must be the same to the bit: checksums of them, compared.
 
-Held more than once are: every weight, by the data-parallel ranks, and with an optimizer that is not distributed its
-state too; what tensor parallelism does not split (norms, learned positions), by the tensor-parallel ranks; tied
-embeddings, by the first and the last pipeline stage. With the distributed optimizer the state of the latter two is
-compared as well: a checksum of a whole is the sum of those of its parts.
+Held more than once are: every weight, by the data- and context-parallel ranks, and with an optimizer that is not
+distributed its state too; what tensor parallelism does not split (norms, learned positions), by the tensor-parallel
+ranks; tied embeddings, by the first and the last pipeline stage. With the distributed optimizer the state of the
+latter two is compared as well: a checksum of a whole is the sum of those of its parts.
 """
 
 from __future__ import annotations

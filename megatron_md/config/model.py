@@ -86,7 +86,7 @@ class ParallelConfig:
     last_stage_layers: Annotated[PositiveInt | None, Doc("layers of the last pipeline stage; even split if null")] = (
         None
     )
-    context: Annotated[Listed, Doc("context-parallel size")] = 1
+    context: Annotated[Listed, Doc("context-parallel size: rows are split along their length")] = 1
     distributed_optimizer: Annotated[bool, Doc("shard optimizer state over data-parallel ranks")] = True
     overlap_grad_reduce: Annotated[
         bool | None, Doc("overlap the gradient reduction with the backward pass; null: between several CUDA devices")
@@ -104,9 +104,14 @@ class ParallelConfig:
         return self.tensor * self.pipeline * self.context
 
     @property
+    def row_slices(self) -> int:
+        """In how many equal slices context and sequence parallelism cut a row: they divide its length."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
+
+    @property
     def row_unit(self) -> int:
-        """What random row lengths are multiples of, so that tensor and context parallelism can split them."""
-        return math.lcm(self.tensor, 2 * self.context)
+        """What random row lengths are multiples of, the same for most layouts: `row_slices` divides it."""
+        return math.lcm(2, self.tensor * self.context)
 
     def overlaps(self, by_default: bool) -> tuple[bool, bool]:
         """Whether gradient reduction and parameter gather are overlapped, where null means `by_default`."""
@@ -117,11 +122,7 @@ class ParallelConfig:
     def problems(self, run: Config) -> Iterator[str]:
         """What these keys contradict in the run, a line for each."""
         yield from self._tensor_problems(run)
-        if self.context > 1:
-            yield (
-                f"parallel.context {self.context}: no attention backend here supports context parallelism yet; "
-                "set parallel.context=1"
-            )
+        yield from self._row_problems(run.data.seq_length)
         for name in ("distributed_optimizer", "overlap_grad_reduce") if self.overlap_param_gather else ():
             if getattr(self, name) is False:
                 yield f"parallel.overlap_param_gather needs parallel.{name}"
@@ -132,15 +133,23 @@ class ParallelConfig:
         for name, size in sizes.items():
             if size is not None and size % self.tensor:
                 yield f"parallel.tensor {self.tensor} does not divide model.{name} {size}"
-        if not self.sequence_parallel:
-            return
-        if self.tensor == 1:
-            yield "parallel.sequence_parallel needs parallel.tensor > 1: it splits rows between tensor-parallel ranks"
-        if run.data.seq_length % self.tensor:
+        heads = run.model.heads // self.tensor
+        if run.model.heads % self.tensor == 0 and heads % self.context:
             yield (
-                f"parallel.tensor {self.tensor} does not divide data.seq_length {run.data.seq_length}, "
-                "which parallel.sequence_parallel splits"
+                f"parallel.context {self.context} does not divide the {heads} of model.heads {run.model.heads} that a "
+                "tensor-parallel rank has, which attention shares out between context-parallel ranks"
             )
+
+    def _row_problems(self, length: int) -> Iterator[str]:
+        if self.sequence_parallel and self.tensor == 1:
+            yield "parallel.sequence_parallel needs parallel.tensor > 1: it splits rows between tensor-parallel ranks"
+        if not length % self.row_slices:
+            return
+        if not self.sequence_parallel:
+            yield f"parallel.context {self.context} does not divide data.seq_length {length}"
+            return
+        tensor, by = f"parallel.tensor {self.tensor}", f" x parallel.context {self.context}" if self.context > 1 else ""
+        yield f"{tensor}{by} does not divide data.seq_length {length}, which parallel.sequence_parallel splits"
 
     def _pipeline_problems(self, layers: int) -> Iterator[str]:
         pipeline, chunks = self.pipeline, self.virtual_pipeline
@@ -247,7 +256,7 @@ class DataConfig:
         if self.random_length_fraction and self.seq_length < run.parallel.row_unit:
             yield (
                 f"data.random_length_fraction needs data.seq_length of at least {run.parallel.row_unit}, of which "
-                "parallel.tensor and 2 x parallel.context are divisors"
+                "2 and parallel.tensor x parallel.context are divisors"
             )
 
 

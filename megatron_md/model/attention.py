@@ -12,11 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_md.batch import Int32Array
 from megatron_md.errors import UserError
+from megatron_md.model.ulysses import own_slice, whole_rows
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -112,7 +114,8 @@ class SDPACoreAttention(torch.nn.Module):
     Drop-in for megatron-core's `DotProductAttention` in a layer spec; it holds no parameters. Which of the two applies
     is fixed by the spec (`attn_mask_type`); a call of the bidirectional one may hide some pairs. With `rotary_base` it
     also encodes positions: megatron-core's unfused rotary embedding costs several passes over queries and keys, and
-    rounds to bf16.
+    rounds to bf16. Under context parallelism a call's L is that of this rank's slice of the rows, except where it says
+    whole rows (see `ulysses`).
     """
 
     def __init__(
@@ -123,13 +126,15 @@ class SDPACoreAttention(torch.nn.Module):
         attention_type: str,
         softmax_scale: float | None = None,
         rotary_base: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
     ) -> None:
         super().__init__()
         if attn_mask_type not in (AttnMaskType.no_mask, AttnMaskType.causal):
             raise UserError(f"attention supports no_mask and causal, not {attn_mask_type}")
         assert config.attention_dropout == 0.0, "the SDPA core attention has no dropout"
-        assert config.context_parallel_size == 1, "the SDPA core attention does not split the sequence"
+        assert config.context_parallel_size == 1 or pg_collection is not None
+        self.context_group = pg_collection.cp if pg_collection and config.context_parallel_size > 1 else None
         self.rotary_base = rotary_base
         self.is_causal = attn_mask_type is AttnMaskType.causal
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
@@ -161,6 +166,20 @@ class SDPACoreAttention(torch.nn.Module):
         """
         assert attention_bias is None
         assert attention_mask is None or not (self.is_causal or packed_seq_params)
+        if self.context_group is not None:
+            query, key, value = whole_rows(query, key, value, self.context_group)
+        context = self._attend_rows(query, key, value, attention_mask, packed_seq_params)
+        return context if self.context_group is None else own_slice(context, query.shape[3], self.context_group)
+
+    def _attend_rows(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> torch.Tensor:
+        """As `forward`, of whole rows."""
         length, rows, heads, width = query.shape
         if self.rotary_base is not None:
             query, key = apply_rotary(query, self.rotary_base), apply_rotary(key, self.rotary_base)

@@ -32,7 +32,8 @@ class Denoiser(GPTModel):
 
     `forward(tokens_BL, position_ids, None, labels=Prediction)` returns a `PredictionLoss` on the last pipeline stage;
     with `labels=None` it returns logits fp32 [B, L, vocab], gathered over tensor-parallel ranks, with
-    -inf for tokens that can never be predicted. Other stages return hidden states.
+    -inf for tokens that can never be predicted. Other stages return hidden states. Under context parallelism tokens and
+    positions are this rank's slice of the rows.
     """
 
     def __init__(self, *args: Any, real_vocab: int, excluded_tokens: tuple[int, ...], head_chunk: int, **kwargs: Any):
@@ -97,6 +98,8 @@ RESERVED = {
     "overlap_grad_reduce": "parallel.overlap_grad_reduce", "overlap_param_gather": "parallel.overlap_param_gather",
     "bf16": "train.precision", "fp16": "train.precision", "fp8": "train.precision", "params_dtype": "train.precision",
     "deterministic_mode": "train.deterministic", "lr": "optimizer.lr", "clip_grad": "optimizer.clip_grad",
+    "cp_comm_type": "parallel.context", "hybrid_context_parallel": "parallel.context",
+    "hierarchical_context_parallel_sizes": "parallel.context",
     "weight_decay": "optimizer.weight_decay", "calculate_per_token_loss": "objective.normalise",
 }  # fmt: skip
 
@@ -234,8 +237,9 @@ def state_dict_metadata() -> dict[str, Any]:
 
 
 def needs_own_attention(config: Config) -> bool:
-    """Whether a run hides pairs of tokens from each other, by documents or by annealing."""
-    return config.data.document_attention == "within_document" or config.objective.attention_annealing > 0.0
+    """Whether a run hides pairs of tokens from each other, by documents or by annealing, or cuts rows between ranks."""
+    within_documents = config.data.document_attention == "within_document"
+    return within_documents or config.objective.attention_annealing > 0.0 or config.parallel.context > 1
 
 
 def _build_chunk(

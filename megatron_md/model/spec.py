@@ -1,7 +1,8 @@
 """The layer spec: megatron-core's transformer layer with the attention mask fixed to bidirectional (or causal).
 
 Two backends build the same network: Transformer Engine's modules where it is installed and the device is CUDA,
-else megatron-core's own linear layers with torch's RMSNorm and scaled-dot-product attention.
+else megatron-core's own linear layers with torch's RMSNorm and scaled-dot-product attention. Under context parallelism
+that attention serves both: Transformer Engine's wants each rank to hold two far ends of a row, as causal masks ask for.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def check_parity(config: ParityConfig, world_size: int = 1) -> None:
     try:
         check_config(training, world_size, corpora=False)
     except ConfigError as error:
-        lines += error.lines
+        lines += [line.replace("data.seq_length", "task.n + 1 =") for line in error.lines]
     if lines:
         raise ConfigError(lines)
 

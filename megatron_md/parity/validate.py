@@ -104,7 +104,7 @@ def layout_config(reference: Reference, words: Sequence[str], world_size: int) -
             raise ConfigError([f"{word}: the run is recorded; only {', '.join(FREE)} may be changed"])
     config = with_words(reference.config, words)
     if not any(word.startswith("train.micro_batch_size") for word in words):
-        data_size = world_size // (config.parallel.tensor * config.parallel.pipeline)
+        data_size = world_size // config.parallel.replica
         rows = config.train.global_batch_size // max(1, data_size * config.parallel.pipeline)
         config = replace(config, train=replace(config.train, micro_batch_size=max(1, rows)))
     check_parity(config, world_size)
@@ -195,8 +195,9 @@ def record_reference(config: ParityConfig, path: Path) -> None:
 def report(config: ParityConfig, world_size: int, reference: Reference, verdict: Verdict) -> str:
     """One line: PASS or FAIL, the layout, and the figures behind it."""
     layout = config.parallel
-    data = world_size // (layout.tensor * layout.pipeline)
-    where = f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {data} ({config.train.device})"
+    data = world_size // layout.replica
+    context = f" x context {layout.context}" if layout.context > 1 else ""
+    where = f"tensor {layout.tensor} x pipeline {layout.pipeline}{context} x data {data} ({config.train.device})"
     curve = (
         f"{CURVE_STEPS} steps' losses within {verdict.loss_difference:.1e} of the record (rtol {RTOL:g}), "
         f"gradient norms within {verdict.grad_difference:.1e} (rtol {GRAD_RTOL:g})"

@@ -1,7 +1,7 @@
 """What a run will cost, counted from shapes: parameters, FLOPs, memory, tokens. No torch, nothing is built.
 
 Letters in the formulas: H hidden, A = heads * head_dim, K = kv_heads * head_dim, F ffn, V vocabulary, L seq_length,
-B micro_batch_size, TP/PP/DP the parallel sizes.
+B micro_batch_size, TP/PP/DP the parallel sizes. Context parallelism gives a rank L / CP of a row's tokens.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def _activation_bytes(config: Config, layout: Layout, stage: int) -> float:
     layers = layers_per_stage(config)[stage] / chunks * in_flight
     one_again = rows + split if train.recompute == "full" else 0.0
     width = 2 if train.precision == "bf16" else 4
-    return width * train.micro_batch_size * config.data.seq_length * (layers * per_token + one_again)
+    tokens = train.micro_batch_size * config.data.seq_length / layout.context
+    return width * tokens * (layers * per_token + one_again)
 
 
 def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:
@@ -172,7 +173,7 @@ def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:
     def of_stage(stage: int) -> Memory:
         count = _stage_parameters(config, stage)
         last = stage == layout.pipeline - 1
-        rows = config.train.micro_batch_size * config.data.seq_length
+        rows = config.train.micro_batch_size * config.data.seq_length // layout.context
         # Chunks of fp32 logits and their softmax; the gradient of the hidden states at all positions.
         logits = 2 * 4.0 * min(config.objective.head_chunk, rows) * padded_vocab(config) / layout.tensor
         return Memory(

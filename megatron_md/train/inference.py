@@ -49,8 +49,9 @@ class Inference(ForwardPass):
             tokens_BL = torch.cat((bos_B1, tokens_BL[:, :-1]), dim=1)
         shape = (tokens_BL.shape[0], tokens_BL.shape[1])
         with self._looking():
-            outputs = self.through(_logits_step, [tokens_BL], shape, forward_only=True, collect_non_loss_data=True)
-        logits_BLV = self._from_last_stage(outputs[0] if self.world.is_last_stage else None, shape)
+            outputs = self.through(self._logits_step, [tokens_BL], shape, forward_only=True, collect_non_loss_data=True)
+        own = self.row_slice.whole_rows(outputs[0]) if self.world.is_last_stage else None
+        logits_BLV = self._from_last_stage(own, shape)
         if self.right_shift:
             outputs_L = self.shift.outputs(np.arange(shape[1])).clip(min=0)  # nothing predicts the first one
             logits_BLV = logits_BLV[:, torch.from_numpy(outputs_L).to(self.device)]
@@ -94,11 +95,8 @@ class Inference(ForwardPass):
         dist.broadcast(logits_BLV, src=source, group=parallel_state.get_pipeline_model_parallel_group())
         return logits_BLV
 
-
-def _logits_step(iterator: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
-    tokens_BL = next(iterator)
-    positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-    return model(tokens_BL, positions_BL, None), lambda logits_BLV, non_loss_data: logits_BLV
+    def _logits_step(self, iterator: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
+        return model(*self.inputs(next(iterator)), None), lambda logits_BLV, non_loss_data: logits_BLV
 
 
 def fill(

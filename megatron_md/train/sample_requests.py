@@ -39,7 +39,7 @@ def sampler_config(config: Config) -> SamplerConfig:
 def sample_requests(config: Config, tokenizer: Tokenizer) -> list[SampleRequest]:
     """The prompts of `sampling`, checked.
 
-    Under sequence parallelism a canvas must be a multiple of `parallel.tensor`: the length is rounded up to that.
+    A canvas must be a multiple of the slices that the layout cuts rows into: the length is rounded up to that.
 
     Raises:
         UserError: a prompt does not fit into the context, or no canvas of a fit length can be sampled.
@@ -60,13 +60,14 @@ def sample_requests(config: Config, tokenizer: Tokenizer) -> list[SampleRequest]
 
 
 def _rounded(sampler: SamplerConfig, prompt_length: int, config: Config) -> SamplerConfig:
-    multiple = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    multiple = config.parallel.row_slices
     length = sampler.length + -(prompt_length + sampler.length) % multiple
     try:
         return replace(sampler, length=length)
     except ValueError:
         raise UserError(
-            f"parallel.sequence_parallel needs prompt and text to be a multiple of parallel.tensor {multiple}, and "
+            f"parallel.{'context' if config.parallel.context > 1 else 'sequence_parallel'} cuts rows into {multiple} "
+            "slices, which prompt and text must be a multiple of, and "
             f"sampling.length {sampler.length} cannot become {length} with these sampling.steps and sampling.block; "
             "leave both out"
         ) from None

@@ -31,6 +31,7 @@ from megatron_md.model.attention import additive_mask, packed_documents
 from megatron_md.model.head import Prediction, PredictionLoss
 from megatron_md.parallel import World
 from megatron_md.train.bad_numbers import not_finite
+from megatron_md.train.row_slice import RowSlice
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,23 @@ class ForwardPass:
         self.within_document = config.data.document_attention == "within_document"
         self.shift = RightShift(config.objective.right_shift)
         self.bucket = CUDA_BUCKET if world.device.type == "cuda" else 1
+        self.row_slice = RowSlice.here()
         # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
         self._round = config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
         self._schedule = get_forward_backward_func()
 
     def predict(self, batches: Sequence[CorruptedBatch], *, forward_only: bool) -> list[PredictionLoss]:
-        """Forward (and backward) over all micro-batches; the last pipeline stage gets their outputs."""
+        """Forward (and backward) over all micro-batches; the last pipeline stage gets the losses of whole rows."""
         attention_mask = None
         if batches[0].is_hidden_LL is not None:
             # One for all micro-batches and layers: they keep it for their backward pass.
             is_hidden_LL = _to_device(batches[0].is_hidden_LL, self.world.device)
             attention_mask = additive_mask(is_hidden_LL, self.chunks[0].config.params_dtype)
         step = partial(self._forward_step, attention_mask)
-        return self.through(step, batches, batches[0].tokens_BL.shape, forward_only=forward_only)
+        rows, length = batches[0].tokens_BL.shape
+        losses = self.through(step, batches, (rows, length), forward_only=forward_only)
+        positions = [self.shift.outputs(batch.positions_M) for batch in batches]
+        return self.row_slice.whole_losses(losses, positions, length)
 
     def through(self, step: Callable[..., Any], items: Sequence[Any], shape: tuple[int, ...], **keys: Any) -> list[Any]:
         """What `step` gives for micro-batches of `shape` [B, L]: a list on the last pipeline stage, empty elsewhere."""
@@ -106,26 +111,34 @@ class ForwardPass:
         self, attention_mask: torch.Tensor | None, iterator: Iterator[CorruptedBatch], model: Any
     ) -> tuple[Any, Any]:
         batch, device = next(iterator), self.world.device
+        here, positions_M = self.row_slice.find(self.shift.outputs(batch.positions_M), batch.tokens_BL.shape[1])
         # Weights of 0 for what fills up a bucket; its targets must be ones that have a likelihood.
-        count = len(batch.positions_M)
+        count = len(positions_M)
         filling = (0, -count % self.bucket)
         prediction = Prediction(
-            _to_device(np.pad(self.shift.outputs(batch.positions_M), filling, "edge"), device),
-            _to_device(np.pad(batch.targets_M, filling, "edge"), device),
-            _to_device(np.pad(batch.weights_M, filling), device),
+            _to_device(np.pad(positions_M, filling, "edge"), device),
+            _to_device(np.pad(batch.targets_M[here], filling, "edge"), device),
+            _to_device(np.pad(batch.weights_M[here], filling), device),
         )
-        tokens_BL = _to_device(batch.tokens_BL, device)
-        positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
         # Every pipeline stage has the batch, so the boundaries need not travel from stage to stage.
         documents = None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens, device)
-        output = model(tokens_BL, positions_BL, attention_mask, labels=prediction, packed_seq_params=documents)
+        inputs = self.inputs(_to_device(batch.tokens_BL, device))
+        output = model(*inputs, attention_mask, labels=prediction, packed_seq_params=documents)
         return output, partial(self._loss, batch.denominator, count)
+
+    def inputs(self, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their positions, of this rank's slice of the rows."""
+        length = tokens_BL.shape[1]
+        assert length % self.row_slice.size == 0, "the config's checks refuse such rows"
+        positions_BL = torch.arange(length, device=tokens_BL.device).expand_as(tokens_BL)
+        return self.row_slice.of(tokens_BL), self.row_slice.of(positions_BL)
 
     def _loss(
         self, denominator: int, predicted: int, output: PredictionLoss
     ) -> tuple[torch.Tensor, torch.Tensor, PredictionLoss]:
         """(loss sum, its share of the global count, report): megatron-core divides gradients by the global count."""
-        count = torch.full((), denominator, dtype=torch.int, device=output.loss.device)
+        counted = denominator if self.row_slice.is_first else 0
+        count = torch.full((), counted, dtype=torch.int, device=output.loss.device)
         # The report must not keep the graph, nor be the tensor that the schedule goes on to change.
         return output.loss, count, PredictionLoss(output.loss.detach().clone(), output.nll_M[:predicted])
 
@@ -207,7 +220,8 @@ class Stepper(ForwardPass):
         names = self.objective.metric_names
         sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=self.world.device)
         # Of a replica's last pipeline stage one rank speaks; the others have the same figures, or none.
-        if self.world.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0:
+        is_first = self.row_slice.is_first and parallel_state.get_tensor_model_parallel_rank() == 0
+        if self.world.is_last_stage and is_first:
             for batch, output in zip(batches, outputs, strict=True):
                 pairs = self.objective.reduce(output.nll_M, batch)
                 sums[0] += output.loss

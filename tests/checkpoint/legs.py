@@ -13,7 +13,7 @@ from tests.small_run import CONFIG, Curve, small_run, variant
 
 ONE: dict[str, Any] = {"distributed_optimizer": False}
 SHARDED: dict[str, Any] = {"distributed_optimizer": True}
-TENSOR2, PIPELINE2 = {"tensor": 2}, {"pipeline": 2}
+TENSOR2, PIPELINE2, CONTEXT2 = {"tensor": 2}, {"pipeline": 2}, {"context": 2}
 OVERLAP = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 

@@ -15,6 +15,7 @@ from megatron_md.checkpoint.directory import latest_checkpoint
 from megatron_md.checkpoint.state import rectangles
 from megatron_md.config import Config, MegatronConfig
 from tests.checkpoint.legs import (
+    CONTEXT2,
     ONE,
     OVERLAP,
     PIPELINE2,
@@ -58,6 +59,7 @@ SAME = [
     pytest.param(2, OVERLAP, True, marks=pytest.mark.slow),
     pytest.param(4, {"tensor": 2, "pipeline": 2}, False, marks=pytest.mark.slow),
     pytest.param(4, {**PIPELINE2, **SHARDED}, True, marks=pytest.mark.slow),
+    pytest.param(4, {**CONTEXT2, **PIPELINE2, **SHARDED}, True, marks=pytest.mark.slow),
 ]
 
 
@@ -72,6 +74,8 @@ ACROSS = [
     # Several padded buckets, tied embeddings on two pipeline stages: where megatron-core's own format goes wrong.
     (4, {**PIPELINE2, **OVERLAP}, 3, OVERLAP, "fp32"),
     pytest.param(3, OVERLAP, 4, {**PIPELINE2, **OVERLAP}, "fp32", marks=pytest.mark.slow),
+    pytest.param(3, OVERLAP, 4, {**CONTEXT2, **OVERLAP}, "fp32", marks=pytest.mark.slow),
+    pytest.param(4, {**CONTEXT2, **OVERLAP}, 1, ONE, "fp32", marks=pytest.mark.slow),
     pytest.param(3, OVERLAP, 3, OVERLAP, "fp32", marks=pytest.mark.slow),
     pytest.param(3, OVERLAP, 2, SHARDED, "fp32", marks=pytest.mark.slow),
     pytest.param(2, TENSOR2 | SHARDED, 3, OVERLAP, "fp32", marks=pytest.mark.slow),
@@ -103,9 +107,17 @@ def padded_buckets(config: Config) -> int:
         return sum(bucket.grad_data.numel() != bucket.numel_unpadded for bucket in buckets)
 
 
+FOUR_LEGS: dict[str, list[tuple[int, dict[str, Any]]]] = {
+    "tensor, pipeline, data": [(2, {**TENSOR2, **ONE}), (2, {**PIPELINE2, **SHARDED}), (2, SHARDED), (1, ONE)],
+    "context": [(1, ONE), (2, {**CONTEXT2, **SHARDED}), (1, ONE), (2, {**CONTEXT2, **ONE})],
+}
+
+
 @pytest.mark.distributed
-def test_four_legs_on_four_layouts_follow_the_single_run(tmp_path: Path) -> None:
-    legs = [(2, {**TENSOR2, **ONE}), (2, {**PIPELINE2, **SHARDED}), (2, SHARDED), (1, ONE)]
+@pytest.mark.parametrize("legs", FOUR_LEGS.values(), ids=FOUR_LEGS)
+def test_four_legs_on_four_layouts_follow_the_single_run(
+    legs: list[tuple[int, dict[str, Any]]], tmp_path: Path
+) -> None:
     curve = []
     for number, (size, layout) in enumerate(legs):
         config = legs_config(layout, tied=True)

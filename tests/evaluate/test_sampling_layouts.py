@@ -20,6 +20,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor 2": (2, {"tensor": 2}),
     "pipeline 2": (2, {"pipeline": 2}),
     "virtual pipeline 2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "context 2 x pipeline 2": (4, {"context": 2, "pipeline": 2}),
 }
 GREEDY = SamplerConfig(LENGTH - 4, 14, 14)
 

@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
         ({"train": {"global_batch_size": 18}}, "train.global_batch_size 18 is no multiple of 4"),
         ({"accuracy": {"every_steps": 5}, "log": {"every_steps": 2}}, "5 is no multiple of log.every_steps 2"),
         ({"parallel": {"tensor": 2}}, "the layout needs 2 processes"),
+        ({"parallel": {"context": 2}}, r"parallel.context 2 does not divide task.n \+ 1 = 7"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(sections: dict[str, Any], message: str) -> None:

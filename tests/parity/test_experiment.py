@@ -26,21 +26,22 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", ["masked_diffusion", pytest.param("direct_supervision", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {}], ids=["TP2", "PP2", "DP2"])
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}], ids=["TP2", "PP2", "CP2", "DP2"]
+)
 def test_the_same_run_on_every_layout(objective: str, layout: dict[str, Any], tmp_path: Path) -> None:
-    one = small(tmp_path / "one", objective={"name": objective})
-    two = small(
-        tmp_path / "two", objective={"name": objective}, parallel={**layout, "distributed_optimizer": not layout}
-    )
+    keys: dict[str, Any] = {"objective": {"name": objective}, "task": {"n": 7}}
+    one = small(tmp_path / "one", **keys)
+    two = small(tmp_path / "two", **keys, parallel={**layout, "distributed_optimizer": not layout})
     summary = run_ranks(run, 1, one)[0]
     assert summary["status"] == "finished" and summary["step"] == 4
     summaries = run_ranks(run, 2, two)
     assert all(replace_time(other) == replace_time(summaries[0]) for other in summaries)
-    keys = ("loss", "grad_norm", "signal_loss", "noise_loss", "train_label_ce", "valid_label_ce", "weight_norm")
+    names = ("loss", "grad_norm", "signal_loss", "noise_loss", "train_label_ce", "valid_label_ce", "weight_norm")
     for a, b in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         assert a["signal_loss"] + a["noise_loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert a.keys() == b.keys()
-        for key in keys:
+        for key in names:
             # A vocabulary of 3 is padded to 4 under TP2: the norm is to know nothing of that row.
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=1e-5), key

@@ -57,12 +57,32 @@ def test_layout_of_a_sound_config(tmp_path: Path) -> None:
             2,
             "parallel.tensor 2 does not divide data.seq_length 255",
         ),
-        ({"parallel": {"context": 2}}, 2, "no attention backend here supports context parallelism yet"),
         (
             {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": False}},
             1,
             "needs parallel.overlap_grad_reduce",
         ),
+        ({"parallel": {"context": 4}}, 4, "parallel.context 4 does not divide the 2 of model.heads 2"),
+        (
+            {"model": {"heads": 4, "hidden": 64}, "parallel": {"tensor": 2, "context": 4}},
+            8,
+            "parallel.context 4 does not divide the 2 of model.heads 4 that a tensor-parallel rank has",
+        ),
+        (
+            {"parallel": {"context": 2}, "data": {"seq_length": 255}},
+            2,
+            "parallel.context 2 does not divide data.seq_length 255",
+        ),
+        (
+            {
+                "model": {"heads": 4, "hidden": 64},
+                "parallel": {"tensor": 2, "sequence_parallel": True, "context": 2},
+                "data": {"seq_length": 254},
+            },
+            4,
+            "parallel.tensor 2 x parallel.context 2 does not divide data.seq_length 254, which",
+        ),
+        ({"parallel": {"context": 2}}, 3, "3 processes are more than the layout needs"),
         ({"parallel": {"pipeline": 3}}, 3, "parallel.pipeline 3 does not divide model.layers 4"),
         (
             {"parallel": {"pipeline": 2, "virtual_pipeline": 4}},
@@ -165,8 +185,13 @@ def test_each_contradiction_gets_one_line(tmp_path: Path, sections: dict[str, An
 
 
 def test_contradictions_are_reported_together(tmp_path: Path) -> None:
-    config = config_of(tmp_path, parallel={"tensor": 3, "context": 2}, objective={"mask_schedule": "uniform:2,1"})
-    # 3 does not divide heads nor ffn, context is refused, one process is too few, the window is bad.
+    config = config_of(
+        tmp_path,
+        parallel={"tensor": 3, "context": 2},
+        data={"seq_length": 255},
+        objective={"mask_schedule": "uniform:2,1"},
+    )
+    # 3 does not divide heads nor ffn, 2 not the rows, one process is too few, the window is bad.
     assert len(problems(config)) == 5
 
 

@@ -133,7 +133,7 @@ def test_tensor_and_pipeline_parallel_ranks_hold_their_share() -> None:
     assert per_rank(2, pipeline=2) == layers // 2 + 126464 * 4096 + 4096
 
 
-def test_activations_shrink_with_recomputation_and_sequence_parallelism() -> None:
+def test_activations_shrink_with_recomputation_and_split_rows() -> None:
     def activations(recompute: str, **parallel: Any) -> float:
         config = config_of(
             "8b",
@@ -141,13 +141,13 @@ def test_activations_shrink_with_recomputation_and_sequence_parallelism() -> Non
             data={"seq_length": 4096},
             train={"recompute": recompute, "global_batch_size": 8, "micro_batch_size": 1, "precision": "bf16"},
         )
-        world = parallel.get("tensor", 1)
-        return memory_per_rank(config, check_config(config, world, corpora=False)).activations
+        return memory_per_rank(config, check_config(config, config.parallel.replica, corpora=False)).activations
 
     assert activations("full") < activations("selective") < activations("none")
     # Without recomputation everything is split under sequence parallelism.
     assert activations("none", tensor=8, sequence_parallel=True) == activations("none") / 8
     assert activations("none", tensor=8, sequence_parallel=True) < activations("none", tensor=8)
+    assert activations("full", tensor=2, context=4) == activations("full", tensor=2) / 4
     # 32 layers of 4H + 3A + 3K + 3F elements of two bytes per token.
     assert activations("none") == 2 * 4096 * 32 * (4 * 4096 + 3 * 4096 + 3 * 4096 + 3 * 12288)
 

@@ -22,6 +22,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline": (2, {"pipeline": 2}),
     "data": (2, {}),
     "interleaved": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "context": (2, {"context": 2}),
+    "context x data": (4, {"context": 2}),
 }
 
 
@@ -58,6 +60,8 @@ def reference(objective: str) -> tuple[list[float], list[float]]:
     [
         ("tensor", "masked_diffusion"),
         ("pipeline", "masked_diffusion"),
+        pytest.param("context", "autoregressive"),
+        pytest.param("context x data", "masked_diffusion", marks=pytest.mark.slow),
         pytest.param("data", "masked_diffusion", marks=pytest.mark.slow),
         pytest.param("interleaved", "masked_diffusion", marks=pytest.mark.slow),
         pytest.param("pipeline", "autoregressive", marks=pytest.mark.slow),

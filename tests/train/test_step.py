@@ -35,6 +35,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2+sequence-xdata2": (4, {"tensor": 2, "sequence_parallel": True}),
     "pipeline2xdata2-overlap": (4, {"pipeline": 2, **OVERLAP}),
     "interleaved-xdata2-overlap": (4, {"pipeline": 2, "virtual_pipeline": 2, **OVERLAP}),
+    "context2": (2, {"context": 2}),
+    "context4": (4, {"context": 4}),
+    "context2xtensor2": (4, {"context": 2, "tensor": 2}),
+    "context2xtensor2+sequence": (4, {"context": 2, "tensor": 2, "sequence_parallel": True}),
+    "context2xpipeline2": (4, {"context": 2, "pipeline": 2}),
+    "context2xpipeline2-interleaved": (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    "context2xdata2-overlap": (4, {"context": 2, **OVERLAP}),
     "padded-vocabulary": (2, {"tensor": 2, "vocab_multiple": 64}),
 }
 LAYOUTS = {name: (size, {"distributed_optimizer": True, **layout}) for name, (size, layout) in LAYOUTS.items()}
@@ -100,14 +107,19 @@ def assert_same(runs: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 
 
 # The layouts know nothing of the objective: where the causal spec meets a split of its own, it is run by default.
-CAUSAL = ("tensor2+sequence", "pipeline2-interleaved", "tensor2xpipeline2")
+CAUSAL = ("tensor2+sequence", "pipeline2-interleaved", "tensor2xpipeline2", "context2")
+# What these would show, larger layouts show as well.
+COVERED = ("context2xtensor2", "context2xpipeline2-interleaved")
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "objective"),
     [
-        *((name, "masked_diffusion") for name in LAYOUTS),
+        *(
+            pytest.param(name, "masked_diffusion", marks=pytest.mark.slow if name in COVERED else ())
+            for name in LAYOUTS
+        ),
         *(pytest.param(name, "autoregressive", marks=() if name in CAUSAL else pytest.mark.slow) for name in LAYOUTS),
     ],
 )
@@ -145,7 +157,7 @@ def test_the_gradient_norm_travels_with_the_other_figures(name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["tensor2xpipeline2", *slow("tensor2", "pipeline2", "data2-overlap")])
+@pytest.mark.parametrize("name", ["tensor2xpipeline2", *slow("tensor2", "pipeline2", "data2-overlap", "context2")])
 def test_untied_embeddings_too(name: str) -> None:
     size, layout = LAYOUTS[name]
     runs = run_ranks(train, size, variant(model={"tied": False}, parallel=layout), STEPS)
@@ -197,7 +209,7 @@ def train_with_a_nan(config: Config) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"distributed_optimizer": True}])
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {"distributed_optimizer": True}])
 def test_a_nan_is_skipped_by_all_ranks_and_poisons_nothing(layout: dict[str, Any]) -> None:
     for rank in run_ranks(train_with_a_nan, 2, variant(parallel=layout)):
         assert rank["skipped"] and rank["unchanged"] and not rank["then"] and np.isfinite(rank["loss"])
@@ -219,7 +231,7 @@ def test_norms_and_biases_are_not_decayed() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["data2-overlap", *slow("pipeline2"), "tensor2xpipeline2"])
+@pytest.mark.parametrize("name", ["data2-overlap", *slow("pipeline2", "context4"), "tensor2xpipeline2"])
 def test_a_micro_batch_without_anything_to_predict(name: str) -> None:
     # Micro-batches of one row: row 5 has nothing to mask, and the number of head chunks varies from one to the next.
     size, layout = LAYOUTS[name]
@@ -237,6 +249,8 @@ WITHIN = {"document_attention": "within_document"}
         ("tensor2+sequence", "masked_diffusion"),
         ("pipeline2-interleaved", "autoregressive"),
         ("data2", "masked_diffusion"),
+        ("context2", "masked_diffusion"),
+        pytest.param("context2xtensor2+sequence", "autoregressive", marks=pytest.mark.slow),
         *(pytest.param(name, "masked_diffusion", marks=pytest.mark.slow) for name in ("tensor2", "pipeline2")),
         ("tensor2+sequence-xdata2", "autoregressive"),
     ],
@@ -319,7 +333,8 @@ def annealed_reference() -> dict[str, Any]:
     [
         "tensor2+sequence",
         "pipeline2-interleaved",
-        *slow("tensor2", "pipeline2", "data2", "tensor2xpipeline2"),
+        "context2",
+        *slow("tensor2", "pipeline2", "data2", "tensor2xpipeline2", "context2xtensor2+sequence"),
     ],
 )
 def test_layouts_agree_about_annealed_attention(name: str) -> None:
@@ -342,7 +357,16 @@ def test_recomputed_layers_attend_as_before_under_every_mask(micro_batch: int) -
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputed_layers_exchange_heads_as_before(recompute: str) -> None:
+    size, layout = LAYOUTS["context2xpipeline2"]
+    runs = run_ranks(train, size, variant(train={"recompute": recompute}, parallel=layout), STEPS)
+    assert_same(runs, reference("masked_diffusion"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}, {"context": 2}])
 def test_bf16_follows_fp32_under_annealed_attention(layout: dict[str, Any]) -> None:
     config = variant(ANNEALED, train={"precision": "bf16"}, parallel=layout)
     losses = np.array(run_ranks(train, 2 if layout else 1, config, STEPS)[0]["curve"])[:, 0]
@@ -413,7 +437,7 @@ def test_right_shift_reads_the_output_one_to_the_left(name: str) -> None:
     for nll_M, expected_M in pairs:
         np.testing.assert_allclose(nll_M, expected_M, rtol=1e-5)
     curve = run_ranks(train_curve, 1, config, 3)[0]
-    for size, layout in ((2, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2})):
+    for size, layout in (LAYOUTS[name] for name in ("tensor2+sequence", "pipeline2", "context2")):
         np.testing.assert_allclose(
             run_ranks(train_curve, size, variant(config, parallel=layout), 3)[-1], curve, rtol=1e-5
         )

@@ -125,12 +125,14 @@ def test_too_much_damage_stops_all_ranks_with_one_report(tmp_path: Path) -> None
     assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 1
 
 
-def test_batches_of_random_length_train_alike_on_any_layout_and_after_a_crash(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["tensor", pytest.param("context", marks=pytest.mark.slow)])
+def test_batches_of_random_length_train_alike_on_any_layout_and_after_a_crash(tmp_path: Path, split: str) -> None:
     corpus = write_bigram_corpus(tmp_path / "corpus", 60, 0)
     data = {"random_length_fraction": 0.7, "document_attention": "within_document"}
     config = small(tmp_path / "one", corpus, train={"steps": 6}, data=data)
     run_ranks(pretrain, 1, config)
-    four = replace(config, run_dir=str(tmp_path / "four"), parallel=replace(config.parallel, tensor=2, pipeline=2))
+    layout: dict[str, Any] = {split: 2, "pipeline": 2}
+    four = replace(config, run_dir=str(tmp_path / "four"), parallel=replace(config.parallel, **layout))
     run_ranks(pretrain, 4, four)
     records = metrics(tmp_path / "one")
     sizes = np.diff([0, *(record["tokens"] for record in records)]) // 8

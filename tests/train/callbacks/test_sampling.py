@@ -74,10 +74,17 @@ def test_another_layout_writes_the_same(trained: Path, on_one: list[dict[str, An
 
 
 @pytest.mark.distributed
-def test_tensor_parallel_texts_are_the_same_where_the_canvas_is(trained: Path, on_one: list[dict[str, Any]]) -> None:
-    found, is_the_same = texts_and_curves(trained, "tensor", 2, {"tensor": 2, "sequence_parallel": True})
+@pytest.mark.parametrize(
+    "layout",
+    [{"tensor": 2, "sequence_parallel": True}, pytest.param({"context": 2}, marks=pytest.mark.slow)],
+    ids=["sequence", "context"],
+)
+def test_layouts_that_cut_rows_write_the_same_where_the_canvas_is(
+    trained: Path, on_one: list[dict[str, Any]], layout: dict[str, Any]
+) -> None:
+    found, is_the_same = texts_and_curves(trained, "-".join(layout), 2, layout)
     assert is_the_same
-    # Sequence parallelism rounds the canvas up, here by at most one token.
+    # The canvas is rounded up, here by at most one token.
     words = Tokenizer(str(trained / "tokenizer.model"))
     for ours, theirs in zip(on_one, found, strict=True):
         longer = (len(words.encode(ours["prompt"])) + 8) % 2
@@ -118,8 +125,10 @@ def test_a_causal_run_writes_from_left_to_right(trained: Path) -> None:
         ({"sampling": {"prompts": []}}, "sampling.prompts is empty"),
         (
             {"sampling": {"block": 4}, "parallel": {"tensor": 2, "sequence_parallel": True}},
+            "parallel.sequence_parallel cuts rows into 2 slices, which prompt and text must be a multiple of, and "
             "sampling.length 8 cannot become 9 with these sampling.steps and sampling.block",
         ),
+        ({"sampling": {"block": 4}, "parallel": {"context": 2}}, "parallel.context cuts rows into 2 slices"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_anything_starts(
@@ -127,7 +136,7 @@ def test_what_cannot_be_sampled_is_refused_before_anything_starts(
 ) -> None:
     config = config_of(trained, "sampling-refused", **sections)
     with pytest.raises(ConfigError) as caught:
-        check_config(config, config.parallel.tensor)
+        check_config(config, config.parallel.replica)
     assert len(caught.value.lines) == 1 and message in caught.value.lines[0]
 
 
