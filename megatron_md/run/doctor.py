@@ -101,7 +101,7 @@ def packages() -> Finding:
     try:
         wanted = metadata.requires("megatron-md") or []
     except metadata.PackageNotFoundError:
-        return Finding("packages", "missing", "megatron-md itself is not installed", use, "pip install megatron-md")
+        return Finding("packages", "missing", "megatron-md itself is not installed", use, "pip install . in its folder")
     names = [
         re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in wanted if "extra ==" not in requirement
     ]
