@@ -18,27 +18,43 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 
 from megatron_md import parallel
-from megatron_md.batch import BoolArray, CorruptedBatch, RightShift
-from megatron_md.config import Config, load_config, resolve
+from megatron_md.batch import BoolArray, CorruptedBatch
+from megatron_md.config import Config, ResolvedConfig, load_config, resolve
 from megatron_md.data.cache import Cache
 from megatron_md.data.mixture import open_stream
 from megatron_md.data.shards import load_manifest
 from megatron_md.data.stream import micro_batches
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.errors import UserError
-from megatron_md.integrations.stock import check_stock, loss_of_logits
-from megatron_md.model.build import Denoiser, build_chunk, draw_weights, transformer_config
+from megatron_md.integrations.stock import LogitsOf, check_stock, loss_of_logits
+from megatron_md.model.attention import additive_mask
+from megatron_md.model.build import Denoiser, build_model, transformer_config
 from megatron_md.model.head import Prediction, PredictionLoss
+from megatron_md.parallel import World
 from megatron_md.plugins import import_plugins
 from megatron_md.run.check import check_config
 from megatron_md.train.progress import Progress, row_length_at
-from megatron_md.train.step import corrupt, count_of, forward, hidden_mask, prediction_of
+from megatron_md.train.step import ForwardPass, corrupt
 
 # Where their model's configuration contradicts ours, one of them is not what is trained.
 _SHARED_FIELDS = (
     "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "tensor_model_parallel_size",
     "pipeline_model_parallel_size", "sequence_parallel", "params_dtype", "calculate_per_token_loss",
 )  # fmt: skip
+
+
+LossAndReports = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+class _Step(ForwardPass):
+    """Our step on a pipeline stage that another trainer's schedule holds."""
+
+    def __init__(self, config: ResolvedConfig, world: World) -> None:
+        super().__init__(config, world, [])
+
+    def __call__(self, attention_mask: torch.Tensor | None, batch: CorruptedBatch, model: Any) -> tuple[Any, Any]:
+        """The stage's output and the function that makes a loss of it."""
+        return self._forward_step(attention_mask, iter((batch,)), model)
 
 
 class DiffusionTask:
@@ -63,6 +79,8 @@ class DiffusionTask:
             ConfigError: it cannot be run in a job of this size.
         """
         given = config if isinstance(config, Config) else load_config(config, overrides)
+        if given.parallel.context > 1:
+            raise UserError("parallel.context above 1 is for our own trainer only: set it to 1")
         check_config(given, int(os.environ.get("WORLD_SIZE", "1")))
         import_plugins(given)
         manifests = [load_manifest(corpus.manifest, cache=Cache.of(given.data)) for corpus in given.data.corpora()]
@@ -78,7 +96,7 @@ class DiffusionTask:
             within_document=self.config.data.document_attention == "within_document",
         )
         self.stream = open_stream(self.config.data, manifests, seed=self.config.seed)
-        self._shift = RightShift(self.config.objective.right_shift)
+        self._stages: list[Denoiser] = []
         self._mask: tuple[BoolArray | None, torch.Tensor | None] = (None, None)
         self._checked: set[torch.nn.Module] = set()
         self._iterators: dict[int | None, Iterator[CorruptedBatch]] = {}
@@ -93,6 +111,10 @@ class DiffusionTask:
         """megatron-core's configuration of the model: one for all stages of a rank."""
         return transformer_config(self.config, self.device)
 
+    @cached_property
+    def _step(self) -> _Step:
+        return _Step(self.config, parallel.current_world(self.device))
+
     def model_provider(
         self,
         pre_process: bool | None = None,
@@ -105,23 +127,27 @@ class DiffusionTask:
     ) -> Denoiser:
         """A pipeline stage of the denoiser, for `model_provider` of Megatron-LM and `provide` of Megatron-Bridge.
 
+        There is one model: a second call gives the same stage.
+
         Args:
             pre_process: it holds the embedding; follows from the process groups.
             post_process: it holds the head; the same.
             vp_stage: which of the rank's stages, where it has several.
             config: the trainer's configuration of the model, where it has one; must agree with ours.
             pg_collection: unused; the groups are those of `parallel_state`.
-            initialize: draw the weights from our seed, the same in every layout; False where a checkpoint is loaded.
+            initialize: (of the first call) draw the weights from our seed, the same in every layout; False where a
+                checkpoint is loaded.
 
         Raises:
             UserError: the trainer's configuration or its process groups contradict ours.
         """
         self._check_layout(config)
-        keys: dict[str, Any] = {"causal": self.objective.causal, "mask_token_id": self.mask_token_id}
-        stage = build_chunk(self.config, self.transformer, self.device, **keys, vp_stage=vp_stage)
-        if initialize:
-            draw_weights(self.config, [stage])
-        return stage
+        if not self._stages:
+            causal = self.objective.causal
+            keys: dict[str, Any] = {"mask_token_id": self.mask_token_id, "initialize": initialize}
+            # They wrap it for bf16 themselves.
+            self._stages = unwrap_model(build_model(self.config, self.device, causal=causal, **keys))
+        return self._stages[vp_stage or 0]
 
     def _check_layout(self, theirs: Any) -> None:
         layout = self.config.parallel
@@ -202,18 +228,30 @@ class DiffusionTask:
         if return_schedule_plan:
             raise UserError("overlapped expert parallelism asks for a schedule plan; turn it off, there are no experts")
         batch = next(data_iterator)
-        if batch.is_hidden_LL is not self._mask[0]:  # one for all micro-batches of a step
-            self._mask = (batch.is_hidden_LL, hidden_mask(batch, model, self.device))
-        prediction = prediction_of(batch, self._shift, self.device)
-        stage = unwrap_model(model)
+        mask, stage = self._hidden_mask(batch, model), unwrap_model(model)
         if isinstance(stage, Denoiser):
-            output = forward(model, batch, prediction, self.device, self._mask[1])
-            return output, partial(self.loss, batch)
+            output, loss = self._step(mask, batch, model)
+            return output, partial(self._reported, batch, loss)
         if stage not in self._checked:
             check_stock(stage, self.config, causal=self.objective.causal)
             self._checked.add(stage)
-        logits = forward(model, batch, None, self.device, self._mask[1])
-        return logits, lambda logits_BLV: self.loss(batch, self._loss_of_logits(stage, logits_BLV, prediction))
+        logits_of = LogitsOf(model)
+        output, loss = self._step(mask, batch, logits_of)
+
+        def loss_func(logits_BLV: torch.Tensor) -> LossAndReports:
+            assert logits_of.prediction is not None, "the step asks the model for it"
+            return self._reported(batch, loss, self._loss_of_logits(stage, logits_BLV, logits_of.prediction))
+
+        return output, loss_func
+
+    def _hidden_mask(self, batch: CorruptedBatch, model: Any) -> torch.Tensor | None:
+        """The additive mask of a global batch's hidden pairs, one for all its micro-batches."""
+        if batch.is_hidden_LL is not self._mask[0]:
+            hidden = batch.is_hidden_LL
+            is_hidden_LL = None if hidden is None else torch.from_numpy(hidden).to(self.device)
+            mask = None if is_hidden_LL is None else additive_mask(is_hidden_LL, model.config.params_dtype)
+            self._mask = (hidden, mask)
+        return self._mask[1]
 
     def _loss_of_logits(self, stage: Any, logits_BLV: torch.Tensor, prediction: Prediction) -> PredictionLoss:
         first = logits_BLV.shape[-1] * parallel_state.get_tensor_model_parallel_rank()
@@ -222,17 +260,15 @@ class DiffusionTask:
             never.add(self.mask_token_id)
         return loss_of_logits(logits_BLV, prediction, first, never)
 
-    def loss(
-        self, batch: CorruptedBatch, output: PredictionLoss
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """(loss sum, its count, reports [sum, count]) of a micro-batch, as megatron-core's schedules take them."""
-        count = count_of(batch.denominator, output)
-        pairs = {"lm loss": (output.loss.detach(), count), **self.objective.reduce(output.nll_M, batch)}
+    def _reported(self, batch: CorruptedBatch, loss: Callable[..., Any], output: PredictionLoss) -> LossAndReports:
+        """(loss sum, its count, reports) of a micro-batch, as megatron-core's schedules take them."""
+        loss_sum, count, own = loss(output)
+        pairs = {"lm loss": (own.loss, count), **self.objective.reduce(own.nll_M, batch)}
         reports = {
             name: torch.stack([torch.as_tensor(part, dtype=torch.float32, device=count.device) for part in pair])
             for name, pair in pairs.items()
         }
-        return output.loss, count, reports
+        return loss_sum, count, reports
 
     def bridge_forward_step(
         self, state: Any, data_iterator: Any, model: Any, return_schedule_plan: bool = False

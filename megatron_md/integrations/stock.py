@@ -5,6 +5,8 @@ It takes more time and memory than our `Denoiser`, whose head sees the predicted
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.enums import AttnMaskType
@@ -41,6 +43,20 @@ def check_stock(model: torch.nn.Module, config: ResolvedConfig, *, causal: bool)
     ):
         if is_set:
             raise UserError(f"{key} needs our own attention: build the model by DiffusionTask.model_provider")
+
+
+class LogitsOf:
+    """A model that is asked for logits where our step asks it for losses, and keeps what they would be losses of."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.prediction: Prediction | None = None
+
+    def __call__(self, *inputs: Any, labels: Prediction, **keys: Any) -> torch.Tensor:
+        """Logits on the last pipeline stage, hidden states on the others."""
+        self.prediction = labels
+        output: torch.Tensor = self.model(*inputs, labels=None, **keys)
+        return output
 
 
 def loss_of_logits(

@@ -221,27 +221,15 @@ def state_dict_metadata() -> dict[str, Any]:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def build_chunk(
+def _build_chunk(
     config: ResolvedConfig,
     core: TransformerConfig,
     device: torch.device,
-    *,
     causal: bool,
-    mask_token_id: int | None,
-    vp_stage: int | None = None,
+    excluded: tuple[int, ...],
+    stage: int,
 ) -> Denoiser:
-    """A pipeline stage of the model with empty weights; arguments as of `build_model`.
-
-    Args:
-        config: the run.
-        core: its `transformer_config`, one for all stages of a rank.
-        device: what the layers are made for; the parameters are not moved there.
-        causal: see `build_model`.
-        mask_token_id: see `build_model`.
-        vp_stage: which of the rank's stages, where it has several.
-    """
-    exclude = config.objective.mask_logit == "exclude" and mask_token_id is not None
-    excluded = (int(mask_token_id),) if exclude and mask_token_id is not None else ()
+    vp_stage = stage if config.parallel.virtual_pipeline > 1 else None
     transformer_engine = use_transformer_engine(device)
     # Transformer Engine has a fused rotary embedding of its own; our core attention applies it otherwise.
     in_attention = config.model.position == "rope" and not transformer_engine
@@ -282,11 +270,10 @@ def build_model(
         initialize: fill the weights; False where a checkpoint will.
     """
     core = transformer_config(config, device)
-    keys: dict[str, Any] = {"causal": causal, "mask_token_id": mask_token_id}
-    stages = range(config.parallel.virtual_pipeline) if config.parallel.virtual_pipeline > 1 else (None,)
-    chunks: list[torch.nn.Module] = [
-        build_chunk(config, core, device, **keys, vp_stage=stage).to(device) for stage in stages
-    ]
+    exclude = config.objective.mask_logit == "exclude" and mask_token_id is not None
+    excluded = (int(mask_token_id),) if exclude and mask_token_id is not None else ()
+    stages = range(config.parallel.virtual_pipeline)
+    chunks: list[torch.nn.Module] = [_build_chunk(config, core, device, causal, excluded, s).to(device) for s in stages]
     if initialize:
         draw_weights(config, chunks)
     if core.bf16:

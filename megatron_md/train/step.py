@@ -58,6 +58,21 @@ def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tenso
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def corrupt(config: Config, objective: Objective, batches: Sequence[CleanBatch]) -> list[CorruptedBatch]:
+    """Corrupt this rank's micro-batches of one global batch (host work, safe in a background thread)."""
+    first, keys, shift = batches[0], config.objective, RightShift(config.objective.right_shift)
+    is_hidden_LL = hidden_pairs(config.seed, first.position, first.tokens_BL.shape[1], keys.attention_annealing)
+    within_document = config.data.document_attention == "within_document"
+    return [
+        replace(
+            objective.corrupt(replace(batch, is_maskable_BL=shift.scorable(batch.is_maskable_BL))),
+            cu_seqlens=batch.cu_seqlens if within_document else None,
+            is_hidden_LL=is_hidden_LL,
+        )
+        for batch in batches
+    ]
+
+
 class ForwardPass:
     """Sends micro-batches through the model by megatron-core's schedule, whichever the layout has."""
 
@@ -72,8 +87,11 @@ class ForwardPass:
 
     def predict(self, batches: Sequence[CorruptedBatch], *, forward_only: bool) -> list[PredictionLoss]:
         """Forward (and backward) over all micro-batches; the last pipeline stage gets their outputs."""
-        # One for all micro-batches and layers: they keep it for their backward pass.
-        attention_mask = hidden_mask(batches[0], self.chunks[0], self.world.device)
+        attention_mask = None
+        if batches[0].is_hidden_LL is not None:
+            # One for all micro-batches and layers: they keep it for their backward pass.
+            is_hidden_LL = _to_device(batches[0].is_hidden_LL, self.world.device)
+            attention_mask = additive_mask(is_hidden_LL, self.chunks[0].config.params_dtype)
         step = partial(self._forward_step, attention_mask)
         return self.through(step, batches, batches[0].tokens_BL.shape, forward_only=forward_only)
 
@@ -96,80 +114,24 @@ class ForwardPass:
     def _forward_step(
         self, attention_mask: torch.Tensor | None, iterator: Iterator[CorruptedBatch], model: Any
     ) -> tuple[Any, Any]:
-        batch = next(iterator)
-        device = self.world.device
-        output = forward(model, batch, prediction_of(batch, self.shift, device), device, attention_mask)
+        batch, device = next(iterator), self.world.device
+        prediction = Prediction(
+            _to_device(self.shift.outputs(batch.positions_M), device),
+            _to_device(batch.targets_M, device),
+            _to_device(batch.weights_M, device),
+        )
+        tokens_BL = _to_device(batch.tokens_BL, device)
+        positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
+        # Every pipeline stage has the batch, so the boundaries need not travel from stage to stage.
+        documents = None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens)
+        output = model(tokens_BL, positions_BL, attention_mask, labels=prediction, packed_seq_params=documents)
         return output, partial(self._loss, batch.denominator)
 
     def _loss(self, denominator: int, output: PredictionLoss) -> tuple[torch.Tensor, torch.Tensor, PredictionLoss]:
         """(loss sum, its share of the global count, report): megatron-core divides gradients by the global count."""
+        count = torch.full((), denominator, dtype=torch.int, device=output.loss.device)
         # The report must not keep the graph, nor be the tensor that the schedule goes on to change.
-        report = PredictionLoss(output.loss.detach().clone(), output.nll_M)
-        return output.loss, count_of(denominator, output), report
-
-
-def prediction_of(batch: CorruptedBatch, shift: RightShift, device: torch.device) -> Prediction:
-    """Where a micro-batch predicts what, on the device."""
-    return Prediction(
-        _to_device(shift.outputs(batch.positions_M), device),
-        _to_device(batch.targets_M, device),
-        _to_device(batch.weights_M, device),
-    )
-
-
-def forward(
-    model: Any,
-    batch: CorruptedBatch,
-    prediction: Prediction | None,
-    device: torch.device,
-    attention_mask: torch.Tensor | None,
-) -> Any:
-    """A micro-batch through this pipeline stage.
-
-    Args:
-        model: the stage, however wrapped.
-        batch: the whole micro-batch, on every stage.
-        prediction: of the batch; None asks for logits.
-        device: where the model is.
-        attention_mask: additive mask of the batch's hidden pairs, or None.
-
-    Returns:
-        Hidden states; on the last stage a `PredictionLoss`, or logits.
-    """
-    tokens_BL = _to_device(batch.tokens_BL, device)
-    positions_BL = torch.arange(tokens_BL.shape[1], device=device).expand_as(tokens_BL)
-    # Every pipeline stage has the batch, so the boundaries need not travel from stage to stage.
-    documents = None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens)
-    return model(tokens_BL, positions_BL, attention_mask, labels=prediction, packed_seq_params=documents)
-
-
-def count_of(denominator: int, output: PredictionLoss) -> torch.Tensor:
-    """What a micro-batch counts in the global count, as megatron-core's schedules take it."""
-    return torch.full((), denominator, dtype=torch.int, device=output.loss.device)
-
-
-def hidden_mask(batch: CorruptedBatch, model: Any, device: torch.device) -> torch.Tensor | None:
-    """The additive mask of a global batch's hidden pairs, for all its micro-batches; None where nothing is hidden."""
-    if batch.is_hidden_LL is None:
-        return None
-    return additive_mask(_to_device(batch.is_hidden_LL, device), model.config.params_dtype)
-
-
-def corrupt(config: Config, objective: Objective, batches: Sequence[CleanBatch]) -> list[CorruptedBatch]:
-    """Corrupt this rank's micro-batches of one global batch (host work, safe in a background thread)."""
-    first, shift = batches[0], RightShift(config.objective.right_shift)
-    is_hidden_LL = hidden_pairs(
-        config.seed, first.position, first.tokens_BL.shape[1], config.objective.attention_annealing
-    )
-    within_document = config.data.document_attention == "within_document"
-    return [
-        replace(
-            objective.corrupt(replace(batch, is_maskable_BL=shift.scorable(batch.is_maskable_BL))),
-            cu_seqlens=batch.cu_seqlens if within_document else None,
-            is_hidden_LL=is_hidden_LL,
-        )
-        for batch in batches
-    ]
+        return output.loss, count, PredictionLoss(output.loss.detach().clone(), output.nll_M)
 
 
 class Stepper(ForwardPass):
