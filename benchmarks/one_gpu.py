@@ -157,10 +157,11 @@ def in_a_process(words: list[str], preset: str, layers: int | None, loop: str) -
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
     """The figures, a line for each loop of each shape."""
-    yield f"{'shape':24s}{'loop':22s}{'tokens/s':>10s}{'MFU':>8s}{'peak':>11s}{'outside':>9s}"
+    width = max(len(result["shape"]) for result in results) + 2
+    yield f"{'shape':{width}s}{'loop':22s}{'tokens/s':>10s}{'MFU':>8s}{'peak':>11s}{'outside':>9s}"
     for result in results:
         for loop, found in result["loops"].items():
-            head = f"{result['shape']:24s}{loop:22s}"
+            head = f"{result['shape']:{width}s}{loop:22s}"
             if "failure" in found:
                 yield f"{head}{found['failure']}"
                 continue
@@ -169,7 +170,7 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{head}{figures}"
         speeds = [found.get("tokens_per_second") for found in result["loops"].values()]
         if all(speeds):
-            yield f"{'':24s}ours is {speeds[0] / speeds[1]:.2f}x as fast"
+            yield f"{'':{width}s}ours is {speeds[0] / speeds[1]:.2f}x as fast"
 
 
 def shape_of(args: argparse.Namespace, preset: str) -> tuple[str, int | None]:
