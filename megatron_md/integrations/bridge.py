@@ -280,7 +280,12 @@ class DiffusionTask:
             data_iterator: unused: the rows are this task's own.
             model: see `forward_step`.
             return_schedule_plan: see `forward_step`.
+
+        Raises:
+            UserError: the trainer evaluates, for which there are no rows.
         """
+        if not model.training:
+            raise UserError("there are no rows to evaluate on: set the trainer's eval_iters to 0")
         stage = get_attr_wrapped_model(model, "vp_stage")
         if stage not in self._iterators:
             self._iterators[stage] = self.data_iterator(state.train_state.consumed_train_samples)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_md.config import Config
 from megatron_md.config.training import BatchRampConfig
@@ -97,10 +98,11 @@ def refusals(config: Config) -> list[str]:
         lambda: task.model_provider(config=theirs),
         lambda: next(task.data_iterator(consumed_samples=3)),
         lambda: task.forward_step(iter(()), None, return_schedule_plan=True),
+        lambda: task.bridge_forward_step(None, None, torch.nn.Linear(1, 1).eval()),
         lambda: next(task.data_iterator()),
     ]
     for number, call in enumerate(calls):
-        if number == 3:
+        if number == len(calls) - 1:
             init_num_microbatches_calculator(0, None, 2 * ROWS, config.train.micro_batch_size, 1)
         with pytest.raises(UserError) as error:
             call()
@@ -111,10 +113,11 @@ def refusals(config: Config) -> list[str]:
 
 @pytest.mark.distributed
 def test_a_trainer_that_contradicts_the_config_is_refused(bigrams: dict[str, str], tmp_path: Path) -> None:
-    layers, consumed, plan, count = run_ranks(refusals, 1, small(tmp_path, bigrams))[0]
+    layers, consumed, plan, evaluation, count = run_ranks(refusals, 1, small(tmp_path, bigrams))[0]
     assert "num_layers (from our config) is 4, the trainer's is 24" in layers
     assert "consumed 3 samples" in consumed
     assert "schedule plan" in plan
+    assert "eval_iters to 0" in evaluation
     assert "the trainer takes 8 micro-batches" in count
 
 
