@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in $$(type -aP python3.11 python3.12 python3); do \
 	done)
 TORCH ?= torch==2.13.0
 NEWEST_CORE := 0.19.2
-CORE_TESTS := tests/model tests/train tests/checkpoint tests/evaluate tests/parity tests/run \
+CORE_TESTS := tests/model tests/train tests/checkpoint tests/evaluate tests/parity tests/run tests/integrations \
 	tests/test_compatibility.py tests/test_core_compat.py
 
 SHELL := /bin/bash

@@ -20,33 +20,26 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-import psutil
 import torch
-import torch.nn.functional as F
-from plain_transformer import PlainTransformer
+from loops import PlainLoop, build_stepper, memory_of, random_rows, timed
 
-from megatron_md import cpu, parallel
-from megatron_md.batch import BatchPosition, CleanBatch, CorruptedBatch
+from megatron_md import parallel
 from megatron_md.config import (
     Config,
     DataConfig,
     ModelConfig,
     ObjectiveConfig,
     ParallelConfig,
-    ResolvedConfig,
     TrainConfig,
     config_from_mapping,
     resolve,
 )
 from megatron_md.run.estimate import training_flops_per_token
+from megatron_md.train.step import Stepper
 
-MASK = 3
 SHAPES = {
     "tiny": (ModelConfig(vocab=8192), 256, 8),
     "50m": (ModelConfig(vocab=32000, layers=8, hidden=512, heads=8, kv_heads=8, ffn=1376), 512, 4),
@@ -58,11 +51,11 @@ DOCUMENT_LOOPS = ("ours", "ours, within documents")
 
 def build(shape: str, documents: int | None, device: str) -> tuple[dict[str, Callable[[], None]], int, float]:
     """The loops' steps, the tokens of one step, and its FLOPs."""
-    model, length, rows = SHAPES.get(shape) or (config_from_mapping({"model": {"preset": shape}}).model, 0, 0)
+    model, length, size = SHAPES.get(shape) or (config_from_mapping({"model": {"preset": shape}}).model, 0, 0)
     is_cuda = device == "cuda"
-    length, rows = ON_CUDA[shape] if is_cuda else (length, rows)
+    length, size = ON_CUDA[shape] if is_cuda else (length, size)
     if documents is not None:
-        length, rows = 1024, length * rows // 1024
+        length, size = 1024, length * size // 1024
     config = resolve(
         Config(
             model=model,
@@ -70,88 +63,30 @@ def build(shape: str, documents: int | None, device: str) -> tuple[dict[str, Cal
             objective=ObjectiveConfig(mask_schedule="uniform:0.45,0.55"),
             parallel=ParallelConfig(distributed_optimizer=is_cuda),
             train=TrainConfig(
-                global_batch_size=rows,
-                micro_batch_size=rows,
+                global_batch_size=size,
+                micro_batch_size=size,
                 device=device,
                 precision="bf16" if is_cuda else "fp32",
             ),
         )
     )
     world = parallel.initialize(config)
-    from megatron_md.diffusion.objective import build_objective
-    from megatron_md.model.build import build_model, wrap_data_parallel
-    from megatron_md.train.optimizer import build_optimizer, set_hyperparameters
-    from megatron_md.train.step import Stepper
-
-    vocab, keys = config.model.vocab, config.optimizer
-    tokens = np.random.default_rng(0).integers(MASK + 1, vocab, (rows, length))
-    boundaries = np.append(np.arange(0, length, documents or length), length).astype(np.int32)
-    position = BatchPosition(0, rows)
-    clean = CleanBatch(
-        tokens, np.ones_like(tokens, dtype=bool), np.arange(rows), position, cu_seqlens=[boundaries] * rows
-    )
-    objective = build_objective(config.objective, seed=0, mask_token_id=MASK)
-    batch = objective.corrupt(clean)
-    chunks = wrap_data_parallel(build_model(config, world.device, causal=False, mask_token_id=MASK), config)
-    optimizer = build_optimizer(config, chunks)
-    set_hyperparameters(optimizer, lr=keys.lr, weight_decay=keys.weight_decay)
-    stepper = Stepper(config, world, chunks, optimizer, objective)
+    rows = random_rows(config, documents)
+    stepper = build_stepper(config, world)
 
     def our_step(stepper: Stepper = stepper) -> None:
-        stepper.train(stepper.corrupt([clean]))
+        stepper.train(stepper.corrupt(rows))
 
     if documents is not None:
         apart = replace(config, data=replace(config.data, document_attention="within_document"))
-        within = Stepper(apart, world, chunks, optimizer, objective)
+        within = Stepper(apart, world, stepper.chunks, stepper.optimizer, stepper.objective)
         steps = dict(zip(DOCUMENT_LOOPS, (our_step, lambda: our_step(within)), strict=True))
     else:
-        steps = dict(zip(LOOPS, (our_step, *plain_steps(config, batch, world.device)), strict=True))
-    fraction = len(batch.targets_M) / tokens.size
-    return steps, tokens.size, tokens.size * training_flops_per_token(config, vocab, fraction)
-
-
-def plain_steps(config: ResolvedConfig, batch: CorruptedBatch, device: torch.device) -> list[Callable[[], None]]:
-    """A step of the plain loop with logits at every position, and one with our head at the masked ones."""
-    from megatron_md.model.head import Prediction, masked_cross_entropy
-
-    model, vocab, keys = config.model, config.model.vocab, config.optimizer
-    plain = PlainTransformer(model, vocab).to(device)
-    adamw = torch.optim.AdamW(
-        plain.parameters(), keys.lr, (keys.beta1, keys.beta2), keys.eps, keys.weight_decay, fused=True
-    )
-    arrays = (batch.tokens_BL, batch.positions_M, batch.targets_M, batch.weights_M)
-    inputs, positions, targets, weights = (torch.from_numpy(array).to(device) for array in arrays)
-    excluded = torch.tensor([MASK], device=device)
-
-    def full_logits(hidden_BLD: torch.Tensor) -> torch.Tensor:
-        logits_BLV = F.linear(hidden_BLD, plain.output)
-        nll_M = F.cross_entropy(logits_BLV.view(-1, vocab)[positions], targets, reduction="none")
-        return (nll_M * weights).sum()
-
-    def our_head(hidden_BLD: torch.Tensor) -> torch.Tensor:
-        hidden_MD = hidden_BLD.reshape(-1, model.hidden).index_select(0, positions)
-        prediction = Prediction(positions, targets, weights)
-        return masked_cross_entropy(
-            hidden_MD, plain.output.to(hidden_MD.dtype), prediction, first_token=0, excluded=excluded, chunk=1024
-        ).loss
-
-    def plain_step(head: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        # The yardstick pays nothing for our stand-ins.
-        with cpu.suspended(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            adamw.zero_grad()
-            (head(plain(inputs)) / batch.denominator).backward()
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), keys.clip_grad)
-            adamw.step()
-
-    return [lambda: plain_step(full_logits), lambda: plain_step(our_head)]
-
-
-def timed(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+        plain = PlainLoop(config, stepper.corrupt(rows), world.device)
+        steps = dict(zip(LOOPS, (our_step, plain.full_logits, plain.our_head), strict=True))
+    tokens = config.train.global_batch_size * config.data.seq_length
+    fraction = sum(len(batch.targets_M) for batch in stepper.corrupt(rows)) / tokens
+    return steps, tokens, tokens * training_flops_per_token(config, config.model.vocab, fraction)
 
 
 def peak_memory(args: argparse.Namespace) -> dict[str, float]:
@@ -163,31 +98,6 @@ def peak_memory(args: argparse.Namespace) -> dict[str, float]:
         command = [sys.executable, __file__, *options, "--only", str(number)]
         peaks[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     return peaks
-
-
-def memory_of(step: Callable[[], None]) -> float:
-    """GiB by which the resident set, or the device's memory, grows at its peak during two steps."""
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-        taken = torch.cuda.memory_allocated()
-        for _ in range(2):
-            step()
-        return (torch.cuda.max_memory_allocated() - taken) / 2**30
-    process, peak, done = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for _ in range(2):
-        step()
-    done.set()
-    watcher.join()
-    return (peak - before) / 2**30
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from megatron_md import __version__, cuda
 from megatron_md.errors import EXIT_BAD_INPUT, EXIT_ERROR, RunFailedError, UserError, final
+from megatron_md.installed import broken_ones_told
 from megatron_md.messages import guard_tracebacks, shown, tell, tell_error
 
 # Name: (module with `add_arguments(parser)` and `run(args) -> int`, what it does). The module's EXAMPLES, if any, are
@@ -33,6 +34,7 @@ COMMANDS = {
     "window": ("megatron_md.commands.window", "predict a window of mask rates from a corpus"),
     "plot": ("megatron_md.commands.plot", "draw a run's losses"),
     "parity": ("megatron_md.commands.parity", "the k-parity task: theory against training, and a check of a machine"),
+    "doctor": ("megatron_md.commands.doctor", "say what is installed here, what is missing, and whether training runs"),
     "compare": ("megatron_md.commands.compare", "say where two runs' figures part"),
 }
 
@@ -90,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unknown argument(s) {' '.join(rest)}")
         args.overrides += rest
     try:
-        module = importlib.import_module(COMMANDS[args.command][0])
-        return final(int(module.run(args)))
+        with broken_ones_told():
+            module = importlib.import_module(COMMANDS[args.command][0])
+            return final(int(module.run(args)))
     except (UserError, RunFailedError) as error:
         if os.environ.get("MEGATRON_MD_TRACEBACK"):
             raise

@@ -155,6 +155,13 @@ def initialize(config: Config) -> World:
     torch.manual_seed(config.seed)
     # No layer draws random numbers (there is no dropout): the tracker that needs no CUDA generator serves everywhere.
     model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=True, force_reset_rng=True)
+    return current_world(device)
+
+
+def current_world(device: torch.device) -> World:
+    """This process's place in the job whose process groups megatron-core has already."""
+    from megatron.core import parallel_state
+
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_md import parallel
@@ -17,6 +18,12 @@ from tests.data.small_corpus import made_up_code
 from tests.ranks import run_ranks
 from tests.train.test_trainer import pretrain
 from tests.trained_run import run_config
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that need CUDA say so where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,7 @@ SMALLER = {
     "parity sweep": ["sweep.seeds=[1]", "train.steps=2", "train.global_batch_size=16", "train.micro_batch_size=16",
                      "train.device=cpu"],
     "parity validate": ["--reference", "record.json"],
+    "doctor": ["--nproc-per-node", "1"],
     "generate": ["--length", "16", "--steps", "4"],
     "generate --infill": ["--steps", "4"],
     "evaluate --nelbo": ["--rows", "4"],

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_md.errors import UserError
-from megatron_md.run.saved import Placement
+
+if TYPE_CHECKING:
+    from megatron_md.run.saved import Placement
 
 
 def positive(text: str) -> int:
@@ -30,6 +33,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def placement(args: argparse.Namespace) -> Placement:
     """What was said to `add_model_arguments` of where to load the model."""
+    from megatron_md.run.saved import Placement  # imports packages that `doctor` may find missing
+
     return Placement(args.tensor, args.pipeline, args.device, args.trust)
 
 

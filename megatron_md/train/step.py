@@ -64,6 +64,21 @@ def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tenso
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def corrupt(config: Config, objective: Objective, batches: Sequence[CleanBatch]) -> list[CorruptedBatch]:
+    """Corrupt this rank's micro-batches of one global batch (host work, safe in a background thread)."""
+    first, keys, shift = batches[0], config.objective, RightShift(config.objective.right_shift)
+    is_hidden_LL = hidden_pairs(config.seed, first.position, first.tokens_BL.shape[1], keys.attention_annealing)
+    within_document = config.data.document_attention == "within_document"
+    return [
+        replace(
+            objective.corrupt(replace(batch, is_maskable_BL=shift.scorable(batch.is_maskable_BL))),
+            cu_seqlens=batch.cu_seqlens if within_document else None,
+            is_hidden_LL=is_hidden_LL,
+        )
+        for batch in batches
+    ]
+
+
 class ForwardPass:
     """Sends micro-batches through the model by megatron-core's schedule, whichever the layout has."""
 
@@ -157,8 +172,8 @@ class Stepper(ForwardPass):
         super().__init__(config, world, chunks)
         self.optimizer, self.objective = optimizer, objective
         self.clip_grad = config.optimizer.clip_grad
-        self.seed, self.attention_annealing = config.seed, config.objective.attention_annealing
-        if objective.causal and self.attention_annealing:
+        self.config = config
+        if objective.causal and config.objective.attention_annealing:
             raise UserError(
                 f"objective.attention_annealing: attention of {objective.name} is always causal; set it to 0"
             )
@@ -167,17 +182,8 @@ class Stepper(ForwardPass):
         core.grad_scale_func = optimizer.scale_loss
 
     def corrupt(self, batches: Sequence[CleanBatch]) -> list[CorruptedBatch]:
-        """Corrupt this rank's micro-batches of one global batch (host work, safe in a background thread)."""
-        first = batches[0]
-        is_hidden_LL = hidden_pairs(self.seed, first.position, first.tokens_BL.shape[1], self.attention_annealing)
-        return [
-            replace(
-                self.objective.corrupt(replace(batch, is_maskable_BL=self.shift.scorable(batch.is_maskable_BL))),
-                cu_seqlens=batch.cu_seqlens if self.within_document else None,
-                is_hidden_LL=is_hidden_LL,
-            )
-            for batch in batches
-        ]
+        """`corrupt`, as this run says."""
+        return corrupt(self.config, self.objective, batches)
 
     def train(
         self, batches: Sequence[CorruptedBatch], judge: Judge = not_finite, votes: Sequence[float] = ()

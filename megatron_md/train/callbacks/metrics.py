@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from megatron_md import run_files
 from megatron_md.config import Config
 from megatron_md.files import append, replace_file
+from megatron_md.installed import version
 from megatron_md.messages import redacted, tell
 from megatron_md.train.callback import Callback, Record, StepResult
 from megatron_md.train.logs import logger
@@ -51,16 +51,11 @@ def append_event(run_dir: Path, name: str, **details: Any) -> None:
 
 def environment(world_size: int) -> dict[str, Any]:
     """Versions and hardware, for RUN/env.json."""
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "megatron-core", "numpy", "sentencepiece", "transformer-engine", "apex"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    packages = ("torch", "megatron-core", "numpy", "sentencepiece", "transformer-engine", "apex")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": {package: version(package) for package in packages},
         "world_size": world_size,
         "cpu_count": os.cpu_count(),
         "threads_per_rank": torch.get_num_threads(),

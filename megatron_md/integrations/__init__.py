@@ -1,0 +1,1 @@
+"""Our objective, schedules, data and head inside other trainers."""
