@@ -157,7 +157,7 @@ def in_a_process(words: list[str], preset: str, layers: int | None, loop: str) -
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
     """The figures, a line for each loop of each shape."""
-    width = max(len(result["shape"]) for result in results) + 2
+    width = max(5, *(len(result["shape"]) for result in results)) + 2
     yield f"{'shape':{width}s}{'loop':22s}{'tokens/s':>10s}{'MFU':>8s}{'peak':>11s}{'outside':>9s}"
     for result in results:
         for loop, found in result["loops"].items():

@@ -62,7 +62,7 @@ def attend(config: Config, group: Any) -> dict[str, list[torch.Tensor]]:
 
             inputs = [random(heads, WIDTH).requires_grad_() for heads in (HEADS, case.kv_heads, case.kv_heads)]
             hidden = additive_mask(torch.ones(LENGTH, LENGTH).triu(2).bool(), torch.float64) if case.hidden else None
-            documents = packed_documents(DOCUMENTS) if case.documents else None
+            documents = packed_documents(DOCUMENTS, world.device) if case.documents else None
             context = attention(*inputs, hidden, packed_seq_params=documents)
             gradients = torch.autograd.grad((context * random(HEADS * WIDTH)).sum(), inputs)
             found[name] = [x.detach() for x in (context, *gradients)]
