@@ -198,6 +198,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(900)  # some eighty commands, one after the other
 def test_every_command_in_the_documentation_runs(runner: Runner) -> None:
     for document in DOCUMENTS:
         for command in commands(document):
