@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -32,7 +33,8 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _on_device(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda"]
+    # `leaf.device` would be an operation of its own.
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, FakeTensor) and leaf.fake_device.type == "cuda"]
 
 
 class Meter(TorchDispatchMode):
@@ -155,6 +157,8 @@ class Meter(TorchDispatchMode):
     # Operations.
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
         keys = kwargs or {}
         name: str = func._schema.name
         if name == "aten::_local_scalar_dense":  # .item(): nobody knows the value
@@ -198,7 +202,9 @@ class Meter(TorchDispatchMode):
 
 def _flops(func: Any, args: tuple[Any, ...], keys: dict[str, Any], result: Any) -> int:
     """FLOPs as torch's own counter has them; half for causal attention, whose kernel leaves out what is hidden."""
-    count = flop_registry.get(func._overloadpacket)
+    packet = func._overloadpacket
+    in_place = packet.__name__.endswith("_")
+    count = flop_registry.get(getattr(torch.ops.aten, packet.__name__[:-1], None) if in_place else packet)
     if count is None:
         return 0
     flops = int(count(*args, **keys, out_val=result))

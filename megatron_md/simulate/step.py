@@ -56,7 +56,7 @@ def simulate_stage(config: ResolvedConfig, meter: Meter, micro_batches: int) -> 
     """
     world = parallel.initialize(config)
     objective = build_objective(config.objective, seed=config.seed, mask_token_id=config.model.vocab - 1)
-    with fake_cuda.CudaKernels(), fake_cuda.fake_tensors(), meter:
+    with fake_cuda.CudaKernels(meter.fused), fake_cuda.fake_tensors(), meter:
         chunks = build_model(
             config, world.device, causal=objective.causal, mask_token_id=config.model.vocab - 1, initialize=False
         )

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from megatron_md.config import config_from_mapping, resolve
+from megatron_md.errors import UserError
 from megatron_md.processes import end_with_launcher
 
 
@@ -29,10 +30,12 @@ def main() -> None:
     from megatron_md.simulate.step import simulate_stage
 
     config = resolve(config_from_mapping(job["config"]))
-    import_plugins(config, trust=job["trust"])
-    stage = simulate_stage(config, meter, job["micro_batches"])
-    Path(job["output"]).write_text(json.dumps(stage.as_dict()))
-    sys.stdout.flush()
+    try:
+        import_plugins(config, trust=job["trust"])
+        found = simulate_stage(config, meter, job["micro_batches"]).as_dict()
+    except UserError as error:
+        found = {"refused": getattr(error, "lines", None) or [str(error)]}
+    Path(job["output"]).write_text(json.dumps(found))
     os._exit(0)  # nothing of what is pretended here can be shut down
 
 
