@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,54 +39,56 @@ def simulate(
         UserError: a config cannot be built, or there is no C++ compiler.
         RunFailedError: a simulation fails otherwise.
     """
-    guard = str(guard_library())
-    jobs = [
-        {
-            "guard": guard,
-            "config": as_dict(config),
-            "trust": trust,
-            "world_size": layout.world,
-            "rank": stage * (layout.world // layout.pipeline),  # the pipeline's ranks lie furthest apart
-            "micro_batches": layout.micro_batches,
-        }
-        for config, layout in runs
-        for stage in stages_to_simulate(layout.pipeline)
-    ]
-    with scratch_folder() as folder, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for number, job in enumerate(jobs):
-            job["output"] = str(folder / f"{number}.json")
-
-        def work(job: dict[str, Any]) -> Stage:
-            stage = _simulated(job)
-            done()
-            return stage
-
-        stages = iter(list(pool.map(work, jobs)))
+    guard = guard_library()
+    with scratch_folder() as folder:
+        jobs = [
+            {
+                "config": as_dict(config),
+                "world_size": layout.world,
+                "rank": stage * (layout.world // layout.pipeline),  # the pipeline's ranks lie furthest apart
+                "micro_batches": layout.micro_batches,
+                "output": str(folder / f"{number}-{stage}.json"),
+            }
+            for number, (config, layout) in enumerate(runs)
+            for stage in stages_to_simulate(layout.pipeline)
+        ]
+        cores = len(os.sched_getaffinity(0))
+        errors = _run({"guard": str(guard), "trust": trust, "at_once": cores, "jobs": jobs}, done)
+        stages = iter([_found(job, errors) for job in jobs])
     return [[next(stages) for _ in stages_to_simulate(layout.pipeline)] for _, layout in runs]
 
 
-def _simulated(job: dict[str, Any]) -> Stage:
-    # Whoever starts this process from a checkout has the package on the path of this process only.
-    root = str(Path(__file__).parents[2])
+def _run(given: dict[str, Any], done: Callable[[], None]) -> str:
+    """Have all jobs done; what was said on stderr meanwhile."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        # Whoever starts this process from a checkout has the package on the path of this process only.
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))),
         PARENT_VARIABLE: str(os.getpid()),
-        "RANK": str(job["rank"]),
-        "WORLD_SIZE": str(job["world_size"]),
-        "LOCAL_RANK": "0",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # megatron-core wants it on devices where it matters
-        "MEGATRON_MD_TRACEBACK": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     words = [sys.executable, "-P", "-m", "megatron_md.simulate.worker"]
-    child = subprocess.run(words, input=json.dumps(job), env=environment, capture_output=True, text=True, check=False)
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with scratch_folder() as folder, open(folder / "errors", "w+", encoding="utf-8", errors="replace") as errors:
+        with subprocess.Popen(words, env=environment, text=True, **{**pipes, "stderr": errors}) as worker:
+            assert worker.stdin is not None and worker.stdout is not None
+            json.dump(given, worker.stdin)
+            worker.stdin.close()
+            for line in worker.stdout:
+                if line == "done\n":
+                    done()
+        errors.seek(0)
+        return errors.read()
+
+
+def _found(job: dict[str, Any], errors: str) -> Stage:
     output = Path(job["output"])
-    found = json.loads(output.read_text()) if output.exists() else {}
+    found = json.loads(output.read_text()) if output.exists() else {"failed": errors}
     if "refused" in found:
         raise ConfigError(found["refused"])
-    if child.returncode or not found:
-        last = (child.stderr.strip().splitlines() or ["no output"])[-1]
+    if "failed" in found:
+        last = (found["failed"].strip().splitlines() or ["no output"])[-1]
         raise RunFailedError(f"the simulation of rank {job['rank']} of {job['world_size']} failed: {last}")
     return Stage.from_dict(found)

@@ -6,6 +6,7 @@ the CPU is `megatron_md/cpu.py`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -33,12 +34,10 @@ class _Stream:
     def synchronize(self) -> None: ...
 
 
-def activate(rank: int, world_size: int, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Pretend a CUDA device and a job of `world_size` ranks; to be called before megatron-core is imported.
+def activate(compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Pretend a CUDA device, and the job that RANK and WORLD_SIZE tell; to be called before megatron-core is imported.
 
     Args:
-        rank: global rank of this process.
-        world_size: ranks of the pretended job.
         compiled: stands for torch.compile, by which megatron-core fuses elementwise operations.
     """
     cuda: Any = torch.cuda
@@ -67,10 +66,12 @@ def activate(rank: int, world_size: int, compiled: Callable[[Callable[..., Any]]
     core_random._get_cuda_rng_state = lambda *args, **keys: torch.empty(0)
     core_random._set_cuda_rng_state = lambda *args, **keys: None
 
-    def join(device: torch.device, timeout: timedelta) -> None:
-        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    parallel._init_process_group = _join
 
-    parallel._init_process_group = join
+
+def _join(device: torch.device, timeout: timedelta) -> None:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
 
 
 def fake_tensors() -> FakeTensorMode:

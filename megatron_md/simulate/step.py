@@ -17,9 +17,8 @@ from megatron_md import parallel
 from megatron_md.batch import CorruptedBatch
 from megatron_md.config import ResolvedConfig
 from megatron_md.diffusion.objective import build_objective
-from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.model.build import build_model, count_parameters, wrap_data_parallel
-from megatron_md.run.estimate import predicted_fraction
+from megatron_md.run.estimate import highest_fraction, predicted_fraction
 from megatron_md.simulate import fake_cuda
 from megatron_md.simulate.meter import Meter
 from megatron_md.simulate.stage import CATEGORIES, UPDATE, Collective, Kernel, Stage
@@ -112,11 +111,7 @@ class _Steps:
 
     def raise_mask_rate(self) -> None:
         """A step with all rows at the highest mask rate, for its memory."""
-        mean = predicted_fraction(self.config)
-        highest = mean
-        if self.config.objective.name != "autoregressive":
-            schedule = parse_schedule(self.config.objective.mask_schedule)
-            highest = max(float(schedule.inverse_cdf(np.array([1.0]), moment)[0]) for moment in (0.0, 0.5, 1.0))
+        mean, highest = predicted_fraction(self.config), highest_fraction(self.config)
         if highest > _NOTABLE * mean:
             self._run(min(self.few + self.round, self.micro_batches), highest)
 
