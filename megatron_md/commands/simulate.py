@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="try the N most promising layouts that fit (default 6) and print a table, best first",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
-    parser.add_argument("--trust", action="store_true", help="import what the config names also from the working directory")
+    parser.add_argument(
+        "--trust", action="store_true", help="import what the config names also from the working directory"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

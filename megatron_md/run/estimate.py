@@ -160,7 +160,7 @@ class _Activations:
     """Bytes that a rank of a stage holds besides weights, gradients and optimizer, by the local layers' own code.
 
     Counted as in section 4 of arXiv 2205.05198, for SwiGLU, RMSNorm, no dropout, and attention that keeps no L x L
-    scores; `tests/simulate/test_layouts.py` holds it to what the real step allocates.
+    scores; `tests/simulate/test_step.py` holds it to what the real step allocates.
     """
 
     def __init__(self, config: ResolvedConfig, layout: Layout, stage: int) -> None:
@@ -182,8 +182,8 @@ class _Activations:
             return self.own_hidden
         model, parallel = self.config.model, self.config.parallel
         query, key = attention_widths(model)
-        # megatron-core copies grouped queries; the copy is kept by whatever takes it as input.
-        copied = query if query != key else 0
+        # megatron-core copies queries of several groups; the copy is kept by whatever takes it as input.
+        copied = query if model.heads > model.key_heads > parallel.tensor else 0
         inputs = query + key if model.qk_norm else copied
         split = 2.0 * query + 2.0 * key + 3.0 * model.ffn
         if recompute == "selective":
@@ -206,7 +206,10 @@ class _Activations:
         layers = layers_per_stage(self.config)[self.stage] / chunks * in_flight
         # Under sequence parallelism rows are gathered in one buffer that stays.
         gathered = self.hidden if parallel.sequence_parallel else 0.0
-        return layers * self.layer(recompute) + gathered + (2 * self.own_hidden if self.is_last else 0.0)
+        norm = 2 * self.own_hidden if self.is_last else 0.0
+        # What has come from or goes to the neighbours.
+        exchanged = (3 if chunks > 1 else 0 if self.is_first else 2) * self.own_hidden
+        return layers * self.layer(recompute) + gathered + norm + exchanged
 
     def head(self) -> float:
         """What the head takes at once: its weight's gradient, summed in fp32, and the logits of a chunk.
@@ -228,13 +231,11 @@ class _Activations:
     def backward(self) -> float:
         """What the backward pass of one layer takes at once, a recomputed layer included.
 
-        Gradients of its output and input, of gate, up and their product, and of one matrix.
+        The gradients of its output, and of gate and up in place of their product.
         """
         model, tensor, recompute = self.config.model, self.config.parallel.tensor, self.config.train.recompute
-        products = self.width * 3.0 * self.rows * model.ffn / tensor
-        matrix = self.width * 2.0 * model.hidden * model.ffn / tensor
         again = self.layer("none") - self.layer(recompute) if recompute == "full" else 0.0
-        return again + self.hidden + self.own_hidden + products + matrix
+        return again + self.hidden + self.width * 2.0 * self.rows * model.ffn / tensor
 
 
 def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:

@@ -25,9 +25,7 @@ def stages_to_simulate(pipeline: int) -> list[int]:
     return sorted({0, min(1, pipeline - 1), pipeline - 1})
 
 
-def simulate(
-    runs: Sequence[Run], *, trust: bool = False, done: Callable[[], None] = lambda: None
-) -> list[list[Stage]]:
+def simulate(runs: Sequence[Run], *, trust: bool = False, done: Callable[[], None] = lambda: None) -> list[list[Stage]]:
     """The simulated stages of each run, as many at once as this process has cores.
 
     Args:

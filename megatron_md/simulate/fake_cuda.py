@@ -51,11 +51,15 @@ def activate(compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> No
     cuda.Stream = cuda.Event = _Stream
     for name in ("set_device", "manual_seed", "manual_seed_all", "synchronize", "empty_cache", "_lazy_init"):
         setattr(cuda, name, lambda *args, **keys: None)
-    torch.compile = lambda function=None, **keys: compiled if function is None else compiled(function)
-    torch.nn.Module._apply = _apply  # type: ignore[assignment]
+    replaced: dict[Any, dict[str, Any]] = {
+        torch: {"compile": lambda function=None, **keys: compiled if function is None else compiled(function)},
+        torch.nn.Module: {"_apply": _apply},
+        dist: {"all_gather_object": _all_gather_object, "broadcast_object_list": lambda *args, **keys: None},
+    }
+    for owner, members in replaced.items():
+        for name, value in members.items():
+            setattr(owner, name, value)
     torch._C._set_only_lift_cpu_tensors(True)  # a literal stays on the host until it is copied
-    dist.all_gather_object = _all_gather_object
-    dist.broadcast_object_list = lambda objects, *args, **keys: None
 
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.tensor_parallel import random as core_random

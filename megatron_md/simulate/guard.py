@@ -54,7 +54,9 @@ def guard_library() -> Path:
             made = _compile(command, torch, Path(scratch) / library.name)
             made.replace(library)  # at once, as others may be doing the same
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror}; set XDG_CACHE_HOME to a folder of yours") from None
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror}; set XDG_CACHE_HOME to a folder of yours"
+        ) from None
     return library
 
 

@@ -186,7 +186,9 @@ class Meter(TorchDispatchMode):
         self.kernels[part, kind, name, flops, size] += 1
 
     def _communicate(self, func: Any, name: str, args: tuple[Any, ...], keys: dict[str, Any]) -> Any:
-        group = next((dist.ProcessGroup.unbox(arg).group_name for arg in args if isinstance(arg, torch.ScriptObject)), "")
+        group = next(
+            (dist.ProcessGroup.unbox(arg).group_name for arg in args if isinstance(arg, torch.ScriptObject)), ""
+        )
         key = self.part, name, group
         self.calls[key] += 1
         self.bytes[key] += max((sum(map(_size, _on_device(arg))) for arg in args), default=0)

@@ -16,9 +16,7 @@ from megatron_md.simulate.stage import CATEGORIES, KINDS, Stage
 GIB, MIB = 2**30, 2**20
 
 
-def report(
-    config: ResolvedConfig, layout: Layout, stages: Sequence[Stage], hardware: Hardware, found: Forecast
-) -> str:
+def report(config: ResolvedConfig, layout: Layout, stages: Sequence[Stage], hardware: Hardware, found: Forecast) -> str:
     """All figures of one layout."""
     lines = [
         f"# {layout.world} x {hardware.name}: tensor {layout.tensor} x pipeline {layout.pipeline} x context "
@@ -62,7 +60,8 @@ def _step_lines(config: ResolvedConfig, layout: Layout, hardware: Hardware, foun
     reserve = Assumptions().reserve_bytes / GIB
     verdict = "fits" if found.fits else "DOES NOT FIT"
     estimate = memory_per_rank(config, layout).total / GIB
-    yield f"  memory       {found.peak / GIB:.2f} GiB on the fullest rank, {reserve:.0f} GiB kept free: {verdict} in {room:.1f} GiB"
+    fullest = f"{found.peak / GIB:.2f} GiB on the fullest rank"
+    yield f"  memory       {fullest}, {reserve:.0f} GiB kept free: {verdict} in {room:.1f} GiB"
     yield f"  --dry-run    estimates {estimate:.2f} GiB by closed forms"
     yield f"  time         {1e3 * step.total:.1f} ms a step = {shares}"
     yield f"  tokens/s     {found.tokens_per_second:,.0f}, {found.tokens_per_second / layout.world:,.0f} a device"
@@ -75,7 +74,8 @@ def assumed(config: ResolvedConfig, hardware: Hardware, values: Assumptions) -> 
     lines = [
         "our local layers with torch's flash attention and fused RMSNorm and megatron-core's fused SwiGLU, as without "
         "Transformer Engine",
-        f"every row masked at the mean rate {predicted_fraction(config):.3g}; the memory is that of the highest rate",
+        f"every row masked at the mean rate {predicted_fraction(config):.3g}; memory at the highest rate, where that is "
+        "over 1.1 times the mean",
         "memory is what tensors take of torch's allocator: no fragmentation, no CUDA context, no NCCL, no workspaces",
         f"matrix products reach {values.matmul:.0%} of the peak, attention {values.attention:.0%}, other kernels "
         f"{values.memory:.0%} of the memory bandwidth, collectives {values.links:.0%} of the links",
@@ -118,7 +118,9 @@ def as_json(
 
 def table(rows: Sequence[tuple[ResolvedConfig, Layout, Forecast]]) -> str:
     """Layouts of a sweep, best first."""
-    head = "tensor pipeline data micro_batch recompute  peak GiB  fits  step ms    MFU  tokens/s/device    days  GPU-hours"
+    head = (
+        "tensor pipeline data micro_batch recompute  peak GiB  fits  step ms    MFU  tokens/s/device    days  GPU-hours"
+    )
     lines = [head]
     for config, layout, found in sorted(rows, key=lambda row: (not row[2].fits, row[2].step.total)):
         lines.append(

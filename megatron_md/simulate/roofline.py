@@ -149,9 +149,7 @@ def step_time(stages: Sequence[Stage], config: ResolvedConfig, layout: Layout, r
     on_batches = slowest.compute + slowest.tensor + slowest.pipeline
     # Narayanan et al., arXiv 2104.04473: (P - 1) / (M V) of the time on the micro-batches.
     share = (layout.pipeline - 1) / (layout.micro_batches * config.parallel.virtual_pipeline)
-    return StepTime(
-        slowest.compute, slowest.tensor, slowest.pipeline, share * on_batches, slowest.data, slowest.update
-    )
+    return StepTime(slowest.compute, slowest.tensor, slowest.pipeline, share * on_batches, slowest.data, slowest.update)
 
 
 def _stage_time(stage: Stage, config: ResolvedConfig, roofline: Roofline) -> StepTime:
@@ -204,8 +202,8 @@ def forecast(
     peak_of_all = hardware.peak(config.train.precision) * layout.world
     # Stages between the first and the last are alike.
     copies = [1 if stage.stage in (0, layout.pipeline - 1) else layout.pipeline - 2 for stage in stages]
-    flops = sum(stage.flops() * count for stage, count in zip(stages, copies, strict=True)) * layout.world
-    flops /= layout.pipeline
+    of_replica = sum(stage.flops() * count for stage, count in zip(stages, copies, strict=True))
+    flops = of_replica * layout.world / layout.pipeline
     seconds = Progress.start(config).total_tokens / per_second
     peak = max(stage.peak for stage in stages)
     return Forecast(

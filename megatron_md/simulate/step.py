@@ -56,7 +56,7 @@ def simulate_stage(config: ResolvedConfig, meter: Meter, micro_batches: int) -> 
     world = parallel.initialize(config)
     objective = build_objective(config.objective, seed=config.seed, mask_token_id=config.model.vocab - 1)
     with fake_cuda.CudaKernels(meter.fused), fake_cuda.fake_tensors(), meter:
-        chunks = build_model(
+        chunks: list[Any] = build_model(
             config, world.device, causal=objective.causal, mask_token_id=config.model.vocab - 1, initialize=False
         )
         meter.category = "gradients"
@@ -119,11 +119,11 @@ class _Steps:
         found = []
         for key in calls.after:
             often, once = calls.split(key)
-            part, *rest = key
+            part, kind, name, flops, size = key
             if often:
-                found.append(Kernel(part, *rest, count=round(often * self.micro_batches)))
+                found.append(Kernel(part, kind, name, flops, size, round(often * self.micro_batches)))
             if once:
-                found.append(Kernel(UPDATE, *rest, count=round(once)))
+                found.append(Kernel(UPDATE, kind, name, flops, size, round(once)))
         return found
 
     def _collectives(self, calls: _Growth, sizes: _Growth) -> list[Collective]:

@@ -29,7 +29,9 @@ def kernel(part: str, flops: float = 0, size: float = 0, *, count: int = 1, name
     return Kernel(part, "layers", name, int(flops), int(size), count)
 
 
-def collective(part: str, name: str, group: str, ranks: int, size: float, *, count: int = 1, apart: int = 1) -> Collective:
+def collective(
+    part: str, name: str, group: str, ranks: int, size: float, *, count: int = 1, apart: int = 1
+) -> Collective:
     return Collective(part, name, group, tuple(range(0, ranks * apart, apart)), count, int(size))
 
 
@@ -41,7 +43,13 @@ def stage(kernels: list[Kernel], collectives: list[Collective] | None = None, *,
 
 def run(world: int = 1, **sections: Any) -> tuple[ResolvedConfig, Layout]:
     """A tiny bf16 run with one micro-batch a rank."""
-    train = {"global_batch_size": 8, "micro_batch_size": 8, "precision": "bf16", "steps": 10, **sections.pop("train", {})}
+    train = {
+        "global_batch_size": 8,
+        "micro_batch_size": 8,
+        "precision": "bf16",
+        "steps": 10,
+        **sections.pop("train", {}),
+    }
     content = {"model": {"preset": "tiny", "vocab": 512}, "train": train, **sections}
     config = resolve(config_from_mapping(content))
     return config, check_config(config, world, corpora=False)

@@ -100,11 +100,16 @@ def test_a_forecast_of_a_run() -> None:
     assert found.mfu == pytest.approx(training_flops_per_token(config, 512) * tokens / 3e12)
     assert found.days == pytest.approx(10 * 3.0 / 86400)
     assert found.gpu_hours == pytest.approx(10 * 3.0 / 3600)
-    assert found.fits and not forecast([stage([kernel(FORWARD, 1)])], config, layout, replace(DEVICE, memory_bytes=644), IDEAL).fits
+    assert (
+        found.fits
+        and not forecast([stage([kernel(FORWARD, 1)])], config, layout, replace(DEVICE, memory_bytes=644), IDEAL).fits
+    )
 
 
 def test_middle_stages_count_as_often_as_there_are() -> None:
-    config, layout = run(8, parallel={"pipeline": 4}, model={"preset": "tiny", "vocab": 512}, train={"micro_batch_size": 4})
+    config, layout = run(
+        8, parallel={"pipeline": 4}, model={"preset": "tiny", "vocab": 512}, train={"micro_batch_size": 4}
+    )
     stages = [stage([kernel(FORWARD, flops)], number=number) for number, flops in ((0, 1e12), (1, 10e12), (3, 100e12))]
     # Two data-parallel replicas of 1 + 10 + 10 + 100.
     assert forecast(stages, config, layout, DEVICE, Assumptions()).flops == pytest.approx(2 * 121e12)

@@ -15,7 +15,9 @@ def test_a_stage_comes_back_from_json() -> None:
 
 def test_flops_and_groups_add_up() -> None:
     gather = [collective(part, "_allgather_base", "tensor", 2, 8, count=2) for part in (FORWARD, BACKWARD)]
-    found = stage([kernel(FORWARD, 4, count=3), kernel(BACKWARD, 10)], [*gather, collective(FORWARD, "send", "pipeline", 2, 99)])
+    found = stage(
+        [kernel(FORWARD, 4, count=3), kernel(BACKWARD, 10)], [*gather, collective(FORWARD, "send", "pipeline", 2, 99)]
+    )
     assert found.flops() == found.flops("layers") == 22
     assert found.flops("head") == 0
     assert list(found.per_group()) == [("send", "pipeline", 2, 1, 99), ("_allgather_base", "tensor", 2, 4, 16)]
