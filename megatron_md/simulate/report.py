@@ -74,8 +74,8 @@ def assumed(config: ResolvedConfig, hardware: Hardware, values: Assumptions) -> 
     lines = [
         "our local layers with torch's flash attention and fused RMSNorm and megatron-core's fused SwiGLU, as without "
         "Transformer Engine",
-        f"every row masked at the mean rate {predicted_fraction(config):.3g}; memory at the highest rate, where that is "
-        "over 1.1 times the mean",
+        f"every row masked at the mean rate {predicted_fraction(config):.3g}; memory at the highest rate, where that "
+        "is over 1.1 times the mean",
         "memory is what tensors take of torch's allocator: no fragmentation, no CUDA context, no NCCL, no workspaces",
         f"matrix products reach {values.matmul:.0%} of the peak, attention {values.attention:.0%}, other kernels "
         f"{values.memory:.0%} of the memory bandwidth, collectives {values.links:.0%} of the links",
