@@ -168,7 +168,7 @@ class _Activations:
         parallel, train = config.parallel, config.train
         self.is_first, self.is_last = stage == 0, stage == parallel.pipeline - 1
         self.width = 2 if train.precision == "bf16" else 4
-        self.rows = train.micro_batch_size * config.data.seq_length
+        self.rows = train.micro_batch_size * config.data.seq_length / parallel.context
         self.hidden = self.width * self.rows * config.model.hidden
         self.own_hidden = self.hidden / (parallel.tensor if parallel.sequence_parallel else 1)
 

@@ -33,8 +33,10 @@ def report(config: ResolvedConfig, layout: Layout, stages: Sequence[Stage], hard
 
 def _stage_lines(stage: Stage, layout: Layout) -> Iterator[str]:
     yield f"# pipeline stage {stage.stage} of {layout.pipeline} (rank {stage.rank}): {stage.parameters:,} parameters"
-    parts = ", ".join(f"{name} {stage.memory[name] / GIB:.2f}" for name in CATEGORIES)
-    yield f"  memory       peak {stage.peak / GIB:.2f} GiB = {parts}; {stage.built / GIB:.2f} before the first step"
+    unit, name = (GIB, "GiB") if stage.peak >= GIB else (MIB, "MiB")
+    parts = ", ".join(f"{part} {stage.memory[part] / unit:.2f}" for part in CATEGORIES)
+    before = f"{stage.built / unit:.2f} before the first step"
+    yield f"  memory       peak {stage.peak / unit:.2f} {name} = {parts}; {before}"
     kinds = ", ".join(f"{kind} {stage.flops(kind):.3e}" for kind in KINDS if stage.flops(kind))
     yield f"  FLOPs        {stage.flops():.4e} a step = {kinds}"
     yield f"  kernels      {sum(kernel.count for kernel in stage.kernels):,} a step"
@@ -44,12 +46,10 @@ def _stage_lines(stage: Stage, layout: Layout) -> Iterator[str]:
 
 
 def _short(name: str) -> str:
-    for known in ("allgather", "reduce_scatter", "allreduce", "alltoall"):
-        if known in name:
-            return {"allgather": "all-gather", "reduce_scatter": "reduce-scat.", "allreduce": "all-reduce"}.get(
-                known, "all-to-all"
-            )
-    return name
+    """A collective's usual name for torch's name of the operation."""
+    usual = {"allgather": "all-gather", "reduce_scatter": "reduce-scat.", "allreduce": "all-reduce"}
+    usual["alltoall"] = "all-to-all"
+    return next((short for part, short in usual.items() if part in name), name)
 
 
 def _step_lines(config: ResolvedConfig, layout: Layout, hardware: Hardware, found: Forecast) -> Iterator[str]:
