@@ -81,8 +81,8 @@ def assumed(config: ResolvedConfig, hardware: Hardware, values: Assumptions) -> 
         f"{values.memory:.0%} of the memory bandwidth, collectives {values.links:.0%} of the links",
         f"a kernel takes at least {1e6 * values.kernel_seconds:.0f} us, a collective "
         f"{1e6 * values.collective_seconds:.0f} us besides its bytes",
-        "collectives of tensor and context parallelism are waited for; data parallelism is hidden by one micro-batch "
-        "where parallel.overlap_grad_reduce and parallel.overlap_param_gather say so",
+        "collectives of tensor and context parallelism and what stages send are waited for; those of data parallelism "
+        "are hidden by one micro-batch where parallel.overlap_grad_reduce and parallel.overlap_param_gather say so",
         f"ranks fill nodes of {hardware.devices_per_node}; the peak is "
         f"{hardware.peak(config.train.precision) / 1e12:,.0f} TFLOP/s",
         "no data loading, validation, saving, faults; full batch from the first step",
