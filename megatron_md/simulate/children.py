@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from megatron_md.processes import PARENT_VARIABLE, scratch_folder
 from megatron_md.run.check import Layout
 from megatron_md.simulate.guard import guard_library
 from megatron_md.simulate.stage import Stage
+
+DONE = b"done\n"  # what a worker says for each job
 
 Run = tuple[ResolvedConfig, Layout]
 
@@ -50,14 +53,14 @@ def simulate(runs: Sequence[Run], *, trust: bool = False, done: Callable[[], Non
             for number, (config, layout) in enumerate(runs)
             for stage in stages_to_simulate(layout.pipeline)
         ]
-        cores = len(os.sched_getaffinity(0))
-        errors = _run({"guard": str(guard), "trust": trust, "at_once": cores, "jobs": jobs}, done)
+        given = {"guard": str(guard), "trust": trust, "at_once": len(os.sched_getaffinity(0)), "jobs": jobs}
+        errors = _run(given, folder / "errors", done)
         stages = iter([_found(job, errors) for job in jobs])
     return [[next(stages) for _ in stages_to_simulate(layout.pipeline)] for _, layout in runs]
 
 
-def _run(given: dict[str, Any], done: Callable[[], None]) -> str:
-    """Have all jobs done; what was said on stderr meanwhile."""
+def _run(given: dict[str, Any], log: Path, done: Callable[[], None]) -> str:
+    """Have all jobs done; what was said on stderr meanwhile, which goes to `log`."""
     environment = {
         **os.environ,
         # Whoever starts this process from a checkout has the package on the path of this process only.
@@ -68,17 +71,17 @@ def _run(given: dict[str, Any], done: Callable[[], None]) -> str:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
     words = [sys.executable, "-P", "-m", "megatron_md.simulate.worker"]
-    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with scratch_folder() as folder, open(folder / "errors", "w+", encoding="utf-8", errors="replace") as errors:
-        with subprocess.Popen(words, env=environment, text=True, **{**pipes, "stderr": errors}) as worker:
-            assert worker.stdin is not None and worker.stdout is not None
-            json.dump(given, worker.stdin)
+    with log.open("wb") as errors:
+        worker = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    with worker:
+        assert worker.stdin is not None and worker.stdout is not None
+        with suppress(BrokenPipeError):  # it has died, and its log says why
+            worker.stdin.write(json.dumps(given).encode())
             worker.stdin.close()
-            for line in worker.stdout:
-                if line == "done\n":
-                    done()
-        errors.seek(0)
-        return errors.read()
+        for line in worker.stdout:
+            if line == DONE:
+                done()
+    return log.read_text(encoding="utf-8", errors="replace")
 
 
 def _found(job: dict[str, Any], errors: str) -> Stage:

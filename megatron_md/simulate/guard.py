@@ -66,7 +66,8 @@ def _compile(command: str, torch: Path, output: Path) -> Path:
     words += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}", "-o", str(output)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:])
+        lines = done.stderr.splitlines() or [f"it ended with {done.returncode}"]
+        error = next((line for line in lines if "error" in line), lines[-1])
         raise UserError(f"{command} cannot compile {_SOURCE.name}: {' '.join(error.split())}")
     return output
 

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_md.config import config_from_mapping, resolve
 from megatron_md.errors import UserError
 from megatron_md.processes import die_with_parent, end_with_launcher
+from megatron_md.simulate.children import DONE
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def _fork(simulate: Callable[[dict[str, Any]], dict[str, Any]], job: dict[str, A
     if os.fork() == 0:
         die_with_parent(parent)
         Path(job["output"]).write_text(json.dumps(simulate(job)))
-        os.write(1, b"done\n")
+        os.write(1, DONE)
         os._exit(0)  # nothing of what is pretended here can be shut down
 
 
