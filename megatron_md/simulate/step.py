@@ -150,8 +150,9 @@ class _Steps:
 
     def _run(self, micro_batches: int, mask_rate: float) -> None:
         batch = uniform_batch(self.config, mask_rate)
-        with _update_noticed(self.stepper, self.meter):
-            self.stepper.train([batch] * micro_batches)
+        with _update_made(self.stepper, self.meter):
+            report = self.stepper.train([batch] * micro_batches, judge=lambda loss, grad_norm: None)
+        assert report.fault is None
 
 
 def uniform_batch(config: ResolvedConfig, mask_rate: float) -> CorruptedBatch:
@@ -171,20 +172,22 @@ def uniform_batch(config: ResolvedConfig, mask_rate: float) -> CorruptedBatch:
 
 
 @contextmanager
-def _update_noticed(stepper: Stepper, meter: Meter) -> Iterator[None]:
-    """Within it, the meter is told when a step leaves the pipeline schedule for the gradient norm and the update."""
-    predict = stepper.predict
+def _update_made(stepper: Stepper, meter: Meter) -> Iterator[None]:
+    """Within it, every step clips its gradients and makes its update, and the meter is told when that begins."""
+    predict, update = stepper.predict, stepper._update
 
     def noticed(*args: Any, **keys: Any) -> Any:
         outputs = predict(*args, **keys)
         meter.is_updating, meter.category = True, "optimizer"
         return outputs
 
-    stepper.predict = noticed  # type: ignore[method-assign]
+    replaced = {"predict": noticed, "_update": lambda grad_norm: update(2.0 * stepper.clip_grad)}
+    vars(stepper).update(replaced)
     try:
         yield
     finally:
-        del stepper.predict  # the class's again
+        for name in replaced:
+            delattr(stepper, name)  # the class's again
         meter.is_updating, meter.category = False, "activations"
 
 
