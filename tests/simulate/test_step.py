@@ -15,7 +15,7 @@ from megatron_md.run.check import Layout, check_config
 from megatron_md.run.estimate import layer_matrices, memory_per_rank, training_flops_per_token
 from megatron_md.simulate.children import simulate
 from megatron_md.simulate.guard import compiler
-from megatron_md.simulate.stage import KINDS, Stage
+from megatron_md.simulate.stage import KINDS, UPDATE, Stage
 
 SPLIT = {"tensor": 2, "sequence_parallel": True}
 OVERLAPPED = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -157,6 +157,23 @@ def test_gradients_are_reduced_and_weights_gathered_once_a_step(runs: dict[str, 
     (gathered,) = (size for name, (_, size) in found.items() if name.startswith("allgather"))
     assert reduced == pytest.approx(4 * stage.parameters, rel=1e-3)
     assert gathered == pytest.approx(2 * stage.parameters, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_step_ends_with_an_update(name: str, runs: dict[str, Run]) -> None:
+    run = runs[name]
+    data = run.layout.data if run.config.parallel.distributed_optimizer else 1
+    for stage in run.stages:
+        moved = sum(kernel.bytes * kernel.count for kernel in stage.kernels if kernel.name == "aten::_fused_adamw_")
+        # Weight, gradient and two averages are read in fp32, and all but the gradient written.
+        assert moved == pytest.approx(28 * stage.parameters / data, rel=1e-2)
+
+
+def test_without_overlap_weights_are_gathered_by_the_update(runs: dict[str, Run]) -> None:
+    (stage,) = runs["large micro-batch"].stages
+    (gathered,) = (one for one in stage.collectives if one.name.startswith("allgather"))
+    assert (gathered.part, gathered.group) == (UPDATE, "data")
+    assert gathered.bytes == pytest.approx(2 * stage.parameters, rel=1e-2)
 
 
 def test_pipeline_stages_send_each_micro_batch_once_each_way(runs: dict[str, Run]) -> None:
