@@ -231,7 +231,8 @@ def _traffic(func: Any, name: str, args: tuple[Any, ...], keys: dict[str, Any], 
     read, written = 0, 0 if func._schema.is_mutable else sum(map(_size, outputs))
     for argument, value in _arguments(func, args, keys):
         size = sum(min(_size(tensor), tensor.untyped_storage().nbytes()) for tensor in _on_device(value))
-        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        # The fused optimizer would write gradients too, if it had to unscale them.
+        is_written = argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
         written += size if is_written else 0
         if not is_written or not (argument.kwarg_only or name in _OVERWRITING):
             read += size
