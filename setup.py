@@ -4,5 +4,14 @@ from setuptools import find_packages, setup
 
 setup(
     packages=find_packages(include=["megatron_md*"]),
-    package_data={"megatron_md": ["presets/*.yaml", "parity/reference.json", "evaluate/trace.html", "py.typed"]},
+    package_data={
+        "megatron_md": [
+            "presets/*.yaml",
+            "parity/reference.json",
+            "evaluate/trace.html",
+            "simulate/guard.cpp",
+            "simulate/devices/*.yaml",
+            "py.typed",
+        ]
+    },
 )

@@ -22,6 +22,10 @@ from megatron_md.messages import guard_tracebacks, shown, tell, tell_error
 # shown by --help.
 COMMANDS = {
     "train": ("megatron_md.commands.train", "pretrain a model, as one YAML file says"),
+    "simulate": (
+        "megatron_md.commands.simulate",
+        "memory, FLOPs, traffic and time of a step on GPUs that are not there",
+    ),
     "tokenizer": ("megatron_md.commands.tokenizer", "train a tokenizer"),
     "data": ("megatron_md.commands.data", "build, verify and show tokenised corpora"),
     "generate": ("megatron_md.commands.generate", "write text with a trained model"),

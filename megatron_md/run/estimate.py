@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron_md.config import Config, ModelConfig, ResolvedConfig, ResolvedModel, to_yaml
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.run.check import Layout
@@ -64,6 +66,15 @@ def predicted_fraction(config: Config) -> float:
     return sum(schedule.mean(progress) for progress in moments) / len(moments)
 
 
+def highest_fraction(config: Config) -> float:
+    """Share of positions that the head sees of a row at the highest mask rate that the run draws."""
+    if config.objective.name == "autoregressive":
+        return 1.0
+    schedule = parse_schedule(config.objective.mask_schedule)
+    moments = [(step + 0.5) / 16 for step in range(16)]
+    return max(float(schedule.inverse_cdf(np.ones(1), progress)[0]) for progress in moments)
+
+
 def training_flops_per_token(
     config: Config, vocab: int, fraction: float | None = None, *, recomputation: bool = False
 ) -> float:
@@ -108,7 +119,14 @@ def layers_per_stage(config: Config) -> list[int]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes on one rank at its fullest moment.
+
+    Attributes:
+        parameters: their number.
+        weights, gradients, optimizer: held all the time.
+        activations: kept for the backward pass.
+        head: what the language-model head, or a layer's backward pass if that is more, takes for a while.
+    """
 
     parameters: int
     weights: float
@@ -138,51 +156,104 @@ def _stage_parameters(config: ResolvedConfig, stage: int) -> int:
     return layers_per_stage(config)[stage] * layer + embeddings + (model.hidden if last else 0)
 
 
-def _activation_bytes(config: Config, layout: Layout, stage: int) -> float:
-    """Activations that a stage holds for the backward pass, at the fullest moment of the pipeline schedule.
+class _Activations:
+    """Bytes that a rank of a stage holds besides weights, gradients and optimizer, by the local layers' own code.
 
-    Counted as in section 4 of arXiv 2205.05198, for SwiGLU, RMSNorm, no dropout, and attention that keeps no
-    L x L scores. Per token and layer: the inputs of both norms and what follows them (4H), q, k, v before and after the
-    rotation (2A + 3K), the attention's output (A), gate, up and their product (3F).
+    Counted as in section 4 of arXiv 2205.05198, for SwiGLU, RMSNorm, no dropout, and attention that keeps no L x L
+    scores; `tests/simulate/test_step.py` holds it to what the real step allocates.
     """
-    model, train, parallel = config.model, config.train, config.parallel
-    query, key = attention_widths(model)
-    rows = 4.0 * model.hidden / (parallel.tensor if parallel.sequence_parallel else 1)
-    split = (3.0 * query + 3.0 * key + 3.0 * model.ffn) / parallel.tensor
-    per_token = rows + split
-    if train.recompute == "full":
-        per_token = rows / 4.0
-    elif train.recompute == "selective":
-        per_token = rows + split - query / parallel.tensor
-    chunks = parallel.virtual_pipeline
-    warmup = parallel.pipeline - stage - 1
-    in_flight = warmup + 1 if chunks == 1 else 2 * warmup + (chunks - 1) * parallel.pipeline + 1
-    in_flight = min(in_flight, layout.micro_batches * chunks)
-    layers = layers_per_stage(config)[stage] / chunks * in_flight
-    one_again = rows + split if train.recompute == "full" else 0.0
-    width = 2 if train.precision == "bf16" else 4
-    tokens = train.micro_batch_size * config.data.seq_length / layout.context
-    return width * tokens * (layers * per_token + one_again)
+
+    def __init__(self, config: ResolvedConfig, layout: Layout, stage: int) -> None:
+        self.config, self.layout, self.stage = config, layout, stage
+        parallel, train = config.parallel, config.train
+        self.is_first, self.is_last = stage == 0, stage == parallel.pipeline - 1
+        self.width = 2 if train.uses_bf16("cpu") else 4
+        self.rows = train.micro_batch_size * config.data.seq_length / parallel.context
+        self.hidden = self.width * self.rows * config.model.hidden
+        self.own_hidden = self.hidden / (parallel.tensor if parallel.sequence_parallel else 1)
+
+    def layer(self, recompute: str) -> float:
+        """What one layer keeps of one micro-batch.
+
+        The inputs of both norms and what follows them (4H); q, k, v in one tensor (A + 2K), q and k rotated (A + K),
+        the attention's output (A) and its fp32 sums; gate, up and their product (3F).
+        """
+        if recompute == "full":
+            return self.own_hidden
+        model, parallel = self.config.model, self.config.parallel
+        query, key = attention_widths(model)
+        # megatron-core copies queries of several groups; the copy is kept by whatever takes it as input.
+        copied = query if model.heads > model.key_heads > parallel.tensor else 0
+        inputs = query + key if model.qk_norm else copied
+        split = 2.0 * query + 2.0 * key + 3.0 * model.ffn
+        if recompute == "selective":
+            split += inputs
+        else:
+            split += query + key if model.position == "rope" else inputs
+            split += copied if model.qk_norm else 0
+        sums = 4.0 * model.heads if recompute == "none" else 0.0
+        sums += 4.0 * (model.heads + model.key_heads) if model.qk_norm else 0.0
+        norms = 2 * 4.0 * self.rows * self.own_hidden / self.hidden
+        return 4 * self.own_hidden + norms + self.rows * (self.width * split + sums) / parallel.tensor
+
+    def kept(self) -> float:
+        """What all layers keep at the fullest moment of the pipeline schedule, and the norm after them."""
+        parallel, recompute = self.config.parallel, self.config.train.recompute
+        chunks = parallel.virtual_pipeline
+        warmup = parallel.pipeline - self.stage - 1
+        in_flight = warmup + 1 if chunks == 1 else 2 * warmup + (chunks - 1) * parallel.pipeline + 1
+        in_flight = min(in_flight, self.layout.micro_batches * chunks)
+        layers = layers_per_stage(self.config)[self.stage] / chunks * in_flight
+        # Under sequence parallelism rows are gathered in one buffer that stays.
+        gathered = self.hidden if parallel.sequence_parallel else 0.0
+        norm = 2 * self.own_hidden if self.is_last else 0.0
+        # What has come from or goes to the neighbours.
+        exchanged = (3 if chunks > 1 else 0 if self.is_first else 2) * self.own_hidden
+        return layers * self.layer(recompute) + gathered + norm + exchanged
+
+    def head(self) -> float:
+        """What the head takes at once: its weight's gradient, summed in fp32, and the logits of a chunk.
+
+        In bf16 a chunk has logits in bf16 and fp32 and their gradient in bf16, and the last chunk's are still there
+        when the next one's are made.
+        """
+        objective, model, tensor = self.config.objective, self.config.model, self.config.parallel.tensor
+        vocab = padded_vocab(self.config) / tensor
+        positions = highest_fraction(self.config) * self.rows
+        chunk = min(float(objective.head_chunk), positions)
+        next_chunk = min(chunk, positions - chunk)
+        per_logit = 6 if self.width == 2 else 4
+        weight = vocab * model.hidden
+        product = 2 * weight if self.width == 2 else 0.0
+        logits = max(per_logit * vocab * chunk + product, per_logit * vocab * (chunk + next_chunk))
+        return 4 * weight + logits + 2 * self.width * positions * model.hidden
+
+    def backward(self) -> float:
+        """What the backward pass of one layer takes at once, a recomputed layer included.
+
+        The gradients of its output, and of gate and up in place of their product.
+        """
+        model, tensor, recompute = self.config.model, self.config.parallel.tensor, self.config.train.recompute
+        again = self.layer("none") - self.layer(recompute) if recompute == "full" else 0.0
+        return again + self.hidden + self.width * 2.0 * self.rows * model.ffn / tensor
 
 
 def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:
-    """A rough estimate for the fullest rank, without the framework's own buffers and fragmentation."""
-    bf16 = config.train.precision == "bf16"
+    """What the fullest rank allocates, without the CUDA context, NCCL's buffers and fragmentation."""
+    bf16 = config.train.uses_bf16("cpu")  # fp32 where the device is left open
+    gradient = 4.0 if not bf16 or config.megatron.ddp.get("grad_reduce_in_fp32", True) else 2.0
     shards = layout.data * layout.context if config.parallel.distributed_optimizer else 1
 
     def of_stage(stage: int) -> Memory:
         count = _stage_parameters(config, stage)
-        last = stage == layout.pipeline - 1
-        rows = config.train.micro_batch_size * config.data.seq_length // layout.context
-        # Chunks of fp32 logits and their softmax; the gradient of the hidden states at all positions.
-        logits = 2 * 4.0 * min(config.objective.head_chunk, rows) * padded_vocab(config) / layout.tensor
+        activations = _Activations(config, layout, stage)
         return Memory(
             parameters=count,
             weights=count * (2.0 if bf16 else 4.0),
-            gradients=count * 4.0,
+            gradients=count * gradient,
             optimizer=count * (12.0 if bf16 else 8.0) / shards,
-            activations=_activation_bytes(config, layout, stage),
-            head=logits + 4.0 * rows * config.model.hidden if last else 0.0,
+            activations=activations.kept(),
+            head=max(activations.head() if activations.is_last else 0.0, activations.backward()),
         )
 
     return max((of_stage(stage) for stage in range(layout.pipeline)), key=lambda memory: memory.total)
@@ -222,7 +293,7 @@ def report(config: ResolvedConfig, layout: Layout) -> str:
         "tokens per step": f"{tokens_per_step:,} = {train.global_batch_size:,} rows x {config.data.seq_length:,}{ramp}",
         "steps": f"{train.steps:,}",
         "tokens in all": f"{total_tokens:,} ({total_tokens / count:.2f} per parameter)",
-        "memory per rank": f"{_scaled(memory.total, 'B', 1024)} on the fullest, roughly ({shares})",
+        "memory per rank": f"{_scaled(memory.total, 'B', 1024)} on the fullest ({shares})",
     }
     width = max(map(len, facts))
     lines = [f"  {name:<{width}}  {value}" for name, value in facts.items()]

@@ -144,12 +144,34 @@ def test_activations_shrink_with_recomputation_and_split_rows() -> None:
         return memory_per_rank(config, check_config(config, config.parallel.replica, corpora=False)).activations
 
     assert activations("full") < activations("selective") < activations("none")
-    # Without recomputation everything is split under sequence parallelism.
-    assert activations("none", tensor=8, sequence_parallel=True) == activations("none") / 8
+    # Without recomputation everything is split under sequence parallelism, but for the buffer that gathers rows.
+    hidden = 2 * 4096 * 4096
+    assert activations("none", tensor=8, sequence_parallel=True) == activations("none") / 8 + hidden
     assert activations("none", tensor=8, sequence_parallel=True) < activations("none", tensor=8)
     assert activations("full", tensor=2, context=4) == activations("full", tensor=2) / 4
-    # 32 layers of 4H + 3A + 3K + 3F elements of two bytes per token.
-    assert activations("none") == 2 * 4096 * 32 * (4 * 4096 + 3 * 4096 + 3 * 4096 + 3 * 12288)
+    # A token in a layer: 4H + 3A + 3K + 3F elements of two bytes, an fp32 number for each norm and each head; the norm
+    # at the end keeps its input, and its output is there.
+    token = 2 * (4 * 4096 + 3 * 4096 + 3 * 4096 + 3 * 12288) + 4 * (2 + 32)
+    assert activations("none") == 32 * 4096 * token + 2 * hidden
+    assert activations("full") == 32 * hidden + 2 * hidden
+
+
+def test_the_head_takes_its_weights_gradient_in_fp32_and_a_chunk_of_logits() -> None:
+    def head(chunk: int, rate: str = "point:0.5", **train: Any) -> float:
+        config = config_of(
+            "8b",
+            data={"seq_length": 4096},
+            objective={"head_chunk": chunk, "mask_schedule": rate},
+            train={"global_batch_size": 1, "micro_batch_size": 1, "precision": "bf16", **train},
+        )
+        return memory_per_rank(config, check_config(config, 1, corpora=False)).head
+
+    weight, hidden = 126464 * 4096, 2 * 2 * 2048 * 4096
+    # One chunk: logits in bf16 and fp32; then the product that is added to the gradient takes two bytes a weight.
+    assert head(2048) == 4 * weight + 6 * 2048 * 126464 + 2 * weight + hidden
+    assert head(4096) == head(2048)
+    assert head(2048, "uniform:0,1") > head(2048, "uniform:0.45,0.55") > head(2048)
+    assert head(256) < head(1024) < head(2048)
 
 
 def test_report_names_every_figure() -> None:
