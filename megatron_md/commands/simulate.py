@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
     hardware = load_hardware(args.hardware)
     check_folder_of(args.json, "--json ")
     config = load_config(args.config, args.overrides)
-    config = replace(config, train=replace(config.train, device="cuda"))
+    if config.train.precision == "fp8":
+        raise ConfigError(f"{args.config}: train.precision fp8 is not simulated; add train.precision=bf16")
+    config = replace(config, train=replace(config.train.settled("cuda"), device="cuda"))
     world_size = args.world_size or config.parallel.replica
     try:
         runs, left = _runs(config, world_size, hardware, args.sweep, trust=args.trust)

@@ -212,20 +212,19 @@ class _Activations:
         return layers * self.layer(recompute) + gathered + norm + exchanged
 
     def head(self) -> float:
-        """What the head takes at once: its weight's gradient, summed in fp32, and the logits of a chunk.
+        """What the head takes at once on CUDA: its weight's gradient, summed in fp32, and the logits of a chunk.
 
-        In bf16 a chunk has logits in bf16 and fp32 and their gradient in bf16, and the last chunk's are still there
-        when the next one's are made.
+        A chunk has logits and their gradient, and the last chunk's are still there when the next one's are made. In
+        bf16 there is a product that is added to the weight's gradient.
         """
         objective, model, tensor = self.config.objective, self.config.model, self.config.parallel.tensor
         vocab = padded_vocab(self.config) / tensor
         positions = highest_fraction(self.config) * self.rows
         chunk = min(float(objective.head_chunk), positions)
         next_chunk = min(chunk, positions - chunk)
-        per_logit = 6 if self.width == 2 else 4
         weight = vocab * model.hidden
         product = 2 * weight if self.width == 2 else 0.0
-        logits = max(per_logit * vocab * chunk + product, per_logit * vocab * (chunk + next_chunk))
+        logits = self.width * vocab * max(2 * chunk + product / (self.width * vocab), 2 * chunk + next_chunk)
         return 4 * weight + logits + 2 * self.width * positions * model.hidden
 
     def backward(self) -> float:

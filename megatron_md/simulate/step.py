@@ -150,8 +150,9 @@ class _Steps:
 
     def _run(self, micro_batches: int, mask_rate: float) -> None:
         batch = uniform_batch(self.config, mask_rate)
+        votes = [0.0] * 4  # damaged documents, and a request to stop by each way there is
         with _update_made(self.stepper, self.meter):
-            report = self.stepper.train([batch] * micro_batches, judge=lambda loss, grad_norm: None)
+            report = self.stepper.train([batch] * micro_batches, lambda loss, grad_norm: None, votes)
         assert report.fault is None
 
 

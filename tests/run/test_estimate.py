@@ -167,8 +167,8 @@ def test_the_head_takes_its_weights_gradient_in_fp32_and_a_chunk_of_logits() -> 
         return memory_per_rank(config, check_config(config, 1, corpora=False)).head
 
     weight, hidden = 126464 * 4096, 2 * 2 * 2048 * 4096
-    # One chunk: logits in bf16 and fp32; then the product that is added to the gradient takes two bytes a weight.
-    assert head(2048) == 4 * weight + 6 * 2048 * 126464 + 2 * weight + hidden
+    # One chunk: logits and their gradient; then the product that is added to the gradient takes two bytes a weight.
+    assert head(2048) == 4 * weight + 4 * 2048 * 126464 + 2 * weight + hidden
     assert head(4096) == head(2048)
     assert head(2048, "uniform:0,1") > head(2048, "uniform:0.45,0.55") > head(2048)
     assert head(256) < head(1024) < head(2048)

@@ -34,7 +34,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "full recomputation": (1, {"train": {"recompute": "full"}, "model": {"layers": 4}}),
     "selective, grouped": (2, {"train": {"recompute": "selective"}, "parallel": SPLIT, "model": {"kv_heads": 2}}),
     "fp32, not sharded": (2, {"train": {"precision": "fp32"}, "parallel": {"distributed_optimizer": False}}),
-    "large micro-batch": (2, {"train": {"micro_batch_size": 8}, "model": {"tied": True, "kv_heads": 2}}),
+    "large micro-batch": (
+        2,
+        {
+            "train": {"micro_batch_size": 8},
+            "model": {"tied": True, "kv_heads": 2},
+            "parallel": {"overlap_grad_reduce": False, "overlap_param_gather": False},
+        },
+    ),
     "norms, biases, learned": (1, {"model": {"qk_norm": True, "position": "learned", "qkv_bias": True}}),
     "all rates, small chunks": (1, {"objective": {"mask_schedule": "uniform:0,1", "head_chunk": 256}}),
     "8b": (8, EIGHT_B),
