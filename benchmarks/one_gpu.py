@@ -14,6 +14,8 @@ memory; one that does not fit says so. For each:
     peak        memory that torch has allocated at most, weights and optimizer included
     outside     share of the step's time in which the device neither multiplies matrices nor attends: other kernels and
                 waiting, from torch.profiler
+
+Beside them stands what `megatron-md simulate` says of ours on this device (another one: --hardware).
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,16 +37,17 @@ from loops import PlainLoop, build_stepper, corrupted, memory_of, random_rows, t
 from torch.autograd import DeviceType
 
 from megatron_md import parallel
-from megatron_md.config import ResolvedConfig, config_from_mapping, resolve
+from megatron_md.config import ResolvedConfig, config_from_mapping, resolve, to_yaml
 from megatron_md.run.check import check_config
 from megatron_md.run.estimate import memory_per_rank, training_flops_per_token
+from megatron_md.simulate.hardware import hardware_names
 
 # Tokens of a row, rows of a micro-batch.
 PRESETS = {"1b-aligned": (4096, 2), "1b": (4096, 2), "8b": (4096, 1), "50m": (512, 32), "tiny": (128, 2)}
 DEFAULT = ("1b-aligned", "1b", "8b")
 LOOPS = ("ours", "plain, full logits")
 SMALL_VOCAB = 8192  # of the presets that name none
-ROOM = 0.85  # of the device's memory: the estimate leaves out fragmentation, and was seen 6 to 12 % low
+ROOM = 0.9  # of the device's memory: the estimate leaves out fragmentation, workspaces and the CUDA context
 
 # Names of kernels on CUDA and of operators on the CPU.
 ATTENTION = re.compile(r"flash|fmha|attention|sdpa|mha_", re.IGNORECASE)
@@ -155,20 +161,42 @@ def in_a_process(words: list[str], preset: str, layers: int | None, loop: str) -
     return {"failure": lines[-1]}
 
 
+def simulated(args: argparse.Namespace, preset: str, layers: int | None) -> dict[str, Any]:
+    """What `megatron-md simulate` says of our loop on `args.hardware`, or why it says nothing."""
+    config = config_of(args, preset, layers)
+    config = replace(config, parallel=replace(config.parallel, distributed_optimizer=True))
+    config = replace(config, train=replace(config.train, device="cuda", precision="bf16"))
+    with tempfile.TemporaryDirectory() as folder:
+        file, figures = Path(folder) / "run.yaml", Path(folder) / "figures.json"
+        file.write_text(to_yaml(config))
+        words = ["-m", "megatron_md", "simulate", str(file), "--hardware", args.hardware, "--json", str(figures)]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"failure": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+        (found,) = json.loads(figures.read_text())
+    forecast = found["forecast"]
+    return {
+        "tokens_per_second": forecast["tokens_per_second"],
+        "mfu": forecast["mfu"],
+        "peak_gib": forecast["peak"] / 2**30,
+        "outside": None,
+    }
+
+
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
     """The figures, a line for each loop of each shape."""
     width = max(5, *(len(result["shape"]) for result in results)) + 2
-    yield f"{'shape':{width}s}{'loop':22s}{'tokens/s':>10s}{'MFU':>8s}{'peak':>11s}{'outside':>9s}"
+    yield f"{'shape':{width}s}{'loop':24s}{'tokens/s':>10s}{'MFU':>8s}{'peak':>11s}{'outside':>9s}"
     for result in results:
         for loop, found in result["loops"].items():
-            head = f"{result['shape']:{width}s}{loop:22s}"
+            head = f"{result['shape']:{width}s}{loop:24s}"
             if "failure" in found:
                 yield f"{head}{found['failure']}"
                 continue
             mfu = "" if found["mfu"] is None else f"{found['mfu']:.1%}"
-            figures = f"{found['tokens_per_second']:10,.0f}{mfu:>8s}{found['peak_gib']:7.1f} GiB{found['outside']:9.1%}"
-            yield f"{head}{figures}"
-        speeds = [found.get("tokens_per_second") for found in result["loops"].values()]
+            outside = "" if found["outside"] is None else f"{found['outside']:9.1%}"
+            yield f"{head}{found['tokens_per_second']:10,.0f}{mfu:>8s}{found['peak_gib']:7.1f} GiB{outside}"
+        speeds = [result["loops"][loop].get("tokens_per_second") for loop in LOOPS]
         if all(speeds):
             yield f"{'':{width}s}ours is {speeds[0] / speeds[1]:.2f}x as fast"
 
@@ -196,6 +224,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts (3)")
     parser.add_argument("--repeats", type=int, default=10, help="steps of which the median is told (10)")
     parser.add_argument("--eager", action="store_true", help="do not compile the plain loop")
+    parser.add_argument("--hardware", metavar="NAME", help="device to simulate, h100, h200 or b200 (this one)")
     parser.add_argument("--json", metavar="FILE", help="write all figures there as well")
     parser.add_argument("--only", choices=LOOPS, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
@@ -205,6 +234,9 @@ def parse(words: list[str]) -> argparse.Namespace:
             parser.error(f"{preset}: choose from {', '.join(PRESETS)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here: --device cpu --eager tries the script with the preset tiny")
+    if args.hardware is None and args.device == "cuda":
+        name = torch.cuda.get_device_name().lower()
+        args.hardware = next((known for known in hardware_names() if known in name), None)
     return args
 
 
@@ -218,6 +250,8 @@ def main(words: list[str]) -> None:
     for preset in args.presets:
         shape, layers = shape_of(args, preset)
         loops = {loop: in_a_process(options, preset, layers, loop) for loop in LOOPS}
+        if args.hardware is not None:
+            loops[f"ours, {args.hardware} simulated"] = simulated(args, preset, layers)
         results.append({"shape": shape, "loops": loops})
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_md.run.check import check_config
 from megatron_md.run.estimate import memory_per_rank, training_flops_per_token
+from megatron_md.simulate.guard import compiler
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device", "cpu", "--eager", "--micro-batches", "2", "--rows", "1", "--layers", "1"]
@@ -34,7 +35,7 @@ def one_gpu() -> ModuleType:
 
 def test_both_loops_run_and_are_told(tmp_path: Path, one_gpu: ModuleType) -> None:
     file = tmp_path / "figures.json"
-    words = ["tiny", *SMALL, "--repeats", "1", "--warmup", "1", "--json", str(file)]
+    words = ["tiny", *SMALL, "--repeats", "1", "--warmup", "1", "--hardware", "h100", "--json", str(file)]
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/one_gpu.py"), *words],
         capture_output=True,
@@ -52,6 +53,11 @@ def test_both_loops_run_and_are_told(tmp_path: Path, one_gpu: ModuleType) -> Non
         assert found["tokens_per_second"] == pytest.approx(256 / found["step_seconds"])
         assert 0.0 < found["outside"] < 1.0
         assert found["seconds_by_class"]["products"] > 0.0 and found["seconds_by_class"]["attention"] > 0.0
+    simulated = result["loops"]["ours, h100 simulated"]
+    if compiler() is None:
+        assert "no C++ compiler" in simulated["failure"]
+    else:
+        assert 0.0 < simulated["mfu"] < 1.0 and simulated["peak_gib"] > 0.0
     for line in one_gpu.table([result]):
         assert line in done.stdout
 
