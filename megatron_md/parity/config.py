@@ -151,8 +151,9 @@ def training_config(config: ParityConfig) -> ResolvedConfig:
         data=DataConfig(seq_length=length, prefetch=1),
         objective=config.objective,
         optimizer=config.optimizer,
-        # The loss of a drawn t varies by orders of magnitude, and is no reason to leave an update out.
-        train=replace(config.train, spike_factor=None, max_skipped=0),
+        # Theory is compared in fp32, on every device, unless asked otherwise. The loss of a drawn t varies by orders of
+        # magnitude, and is no reason to leave an update out.
+        train=replace(config.train.settled("cpu"), spike_factor=None, max_skipped=0),
         validation=ValidationConfig(sequences=0),
         log=config.log,
         megatron=config.megatron,

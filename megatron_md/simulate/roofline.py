@@ -170,7 +170,8 @@ def _stage_time(stage: Stage, config: ResolvedConfig, roofline: Roofline) -> Ste
             continue
         is_gather = one.name.startswith("allgather")
         part = FORWARD if is_gather else BACKWARD
-        overlaps = config.parallel.overlap_param_gather if is_gather else config.parallel.overlap_grad_reduce
+        reduce_overlaps, gather_overlaps = config.parallel.overlaps(by_default=True)
+        overlaps = gather_overlaps if is_gather else reduce_overlaps
         whole = roofline.collective(one)
         # One micro-batch hides it, but for the bucket at its end.
         hidden = seconds[part] / stage.micro_batches if overlaps else 0.0

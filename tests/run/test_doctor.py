@@ -98,3 +98,10 @@ def test_the_rank_that_fails_is_named_and_a_hang_ends() -> None:
     assert said.startswith("rank ") and said.endswith("ModuleNotFoundError: No module named 'none_such'")
     assert attempt_ranks(2, "collectives", seconds=0.1) == "no answer within 0 s"
     assert attempt("torch", seconds=0.01).failure == "no answer within 0 s"
+
+
+def test_a_port_that_another_process_took_costs_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["rank 0: DistNetworkError: EADDRINUSE", None, "rank 1: killed"]
+    monkeypatch.setattr(doctor, "_attempt_ranks_once", lambda *words, seconds: answers.pop(0))
+    assert attempt_ranks(2, "collectives") is None
+    assert attempt_ranks(2, "collectives") == "rank 1: killed" and not answers
