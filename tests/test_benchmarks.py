@@ -33,6 +33,7 @@ def one_gpu() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_both_loops_run_and_are_told(tmp_path: Path, one_gpu: ModuleType) -> None:
     file = tmp_path / "figures.json"
     words = ["tiny", *SMALL, "--repeats", "1", "--warmup", "1", "--hardware", "h100", "--json", str(file)]

@@ -10,6 +10,7 @@ from megatron_md.cli import main
 from tests.test_installed import BROKEN, write_package
 
 
+@pytest.mark.slow  # the test of the documentation starts it too
 @pytest.mark.distributed
 def test_training_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--nproc-per-node", "1"]) == 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_md import cpu
 from megatron_md.simulate.meter import ALLOCATION, Meter
 from megatron_md.simulate.stage import FORWARD, LAYERS, UPDATE
 
@@ -15,7 +16,7 @@ from megatron_md.simulate.stage import FORWARD, LAYERS, UPDATE
 @pytest.fixture
 def meter() -> Iterator[Meter]:
     meter = Meter()
-    with FakeTensorMode(), meter:
+    with cpu.suspended(), FakeTensorMode(), meter:  # another test of this process may run megatron-core on the CPU
         yield meter
 
 
