@@ -38,6 +38,7 @@ def propose(
     generators: Sequence[torch.Generator],
     *,
     excluded: tuple[int, ...],
+    deferred: tuple[int, ...] = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Proposal:
@@ -52,11 +53,13 @@ def propose(
         generators: on the logits' device, one for all rows or one for each. With its own, a row's draws do not depend
             on the other rows.
         excluded: tokens that are never proposed.
+        deferred: tokens that are proposed without confidence: their probability is 0, margin and negative entropy are
+            -inf, and the confidences of the others are without them (LLaDA's `confidence_eos_eot_inf`).
         temperature: T; 0 takes the likeliest token.
         top_p: see `keep_top_p`.
 
     Raises:
-        UserError: an excluded token lies outside the columns of the logits.
+        UserError: an excluded or deferred token lies outside the columns of the logits.
     """
     tokens_BK = torch.zeros_like(is_open_BK, dtype=torch.long)
     figures_3BK = torch.zeros(3, *is_open_BK.shape, dtype=torch.float32, device=is_open_BK.device)
@@ -69,11 +72,14 @@ def propose(
         row_N, column_N = index_N2.unbind(dim=1)
         logits_NV = exclude(logits_BKV[row_N, column_N].float(), excluded)
         token_N = _draw(logits_NV, generator, temperature, top_p)
-        probability_NV = logits_NV.softmax(dim=-1)
         tokens_BK[row_N, column_N] = token_N
+        probability_NV = exclude(logits_NV, deferred).softmax(dim=-1)
         figures_3BK[0, row_N, column_N] = probability_NV.gather(1, token_N[:, None])[:, 0]
         figures_3BK[1, row_N, column_N] = margin(probability_NV)
         figures_3BK[2, row_N, column_N] = -torch.special.entr(probability_NV).sum(dim=-1)
+    if deferred:
+        is_deferred_BK = is_open_BK & torch.isin(tokens_BK, tokens_BK.new_tensor(deferred))
+        figures_3BK[1:, is_deferred_BK] = -torch.inf
     return Proposal(tokens_BK, *figures_3BK)
 
 

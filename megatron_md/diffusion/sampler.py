@@ -30,8 +30,8 @@ class SamplerStep:
         steps: the most that there can be.
         tokens_BL: the canvas (do not change it); open positions hold the mask token.
         is_committed_BL: positions that this step filled.
-        probability_BL: the denoiser's probability of the token that it committed; 0 elsewhere, and where a token was
-            not proposed but follows from an `<eos>`.
+        probability_BL: the denoiser's probability of the token that it committed; 0 elsewhere, where a token was not
+            proposed but follows from an `<eos>`, and where an `<eos>` was deferred (`confidence_eos_eot_inf`).
     """
 
     step: int
@@ -68,6 +68,7 @@ def sample(
     *,
     mask_token_id: int,
     eos_token_id: int | None = None,
+    eot_token_ids: Sequence[int] = (),
     max_length: int | None = None,
     on_step: OnStep | None = None,
     seeds: Sequence[int] | None = None,
@@ -80,6 +81,7 @@ def sample(
         config: how.
         mask_token_id: fills the canvas at first, and is never generated.
         eos_token_id: the token that `config.eos` is about.
+        eot_token_ids: further tokens that end a text, as a chat template's end of a turn; `<eos>` may be among them.
         max_length: the model's context, checked before the first forward pass.
         on_step: called after every step, for a terminal that shows the canvas.
         seeds: one for each row instead of `config.seed`: a row then has the same draws alone and in any batch.
@@ -95,7 +97,8 @@ def sample(
         check_fits(prompt_length, config.length, max_length)
     canvas_BL = prompt_tokens_BP.new_full((rows, prompt_length + config.length), mask_token_id)
     canvas_BL[:, :prompt_length] = prompt_tokens_BP
-    return _Run(denoiser, canvas_BL, config, mask_token_id, eos_token_id, on_step, seeds).fill(prompt_length)
+    run = _Run(denoiser, canvas_BL, config, mask_token_id, eos_token_id, eot_token_ids, on_step, seeds)
+    return run.fill(prompt_length)
 
 
 def infill(
@@ -105,6 +108,7 @@ def infill(
     *,
     mask_token_id: int,
     eos_token_id: int | None = None,
+    eot_token_ids: Sequence[int] = (),
     max_length: int | None = None,
     on_step: OnStep | None = None,
     seeds: Sequence[int] | None = None,
@@ -121,7 +125,8 @@ def infill(
         raise UserError(f"length {config.length} is not the {length} positions of the canvas to fill in")
     if max_length is not None:
         check_fits(0, length, max_length)
-    return _Run(denoiser, canvas_BL.clone(), config, mask_token_id, eos_token_id, on_step, seeds).fill(0)
+    run = _Run(denoiser, canvas_BL.clone(), config, mask_token_id, eos_token_id, eot_token_ids, on_step, seeds)
+    return run.fill(0)
 
 
 class _Run:
@@ -134,15 +139,19 @@ class _Run:
         config: SamplerConfig,
         mask_token_id: int,
         eos_token_id: int | None,
+        eot_token_ids: Sequence[int],
         on_step: OnStep | None,
         seeds: Sequence[int] | None,
     ) -> None:
         if seeds is not None and len(seeds) != len(canvas_BL):
             raise UserError(f"{len(seeds)} seeds for {len(canvas_BL)} rows: give one for each row")
-        if config.eos != "keep" and eos_token_id is None:
-            raise UserError(f"eos {config.eos!r} needs an eos token id")
+        if eos_token_id is None and (config.eos != "keep" or config.confidence_eos_eot_inf):
+            what = "confidence_eos_eot_inf" if config.eos == "keep" else f"eos {config.eos!r}"
+            raise UserError(f"{what} needs an eos token id")
         self.denoiser, self.canvas_BL, self.config, self.on_step = denoiser, canvas_BL, config, on_step
         self.mask_token_id, self.eos_token_id = mask_token_id, eos_token_id
+        self.end_token_ids = tuple({*eot_token_ids, *(() if eos_token_id is None else (eos_token_id,))})
+        self.deferred = self.end_token_ids if config.confidence_eos_eot_inf else ()
         self.excluded: tuple[int, ...] = (mask_token_id,)
         self.is_given_BL = canvas_BL != mask_token_id
         if config.guidance > 0.0 and not bool(self.is_given_BL.any()):
@@ -196,6 +205,7 @@ class _Run:
             is_open_BK,
             self.generators,
             excluded=self.excluded,
+            deferred=self.deferred,
             temperature=config.temperature,
             top_p=config.top_p,
         )
@@ -221,7 +231,7 @@ class _Run:
         probability_BL = torch.zeros(self.canvas_BL.shape, dtype=torch.float32, device=self.canvas_BL.device)
         probability_BL[:, block] = proposal.probability_BK * is_committed_BK
         if config.eos == "stop":
-            is_closed_BL = self._close_after_eos()
+            is_closed_BL = self._close_after_end()
             is_committed_BL |= is_closed_BL
             probability_BL[is_closed_BL] = 0.0
         self.fixed_step_BL[is_committed_BL] = self.steps_done
@@ -242,11 +252,12 @@ class _Run:
         self.forward_passes += 1
         return guide(conditional_BKV.float(), unconditional_BKV.float(), self.config.guidance)
 
-    def _close_after_eos(self) -> torch.Tensor:
-        """Turn what follows a row's settled `<eos>` into `<eos>` (but for given tokens); the positions that changed."""
+    def _close_after_end(self) -> torch.Tensor:
+        """Turn what follows a row's settled end into `<eos>` (but for given tokens); the positions that changed."""
         assert self.eos_token_id is not None
         is_settled_BL = (self.canvas_BL == self.mask_token_id).cumsum(dim=1) == 0
-        is_end_BL = is_settled_BL & (self.canvas_BL == self.eos_token_id) & ~self.is_given_BL
+        is_ending_BL = torch.isin(self.canvas_BL, self.canvas_BL.new_tensor(self.end_token_ids))
+        is_end_BL = is_settled_BL & is_ending_BL & ~self.is_given_BL
         is_after_BL = is_end_BL.long().cumsum(dim=1) - is_end_BL.long() > 0
         is_closed_BL = is_after_BL & ~self.is_given_BL & (self.canvas_BL != self.eos_token_id)
         self.canvas_BL[is_closed_BL] = self.eos_token_id

@@ -28,8 +28,11 @@ class SamplerConfig:
             the forward passes.
         threshold: probability from which the strategy `threshold` commits.
         factor: f of the strategy `factor`.
-        eos: `keep` treats it as any token; `stop` ends a row at an `<eos>` with nothing open before it and fills what
-            follows with `<eos>`; `suppress` never generates it.
+        eos: `keep` treats it as any token; `stop` ends a row at an `<eos>`, or another token that ends a turn, with
+            nothing open before it and fills what follows with `<eos>`; `suppress` never generates `<eos>` (LLaDA's
+            `logits_eos_inf`).
+        confidence_eos_eot_inf: commit positions whose proposal is `<eos>`, or another token that ends a turn, after all
+            others (LLaDA's option of this name). Confidences are then without those tokens.
         seed: of all random draws.
     """
 
@@ -44,6 +47,7 @@ class SamplerConfig:
     threshold: float = 0.9
     factor: float = 1.0
     eos: EosHandling = "keep"
+    confidence_eos_eot_inf: bool = False
 
     def __post_init__(self) -> None:
         for key, value in (("length", self.length), ("steps", self.total_steps), ("block", self.block_size)):

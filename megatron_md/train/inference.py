@@ -106,6 +106,7 @@ def fill(
     *,
     mask_token_id: int,
     eos_token_id: int,
+    eot_token_ids: Sequence[int] = (),
     on_step: OnStep | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Sample:
@@ -127,6 +128,7 @@ def fill(
         config,
         mask_token_id=mask_token_id,
         eos_token_id=eos_token_id,
+        eot_token_ids=eot_token_ids,
         max_length=denoiser.max_length,
         on_step=on_step,
         seeds=seeds,

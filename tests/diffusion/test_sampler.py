@@ -12,6 +12,7 @@ from megatron_md.diffusion.proposal import guide, keep_top_p
 from megatron_md.diffusion.sampler import SamplerStep, infill, sample
 from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.diffusion.unmasking import Choice
+from tests.diffusion.peer_vectors import vector
 
 MASK, EOS, VOCAB = 6, 5, 7
 STRATEGIES = ["low_confidence", "random", "ancestral", "margin", "entropy", "threshold", "factor"]
@@ -226,6 +227,63 @@ def test_suppress_never_generates_eos() -> None:
         assert (result.tokens_BL == EOS).double().mean() == share
 
 
+@pytest.mark.parametrize("number", range(6))
+def test_eos_modes_are_those_of_llada(number: int) -> None:
+    case = vector("llada_eos_modes")
+    inputs, expected = case["inputs"], case["expected"][number]
+    table_LV, shift_V = torch.tensor(inputs["logits"]), torch.tensor(inputs["shift"])
+    mask, ends = inputs["mask"], {inputs["eos"], inputs["eot"]}
+
+    def denoiser(tokens_BL: torch.Tensor) -> torch.Tensor:
+        return table_LV + 0.1 * (tokens_BL != mask).sum(dim=1)[:, None, None] * shift_V
+
+    keys = expected["keys"]
+    config = SamplerConfig(
+        keys["gen_length"],
+        keys["steps"],
+        keys["block_length"],
+        eos="suppress" if keys.get("logits_eos_inf") else "keep",
+        confidence_eos_eot_inf=keys.get("confidence_eos_eot_inf", False),
+    )
+    result = sample(
+        denoiser,
+        torch.tensor([inputs["prompt"]]),
+        config,
+        mask_token_id=mask,
+        eos_token_id=inputs["eos"],
+        eot_token_ids=[inputs["eot"]],
+    )
+    assert result.tokens_BL[0].tolist() == expected["tokens"]
+    found = [(result.fixed_step_BL[0] == step).nonzero()[:, 0].tolist() for step in range(1, keys["steps"] + 1)]
+    if config.confidence_eos_eot_inf:
+        # Ends have no confidence, so that their order among each other is chance: torch.topk's there, leftmost here.
+        is_end = [token in ends for token in expected["tokens"]]
+        words = [[[at for at in step if not is_end[at]] for step in steps] for steps in (found, expected["committed"])]
+        assert words[0] == words[1] and list(map(len, found)) == list(map(len, expected["committed"]))
+    else:
+        assert found == expected["committed"]
+
+
+@pytest.mark.parametrize("strategy", ["low_confidence", "margin", "entropy", "threshold", "factor"])
+def test_ends_of_turns_come_last_in_every_order_of_confidence(strategy: str) -> None:
+    denoiser, eot = Denoiser(9), 4
+    denoiser.logits_LV[:, [eot, EOS]] = -30.0
+    denoiser.logits_LV[1, EOS] = denoiser.logits_LV[5, eot] = 30.0  # the surest of all
+    config = SamplerConfig(8, strategy=strategy, threshold=1.0, factor=0.01, confidence_eos_eot_inf=True)
+    result = sample(denoiser, prompts(1, 1), config, mask_token_id=MASK, eos_token_id=EOS, eot_token_ids=[eot])
+    assert result.fixed_step_BL[0, [1, 5]].tolist() == [7, 8]
+    assert result.tokens_BL[0, [1, 5]].tolist() == [EOS, eot]
+
+
+def test_stop_ends_a_row_at_the_end_of_a_turn() -> None:
+    denoiser, eot = Denoiser(6), 4
+    denoiser.logits_LV[:, [eot, EOS]] = -30.0
+    denoiser.logits_LV[2, eot] = 30.0
+    config = SamplerConfig(6, block=2, eos="stop")
+    result = sample(denoiser, prompts(1, 0), config, mask_token_id=MASK, eos_token_id=EOS, eot_token_ids=[eot])
+    assert result.tokens_BL[0].tolist() == [*denoiser.best_L[:2].tolist(), eot, EOS, EOS, EOS]
+
+
 def test_top_p_keeps_the_smallest_sufficient_set() -> None:
     logits = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()
     for top_p, kept in [(0.4, 1), (0.5, 1), (0.51, 2), (0.7, 2), (0.95, 4)]:
@@ -307,6 +365,7 @@ def test_bad_configs_are_refused(keys: dict[str, Any], message: str) -> None:
         ([[0]], {}, {"mask_token_id": 9}, "token 9 lies outside the 7 columns"),
         ([[0, 1]], {}, {"max_length": 3}, "the prompt's 2 tokens and length 2 exceed the model's 3 positions"),
         ([[0]], {"eos": "stop"}, {}, "eos 'stop' needs an eos token id"),
+        ([[0]], {"confidence_eos_eot_inf": True}, {}, "confidence_eos_eot_inf needs an eos token id"),
         ([[]], {"guidance": 1.0}, {}, "guidance needs a prompt"),
     ],
     ids=str,
