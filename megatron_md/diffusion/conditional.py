@@ -7,7 +7,8 @@ Monte Carlo (LLaDA, Nie et al. 2025): with n answer tokens and l ~ U{1..n} of th
 the NELBO of the answer (nelbo.py), with the prompt always visible. In a minibatch of b draws l is evenly spaced over
 1..n from one random offset. Left to right instead adds up the chain rule, -log p(a_i | prompt, a_1 .. a_{i-1}) with all
 tokens from i on masked: n forward passes, nothing random, the log-likelihood of the model that decodes in that order.
-numpy only.
+With classifier-free guidance w the logits c of each copy become u + (1 + w)(c - u), where u are those of the copy whose
+prompt is masked too (LLaDA's `cfg`). numpy only.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class ConditionalEstimator:
         minibatch: draws that share one random offset of l.
         seed: of all draws.
         right_shift: for `autoregressive`: rows stay as they are, as the model's outputs predict the next token.
+        guidance: w of classifier-free guidance against the masked prompt; 0 is off, more doubles the forward passes.
     """
 
     method: ConditionalMethod = "monte_carlo"
@@ -43,6 +45,7 @@ class ConditionalEstimator:
     minibatch: int = 16
     seed: int = 0
     right_shift: bool = False
+    guidance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method not in get_args(ConditionalMethod):
@@ -52,6 +55,10 @@ class ConditionalEstimator:
             raise UserError(f"draws and minibatch must be at least 1, got {self.draws} and {self.minibatch}")
         if self.draws % self.minibatch:
             raise UserError(f"draws {self.draws} is not a multiple of minibatch {self.minibatch}")
+        if not 0.0 <= self.guidance < math.inf:
+            raise UserError(f"guidance must be 0 or a positive number, got {self.guidance}")
+        if self.guidance and self.causal:
+            raise UserError("guidance is for masked models: a causal one is scored exactly; leave guidance out")
 
     @property
     def causal(self) -> bool:

@@ -45,6 +45,21 @@ class Scorer(Protocol):
         """Sum over the data-parallel ranks, given to every rank (on the CPU)."""
 
 
+class GuidedScorer(Scorer, Protocol):
+    """A model whose logits can be guided as well."""
+
+    def guided_negative_log_likelihoods(
+        self, batches: Sequence[CorruptedBatch], without_prompt: Sequence[Int64Array], guidance: float
+    ) -> list[npt.NDArray[Any]] | None:
+        """Each batch's nll_M in nats under `proposal.guide` of two logits; None as in `negative_log_likelihoods`.
+
+        Args:
+            batches: what is predicted where.
+            without_prompt: each one's model input again, its prompts masked.
+            guidance: w.
+        """
+
+
 @dataclass(frozen=True)
 class ScoredRows:
     """Rows whose likelihood is wanted.

@@ -9,10 +9,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from megatron_md.batch import CorruptedBatch
+from megatron_md.batch import BoolArray, CorruptedBatch
 from megatron_md.diffusion.conditional import ConditionalEstimator, MaskedAnswers, masked_answers
 from megatron_md.diffusion.corruption import FloatArray
-from megatron_md.diffusion.scoring import Scorer
+from megatron_md.diffusion.scoring import GuidedScorer
 from megatron_md.errors import UserError
 
 
@@ -38,7 +38,7 @@ class AnswerLikelihood:
     Attributes:
         log_likelihood: log p(answer | prompt) in nats (a lower bound in expectation under `monte_carlo`).
         stderr: its standard error from the masks; 0 where nothing is random.
-        forward_passes: rows that went through the model.
+        forward_passes: rows that went through the model, those without the prompt included.
     """
 
     log_likelihood: float
@@ -47,7 +47,7 @@ class AnswerLikelihood:
 
 
 def conditional_log_likelihoods(
-    scorer: Scorer,
+    scorer: GuidedScorer,
     questions: Sequence[Question],
     estimator: ConditionalEstimator,
     *,
@@ -86,9 +86,12 @@ def conditional_log_likelihoods(
         key = number if question.key is None else question.key
         for at, answer in enumerate(question.answers):
             copies = masked_answers(question.prompt, answer, estimator, mask_token_id=mask_token_id, question=key)
-            sum_D = _summed_cross_entropies(scorer, copies)
+            guidance = estimator.guidance if len(question.prompt) else 0.0  # nothing to do without
+            is_prompt_L = np.arange(len(copies.clean_L)) < len(question.prompt)
+            sum_D = _summed_cross_entropies(scorer, copies, guidance, is_prompt_L, mask_token_id)
             if sum_D is not None:
-                figures = [*copies.log_likelihood(sum_D), float(len(copies.tokens_DL))]
+                passes = len(copies.tokens_DL) * (2 if guidance else 1)
+                figures = [*copies.log_likelihood(sum_D), float(passes)]
                 table_3A[:, first[number] + at] = torch.tensor(figures, dtype=torch.float64)
         on_question()
     columns = scorer.sum_over_ranks(table_3A).T.tolist()
@@ -102,7 +105,7 @@ def windows(tokens: Sequence[int], length: int) -> list[Sequence[int]]:
 
 
 def document_log_likelihoods(
-    scorer: Scorer,
+    scorer: GuidedScorer,
     documents: Sequence[Sequence[int]],
     estimator: ConditionalEstimator,
     *,
@@ -114,8 +117,9 @@ def document_log_likelihoods(
 ) -> list[AnswerLikelihood]:
     """Likelihood of each document without its end; every rank calls this and gets the same figures.
 
-    A document that is longer than the context is cut into disjoint windows, each of which is scored on its own. Where
-    nothing predicts a row's first token (`right_shift`) an `<eos>` goes before each window, as between documents.
+    A whole document has no prompt, so that nothing is guided. One that is longer than the context is cut into disjoint
+    windows, each of which is scored on its own. Where nothing predicts a row's first token (`right_shift`) an `<eos>`
+    goes before each window, as between documents.
 
     Args:
         scorer: the model.
@@ -134,6 +138,7 @@ def document_log_likelihoods(
     pieces = [windows(document, max_length - len(prefix)) for document in documents]
     # Windows draw apart from each other; what a document draws does not depend on the others.
     numbers = [number << 20 for number in range(len(pieces))] if keys is None else keys
+    estimator = replace(estimator, guidance=0.0)
     questions = [
         Question(prefix, [piece], number + at)
         for number, parts in zip(numbers, pieces, strict=True)
@@ -174,11 +179,17 @@ def _check(number: int, question: Question, mask_token_id: int, max_length: int 
             )
 
 
-def _summed_cross_entropies(scorer: Scorer, copies: MaskedAnswers) -> FloatArray | None:
+def _summed_cross_entropies(
+    scorer: GuidedScorer, copies: MaskedAnswers, guidance: float, is_prompt_L: BoolArray, mask_token_id: int
+) -> FloatArray | None:
     """Of each copy; None on ranks that do not hold the last pipeline stage."""
     size = min(scorer.micro_batch_size, len(copies.tokens_DL))
     batches: list[CorruptedBatch] = list(copies.micro_batches(size))
-    losses = scorer.negative_log_likelihoods(batches)
+    if guidance:
+        without_prompt = [np.where(is_prompt_L, mask_token_id, batch.tokens_BL) for batch in batches]
+        losses = scorer.guided_negative_log_likelihoods(batches, without_prompt, guidance)
+    else:
+        losses = scorer.negative_log_likelihoods(batches)
     if losses is None:
         return None
     sums = [

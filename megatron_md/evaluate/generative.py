@@ -24,7 +24,7 @@ from megatron_md.config import Config
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.conditional import ConditionalEstimator
 from megatron_md.diffusion.sampler_config import SamplerConfig
-from megatron_md.diffusion.scoring import Scorer
+from megatron_md.diffusion.scoring import GuidedScorer
 from megatron_md.errors import UserError
 from megatron_md.evaluate.conditional import document_log_likelihoods
 from megatron_md.evaluate.load import is_causal, load_model
@@ -160,7 +160,7 @@ def perplexity_at(entropy: float, qualities: Sequence[Quality]) -> float | None:
 class Judge:
     """A causal run that says how likely texts are."""
 
-    def __init__(self, saved: SavedRun, words: Tokenizer, scorer: Scorer) -> None:
+    def __init__(self, saved: SavedRun, words: Tokenizer, scorer: GuidedScorer) -> None:
         self.words, self.scorer = words, scorer
         self.max_length = saved.config.model.max_length
 

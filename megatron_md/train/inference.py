@@ -11,9 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.nn.functional import cross_entropy
 
-from megatron_md.batch import CorruptedBatch
+from megatron_md.batch import CorruptedBatch, Int64Array
 from megatron_md.config import ResolvedConfig
+from megatron_md.diffusion.proposal import guide
 from megatron_md.diffusion.sampler import OnStep, Sample, sample
 from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.parallel import World, sum_over_ranks
@@ -63,6 +65,22 @@ class Inference(ForwardPass):
         with self._looking():
             outputs = self.predict(batches, forward_only=True)
         return [output.nll_M.cpu().numpy() for output in outputs] if self.world.is_last_stage else None
+
+    @torch.no_grad()
+    def guided_negative_log_likelihoods(
+        self, batches: Sequence[CorruptedBatch], without_prompt: Sequence[Int64Array], guidance: float
+    ) -> list[np.ndarray[Any, Any]] | None:
+        """Each batch's nll_M in nats of guided logits, of which all of a batch are held twice; None as above."""
+        found = []
+        for batch, unprompted_BL in zip(batches, without_prompt, strict=True):
+            conditional_MV, unconditional_MV = (
+                self(torch.from_numpy(tokens_BL).to(self.device)).flatten(0, 1)[batch.positions_M]
+                for tokens_BL in (batch.tokens_BL, unprompted_BL)
+            )
+            guided_MV = guide(conditional_MV, unconditional_MV, guidance)
+            targets_M = torch.from_numpy(batch.targets_M).to(self.device)
+            found.append(cross_entropy(guided_MV, targets_M, reduction="none").cpu().numpy())
+        return found if self.world.is_last_stage else None
 
     def sum_over_ranks(self, figures: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel ranks of what the last pipeline stages hold, given to every rank (on the CPU)."""

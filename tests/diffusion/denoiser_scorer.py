@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_md.batch import CorruptedBatch
+from megatron_md.batch import CorruptedBatch, Int64Array
+from megatron_md.diffusion.proposal import guide
 
 
 class DenoiserScorer:
@@ -46,13 +47,28 @@ class DenoiserScorer:
         """Cross-entropy at each batch's positions, in fp32 at least."""
         return [self._score(batch) for batch in batches]
 
-    def _score(self, batch: CorruptedBatch) -> npt.NDArray[Any]:
-        if not len(batch.positions_M):
-            return np.zeros(0)
-        logits_BLV = self.denoiser(torch.from_numpy(batch.tokens_BL).to(self.device))
-        logits_MV = logits_BLV.flatten(0, 1)[torch.from_numpy(batch.positions_M).to(self.device)]
+    @torch.no_grad()
+    def guided_negative_log_likelihoods(
+        self, batches: Sequence[CorruptedBatch], without_prompt: Sequence[Int64Array], guidance: float
+    ) -> list[npt.NDArray[Any]]:
+        """The same of guided logits."""
+        return [self._score(*pair, guidance) for pair in zip(batches, without_prompt, strict=True)]
+
+    def _logits(self, tokens_BL: Int64Array, positions_M: Int64Array) -> torch.Tensor:
+        logits_BLV = self.denoiser(torch.from_numpy(tokens_BL).to(self.device))
+        logits_MV = logits_BLV.flatten(0, 1)[torch.from_numpy(positions_M).to(self.device)]
         logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
         logits_MV[:, self.excluded] = -torch.inf
+        return logits_MV
+
+    def _score(
+        self, batch: CorruptedBatch, unprompted_BL: Int64Array | None = None, guidance: float = 0.0
+    ) -> npt.NDArray[Any]:
+        if not len(batch.positions_M):
+            return np.zeros(0)
+        logits_MV = self._logits(batch.tokens_BL, batch.positions_M)
+        if unprompted_BL is not None:
+            logits_MV = guide(logits_MV, self._logits(unprompted_BL, batch.positions_M), guidance)
         targets_M = torch.from_numpy(batch.targets_M).to(self.device)
         nll_M: npt.NDArray[Any] = (
             torch.nn.functional.cross_entropy(logits_MV, targets_M, reduction="none").cpu().numpy()

@@ -88,6 +88,8 @@ def test_micro_batches_have_one_size(size: int) -> None:
         ({"method": "beam"}, "unknown method 'beam'"),
         ({"draws": 0}, "must be at least 1"),
         ({"draws": 100}, "draws 100 is not a multiple of minibatch 16"),
+        ({"guidance": -1.0}, "guidance must be 0 or a positive number, got -1.0"),
+        ({"guidance": 1.0, "method": "autoregressive"}, "guidance is for masked models"),
     ],
     ids=str,
 )

@@ -83,6 +83,48 @@ def test_left_to_right_is_exact_for_exact_conditionals() -> None:
         assert (first.stderr, first.forward_passes) == (0.0, 3)
 
 
+@pytest.mark.parametrize("guidance", [0.5, 2.0])
+def test_guidance_is_that_of_the_logits_with_and_without_the_prompt(guidance: float) -> None:
+    law, answer = law_of("markov"), ANSWERS[0]
+    estimator = ConditionalEstimator("left_to_right", guidance=guidance)
+    ((found,),) = conditional_log_likelihoods(
+        scorer_of(law, 2), [Question(PROMPT, [answer])], estimator, mask_token_id=law.mask
+    )
+    target = 0.0
+    for at, token in enumerate(answer):
+        rest = [*answer[:at], *[law.mask] * (len(answer) - at)]
+        conditional_V, unconditional_V = (
+            law.conditional_SNV[int(law.number(torch.tensor([[*prompt, *rest]]), law.vocab + 1)), len(prompt) + at]
+            for prompt in (PROMPT, [law.mask] * len(PROMPT))
+        )
+        # softmax(u + (1 + w)(c - u)) of logarithms: c^(1 + w) / u^w, normalised
+        guided_V = conditional_V ** (1.0 + guidance) / unconditional_V**guidance
+        target += float(np.log(guided_V[token] / guided_V.sum()))
+    assert found.log_likelihood == pytest.approx(target, rel=1e-9)
+    assert found.forward_passes == 2 * len(answer)
+
+
+def test_guidance_counts_for_every_draw_of_monte_carlo() -> None:
+    # Logits that depend on the prompt alone, and one token again and again: each draw gives the same, and it is known.
+    given_V, masked_V, answer, guidance = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([1.0, 0.5, 0.0]), [2, 2, 2], 1.5
+
+    def denoiser(tokens_BL: torch.Tensor) -> torch.Tensor:
+        is_given_B11 = (tokens_BL[:, :1] != 3)[..., None]
+        return torch.where(is_given_B11, given_V, masked_V).expand(*tokens_BL.shape, -1)
+
+    estimator = ConditionalEstimator(draws=32, guidance=guidance)
+    questions = [Question([1, 1], [answer, [2]]), Question([], [answer], key=7)]
+    found = conditional_log_likelihoods(DenoiserScorer(denoiser), questions, estimator, mask_token_id=3)
+    logp_V = (masked_V + (1.0 + guidance) * (given_V - masked_V)).double().log_softmax(dim=0)
+    assert found[0][0].log_likelihood == pytest.approx(float(logp_V[answer].sum()), rel=1e-4)
+    assert found[0][1].log_likelihood == pytest.approx(float(logp_V[2]), rel=1e-4)
+    assert [each.forward_passes for answers in found for each in answers] == [64, 2, 32]
+    # Without a prompt there is nothing to do without; the first token of the row is then part of the answer.
+    plain = ConditionalEstimator(draws=32)
+    (alone,) = conditional_log_likelihoods(DenoiserScorer(denoiser), questions[1:], plain, mask_token_id=3)
+    assert found[1][0].log_likelihood == alone[0].log_likelihood
+
+
 def test_uniform_model_as_in_llada() -> None:
     case = vector("llada_loglik_uniform_model")
     inputs = case["inputs"]

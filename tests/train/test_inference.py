@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -46,6 +47,9 @@ def figures(config: Config) -> tuple[list[float], list[float]]:
         method: Any = "autoregressive" if scorer.causal else "monte_carlo"
         estimator = ConditionalEstimator(method, draws=6, minibatch=3)
         found = conditional_log_likelihoods(scorer, questions, estimator, mask_token_id=MASK, max_length=LENGTH)
+        if not scorer.causal:
+            guided = replace(estimator, guidance=0.7)
+            found += conditional_log_likelihoods(scorer, questions, guided, mask_token_id=MASK, max_length=LENGTH)
         return table.values_PR().ravel().tolist(), [a.log_likelihood for answers in found for a in answers]
 
 
