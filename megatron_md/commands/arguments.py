@@ -6,10 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_md.data.chat_builtin import BUILT_IN
 from megatron_md.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_md.run.saved import Placement
+
+
+TEMPLATE = f"chat template: {', '.join(BUILT_IN)} or a .jinja file (the tokenizer's own)"
 
 
 def positive(text: str) -> int:

@@ -106,13 +106,31 @@ class MaskedAnswers:
 
         The error is the spread of the minibatches: 0 where nothing is random, nan where there is only one of them.
         """
-        terms_D = self.weight_D * sum_D
-        groups = len(terms_D) // self.minibatch if self.minibatch else 0
-        if groups == 0:
-            return -float(terms_D.sum()), 0.0
-        estimates_G = groups * terms_D.reshape(groups, -1).sum(axis=1)
-        stderr = float(estimates_G.std(ddof=1)) / math.sqrt(groups) if groups > 1 else math.nan
-        return -float(terms_D.sum()), stderr
+        estimates_G = self._estimates(sum_D)
+        groups, mean = len(estimates_G), -float((self.weight_D * sum_D).sum())
+        if not self.minibatch:
+            return mean, 0.0
+        return mean, float(estimates_G.std(ddof=1)) / math.sqrt(groups) if groups > 1 else math.nan
+
+    def halves(self, sum_D: FloatArray) -> tuple[float, float]:
+        """The estimates of the first and of the second half of the minibatches, independent of each other.
+
+        Both are the whole where nothing is random, and nan where there is only one minibatch. Of an odd number the last
+        is left out.
+        """
+        estimates_G = self._estimates(sum_D)
+        half = len(estimates_G) // 2
+        if not self.minibatch:
+            return -float(estimates_G[0]), -float(estimates_G[0])
+        if not half:
+            return math.nan, math.nan
+        return -float(estimates_G[:half].mean()), -float(estimates_G[half : 2 * half].mean())
+
+    def _estimates(self, sum_D: FloatArray) -> FloatArray:
+        """Of minus the log-likelihood, by each minibatch; one where nothing is random."""
+        groups = len(sum_D) // self.minibatch if self.minibatch else 1
+        estimates_G: FloatArray = groups * (self.weight_D * sum_D).reshape(groups, -1).sum(axis=1)
+        return estimates_G
 
 
 def evenly_spaced_counts(answer_length: int, minibatch: int, u: float) -> Int64Array:

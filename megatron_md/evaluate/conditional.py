@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -39,11 +40,14 @@ class AnswerLikelihood:
         log_likelihood: log p(answer | prompt) in nats (a lower bound in expectation under `monte_carlo`).
         stderr: its standard error from the masks; 0 where nothing is random.
         forward_passes: rows that went through the model, those without the prompt included.
+        halves: the log-likelihood by the first and by the second half of the draws, alike where nothing is random;
+            None where there are too few draws.
     """
 
     log_likelihood: float
     stderr: float
     forward_passes: int
+    halves: tuple[float, float] | None = None
 
 
 def conditional_log_likelihoods(
@@ -80,7 +84,7 @@ def conditional_log_likelihoods(
         _check(number, question, mask_token_id, max_length, needs_prompt=scorer.right_shift)
     estimator = replace(estimator, right_shift=scorer.right_shift)
     first = np.cumsum([0, *(len(question.answers) for question in questions)])
-    table_3A = torch.zeros(3, int(first[-1]), dtype=torch.float64)
+    table_5A = torch.zeros(5, int(first[-1]), dtype=torch.float64)
     for number in range(scorer.data_rank, len(questions), scorer.data_size):
         question = questions[number]
         key = number if question.key is None else question.key
@@ -91,11 +95,14 @@ def conditional_log_likelihoods(
             sum_D = _summed_cross_entropies(scorer, copies, guidance, is_prompt_L, mask_token_id)
             if sum_D is not None:
                 passes = len(copies.tokens_DL) * (2 if guidance else 1)
-                figures = [*copies.log_likelihood(sum_D), float(passes)]
-                table_3A[:, first[number] + at] = torch.tensor(figures, dtype=torch.float64)
+                figures = [*copies.log_likelihood(sum_D), float(passes), *copies.halves(sum_D)]
+                table_5A[:, first[number] + at] = torch.tensor(figures, dtype=torch.float64)
         on_question()
-    columns = scorer.sum_over_ranks(table_3A).T.tolist()
-    found = [AnswerLikelihood(value, stderr, int(passes)) for value, stderr, passes in columns]
+    columns = scorer.sum_over_ranks(table_5A).T.tolist()
+    found = [
+        AnswerLikelihood(value, stderr, int(passes), None if math.isnan(halves[0]) else tuple(halves))
+        for value, stderr, passes, *halves in columns
+    ]
     return [found[start:end] for start, end in pairwise(first.tolist())]
 
 
@@ -153,6 +160,7 @@ def document_log_likelihoods(
 
 
 def _sum(parts: Sequence[AnswerLikelihood]) -> AnswerLikelihood:
+    """Of a document from its windows; nobody chooses between documents, so that halves are not needed."""
     return AnswerLikelihood(
         sum(part.log_likelihood for part in parts),
         sum(part.stderr**2 for part in parts) ** 0.5,

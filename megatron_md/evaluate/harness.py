@@ -12,12 +12,11 @@ which question is decided below it.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,22 +26,20 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from megatron_md import parallel
+from megatron_md.data.chat_template import ChatTemplate
+from megatron_md.data.entries import Message
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.names import strategies
-from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.errors import UserError
-from megatron_md.evaluate.conditional import (
-    AnswerLikelihood,
-    Question,
-    conditional_log_likelihoods,
-    document_log_likelihoods,
-)
-from megatron_md.evaluate.load import is_causal, load_model
-from megatron_md.evaluate.tasks import HarnessSettings
+from megatron_md.evaluate.answer_file import Answer, AnswerFile
+from megatron_md.evaluate.answer_settings import HarnessSettings
+from megatron_md.evaluate.answerer import Answerer, Continuation, Document, Likelihood, hashed
+from megatron_md.evaluate.card import identity_of
+from megatron_md.evaluate.load import is_causal
 from megatron_md.messages import progress
-from megatron_md.parallel import World, shared
+from megatron_md.parallel import World
 from megatron_md.run.saved import Placement, SavedRun, open_run
-from megatron_md.train.inference import Inference, fill
+from megatron_md.train.inference import Inference
 
 
 @register_model("megatron_md")
@@ -50,8 +47,10 @@ class HarnessModel(TemplateLM):
     """A run of ours as the harness sees it.
 
     Attributes:
-        settings: how requests are answered; may be replaced between evaluations.
-        forward_passes: rows that went through the model so far, on all ranks together.
+        settings: how requests are answered; its seed may be replaced between evaluations.
+        answerer: what answers them.
+        halves: of multiple-choice questions, by task, seed and document: the choices' log-likelihoods by the two halves
+            of the draws, by the choice's number.
         shortened: requests so far whose prompt lost its beginning, because it did not fit.
     """
 
@@ -66,6 +65,7 @@ class HarnessModel(TemplateLM):
         trust: bool = False,
         max_batch_size: int | None = None,
         world: World | None = None,
+        state: str | Path | None = None,
         **settings: Any,
     ) -> None:
         """Open a run; weights are read when they are first needed.
@@ -79,7 +79,8 @@ class HarnessModel(TemplateLM):
             trust: load a checkpoint without a manifest, and import what its config says. Never by default.
             max_batch_size: the harness' own; not used.
             world: of a session that is under way; by default one is started, which ends with the process.
-            settings: of `HarnessSettings`.
+            state: file that keeps the answers as they come, and from which a later evaluation takes them.
+            settings: of `HarnessSettings`, under our names or those of LLaDA's evaluation.
 
         Raises:
             UserError: bad input, with the way out.
@@ -88,11 +89,7 @@ class HarnessModel(TemplateLM):
         # The harness says cuda:0 to all.
         placement = Placement(tensor, pipeline, "cpu" if device == "cpu" else "auto", trust)
         saved = run if isinstance(run, SavedRun) else open_run(run, placement)
-        unknown = sorted(settings.keys() - HarnessSettings.__dataclass_fields__.keys())
-        if unknown:
-            known = ", ".join(HarnessSettings.__dataclass_fields__)
-            raise UserError(f"model_args: unknown {', '.join(unknown)} (known: run, tensor, pipeline, trust, {known})")
-        self.settings = HarnessSettings(**settings)
+        self.settings = HarnessSettings.of(settings)
         train = replace(saved.config.train, micro_batch_size=int(batch_size))
         self.run: SavedRun = replace(saved, config=replace(saved.config, train=train))
         self.words = Tokenizer(saved.tokenizer)
@@ -106,12 +103,24 @@ class HarnessModel(TemplateLM):
             atexit.register(stack.close)
         self.world = world
         self._device = world.device
-        self.forward_passes = self.shortened = 0
+        identity = {**identity_of(self.run), **asdict(self.settings)}
+        del identity["seed"]  # every answer has its own
+        self.answerer = Answerer(
+            self.run, world, self.words, AnswerFile(None if state is None else Path(state), identity)
+        )
+        self.halves: dict[str, dict[tuple[int, Any], dict[int, tuple[float, float]]]] = {}
+        self._dialogues: dict[str, list[int]] = {}
+        self.shortened = 0
 
-    @cached_property
+    @property
     def model(self) -> Inference:
         """The run's weights."""
-        return load_model(self.run, self.world, self.words)
+        return self.answerer.model
+
+    @property
+    def forward_passes(self) -> int:
+        """Rows that went through the model for the answers so far, on all ranks together."""
+        return self.answerer.forward_passes
 
     @property
     def eot_token_id(self) -> int:
@@ -123,10 +132,45 @@ class HarnessModel(TemplateLM):
         """What the harness keys its caches on."""
         return self.words.sha256
 
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.of(self.words, self.settings.template)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The Jinja of the chat template, for the harness' records.
+
+        Raises:
+            UserError: there is none, or `chat_template` names one of several that a tokenizer may have elsewhere.
+        """
+        if isinstance(chat_template, str):
+            raise UserError(f"chat template {chat_template!r}: choose one by the model argument template instead")
+        return self._template.source if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a dialogue. Its tokens are kept, since what a message spells is no special token.
+
+        Args:
+            chat_history: messages, each with `role` and `content`.
+            add_generation_prompt: ask for an answer; else the last message is the beginning of one.
+        """
+        messages = [Message(message["role"], message["content"]) for message in chat_history]
+        begun = "" if add_generation_prompt or messages[-1].role != "assistant" else messages.pop().content
+        dialogue = self._template.encode(self.words, messages, add_generation_prompt=True)
+        text = dialogue.text + begun
+        self._dialogues[text] = [*dialogue.tokens.tolist(), *self.words.encode(begun).tolist()]
+        return text
+
+    @cached_property
+    def _eot_token_ids(self) -> tuple[int, ...]:
+        """What ends an answer besides `<eos>`: of the template that is asked for, or that rendered a prompt."""
+        if self.settings.template is None and not self._dialogues:
+            return ()
+        return tuple(self._template.stop_ids(self.words))
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Token ids, without special tokens."""
-        ids: list[int] = self.words.encode(string).tolist()
-        return ids
+        """Token ids of a text without special tokens, or of a dialogue."""
+        known = self._dialogues.get(string)
+        return list(known) if known is not None else self.words.encode(string).tolist()
 
     def _loglikelihood_tokens(self, requests: Any, **unused: Any) -> list[tuple[float, bool]]:
         raise NotImplementedError("loglikelihood() is answered as a whole")
@@ -140,95 +184,42 @@ class HarnessModel(TemplateLM):
         Raises:
             UserError: a continuation is longer than the context.
         """
-        pairs = [self._encode(*request.args) for request in requests]
-        questions = [
-            Question(prompt, [answer], _key(request)) for request, (prompt, answer) in zip(requests, pairs, strict=True)
-        ]
-        with self._progress("likelihoods", len(questions)) as advance:
-            found = conditional_log_likelihoods(
-                self.model,
-                questions,
-                self.settings.estimator(causal=self.causal),
-                mask_token_id=self.words.mask_token_id,
-                max_length=self.max_length,
-                on_question=advance,
-            )
-        self._count([answer for (answer,) in found])
         continuations = defaultdict(set)
         for request in requests:
             continuations[_key(request)].add(request.args)
-        single = [at for at, request in enumerate(requests) if len(continuations[_key(request)]) == 1]
-        greedy = dict(zip(single, self._shared([pairs[at] for at in single], self._is_greedy), strict=True))
-        self.forward_passes += sum(passes for _, passes in greedy.values())
-        return [(answer.log_likelihood, greedy.get(at, (False, 0))[0]) for at, (answer,) in enumerate(found)]
+        asked = [
+            Likelihood(*self._encode(*request.args), _key(request), len(continuations[_key(request)]) == 1)
+            for request in requests
+        ]
+        with self._progress("likelihoods", len(asked)) as advance:
+            answers = self.answerer.likelihoods(asked, self.settings.estimator(causal=self.causal), advance)
+        for request, answer in zip(requests, answers, strict=True):
+            self._keep_halves(request, answer)
+        return [(_value(answer), answer.is_greedy) for answer in answers]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Score log p of whole texts (minus the NELBO; exact for causal runs); long ones in disjoint windows."""
-        documents = [self.tok_encode(request.args[0]) for request in requests]
-        with self._progress("texts", len(documents)) as advance:
-            found = document_log_likelihoods(
-                self.model,
-                documents,
-                self.settings.estimator(causal=self.causal),
-                mask_token_id=self.words.mask_token_id,
-                eos_token_id=self.words.eos_token_id,
-                max_length=self.max_length,
-                keys=[_key(request) for request in requests],
-                on_question=advance,
-            )
-        self._count(found)
-        return [document.log_likelihood for document in found]
+        asked = [Document(self.tok_encode(request.args[0]), _key(request)) for request in requests]
+        with self._progress("texts", len(asked)) as advance:
+            answers = self.answerer.documents(asked, self.settings.estimator(causal=self.causal), advance)
+        return [_value(answer) for answer in answers]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Fill a canvas behind each context; the text ends at an `<eos>` or before the first stop string.
+        """Fill a canvas behind each context; the text ends at what ends one or before the first stop string.
 
         Raises:
             UserError: no canvas of the wanted kind fits behind a prompt.
         """
-        batches: dict[tuple[int, SamplerConfig], list[int]] = defaultdict(list)
-        prompts = []
-        for at, request in enumerate(requests):
+        asked = []
+        for request in requests:
             context, arguments = request.args
             config = self.settings.sampler(arguments, self.max_length)
-            prompts.append(self._shorten(self.tok_encode(context) or self._prefix, self.max_length - config.length))
-            batches[len(prompts[-1]), config].append(at)
-        size = self.run.config.train.micro_batch_size
-        jobs = [
-            (config, places[start : start + size])
-            for (_, config), places in batches.items()
-            for start in range(0, len(places), size)
-        ]
-        with self._progress("texts", len(requests)) as advance:
-
-            def work(job: tuple[SamplerConfig, list[int]]) -> tuple[list[list[int]], int]:
-                config, places = job
-                # No two batches sample with the same noise.
-                config = replace(config, seed=_hash(f"{config.seed}/{_key(requests[places[0]])}"))
-                result = fill(
-                    self.model,
-                    [prompts[at] for at in places],
-                    config,
-                    mask_token_id=self.words.mask_token_id,
-                    eos_token_id=self.words.eos_token_id,
-                )
-                for _ in places:
-                    advance()
-                return result.tokens_BL[:, -config.length :].tolist(), result.forward_passes * len(places)
-
-            found = self._shared(jobs, work)
-        self.forward_passes += sum(passes for _, passes in found)
-        texts = [""] * len(requests)
-        for (_, places), (answers, _) in zip(jobs, found, strict=True):
-            for at, answer in zip(places, answers, strict=True):
-                texts[at] = self._text(answer, requests[at].args[1].get("until") or [])
-        return texts
-
-    def _text(self, answer: list[int], until: str | Sequence[str]) -> str:
-        eos = self.words.eos_token_id
-        text = self.words.decode(answer[: answer.index(eos)] if eos in answer else answer)
-        for stop in [until] if isinstance(until, str) else until:
-            text = text.partition(stop)[0] if stop else text
-        return text
+            prompt = self._shorten(self.tok_encode(context) or self._prefix, self.max_length - config.length)
+            until = arguments.get("until") or []
+            stops = [until] if isinstance(until, str) else until
+            asked.append(Continuation(prompt, config, _key(request), tuple(stops), self._eot_token_ids))
+        with self._progress("texts", len(asked)) as advance:
+            return [answer.text or "" for answer in self.answerer.texts(asked, advance)]
 
     @property
     def _prefix(self) -> list[int]:
@@ -237,7 +228,12 @@ class HarnessModel(TemplateLM):
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Prompt and answer, the prompt cut from the left until both fit."""
-        prompt, answer = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+        if context in self._dialogues:
+            prompt, answer = self.tok_encode(context), self.tok_encode(continuation)
+        else:
+            prompt, answer = (
+                self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+            )
         if not answer:  # the continuation's characters have merged with the context's last ones
             prompt, answer = self.tok_encode(context), self.tok_encode(continuation)
         return self._shorten(prompt or self._prefix, self.max_length - len(answer)), answer
@@ -248,25 +244,13 @@ class HarnessModel(TemplateLM):
         self.shortened += 1
         return prompt[-room:]
 
-    def _is_greedy(self, pair: tuple[list[int], list[int]]) -> tuple[bool, int]:
-        """Whether decoding one token after the other, the surest first, gives the answer; forward passes."""
-        prompt, answer = pair
-        config = SamplerConfig(length=len(answer))
-        result = fill(
-            self.model,
-            [prompt],
-            config,
-            mask_token_id=self.words.mask_token_id,
-            eos_token_id=self.words.eos_token_id,
-        )
-        return result.tokens_BL[0, -len(answer) :].tolist() == list(answer), result.forward_passes
-
-    def _shared(self, jobs: Sequence[Any], work: Callable[[Any], Any]) -> list[Any]:
-        """What generating jobs give; a rank without a share reads the weights as well, which all ranks do together."""
-        return shared(self.world, jobs, work) if jobs and self.model else []
-
-    def _count(self, found: Sequence[AnswerLikelihood]) -> None:
-        self.forward_passes += sum(answer.forward_passes for answer in found)
+    def _keep_halves(self, request: Instance, answer: Answer) -> None:
+        if answer.halves is None:
+            return
+        questions = self.halves.setdefault(str(request.task_name), {})
+        choices = questions.setdefault((self.settings.seed, request.doc_id), {})
+        # A question may ask for its choices again without the context.
+        choices.setdefault(request.idx, answer.halves)
 
     def _progress(self, what: str, count: int) -> AbstractContextManager[Callable[..., None]]:
         """A bar on the main rank's terminal; its share stands for all."""
@@ -274,14 +258,14 @@ class HarnessModel(TemplateLM):
         return progress(f"{self.run.checkpoint} {what}", total, visible=self.world.is_main)
 
 
-def _hash(text: str) -> int:
-    """A number of 42 bits: room for the windows of a text behind it, and a seed for any generator."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 22
+def _value(answer: Answer) -> float:
+    assert answer.log_likelihood is not None, "a likelihood was asked for"
+    return answer.log_likelihood
 
 
 def _key(request: Instance) -> int:
     """What a request's random draws hang on: its task and document, whatever else is evaluated."""
-    return _hash(f"{request.task_name}/{request.doc_id}") << 20
+    return hashed(f"{request.task_name}/{request.doc_id}") << 20
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import io
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,82 +16,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 from megatron_md import parallel
+from megatron_md.data.chat_template import ChatTemplate
 from megatron_md.data.optional import optional_package
-from megatron_md.diffusion.conditional import ConditionalEstimator
-from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.errors import UserError
+from megatron_md.evaluate.answer_settings import HarnessSettings
 from megatron_md.run.saved import SavedRun
 
 Answers = dict[Any, Any]
-DEFAULT_LENGTH = 256  # the harness' own default for models that are not told
-
-
-@dataclass(frozen=True)
-class HarnessSettings:
-    """How requests are answered.
-
-    Attributes:
-        method: `monte_carlo` or `left_to_right`; a causal run is always scored exactly.
-        draws: masked copies of an answer under `monte_carlo`; one suffices for an answer of one token.
-        seed: of the masks and of sampling.
-        length: tokens of the canvas that is generated; the task's `max_gen_toks` if None.
-        steps: denoising steps; one per token if None.
-        block: tokens per block, from left to right; the whole canvas if None.
-        strategy: of the sampler.
-        temperature: of the sampler; the task's own if None.
-        guidance: classifier-free guidance of the sampler.
-    """
-
-    method: str = "monte_carlo"
-    draws: int = 128
-    seed: int = 0
-    length: int | None = None
-    steps: int | None = None
-    block: int | None = None
-    strategy: str = "low_confidence"
-    temperature: float | None = None
-    guidance: float = 0.0
-
-    def estimator(self, *, causal: bool) -> ConditionalEstimator:
-        """The estimator of log p(answer | prompt).
-
-        Raises:
-            UserError: there is none of that name, or it takes no such number of draws.
-        """
-        if self.method not in ("monte_carlo", "left_to_right"):
-            raise UserError(f"method {self.method!r}: unknown; use monte_carlo or left_to_right")
-        if self.draws < 1:
-            raise UserError(f"draws must be at least 1, got {self.draws}")
-        name: Any = "autoregressive" if causal else self.method
-        return ConditionalEstimator(name, draws=self.draws, minibatch=math.gcd(self.draws, 16), seed=self.seed)
-
-    def sampler(self, request: dict[str, Any], max_length: int) -> SamplerConfig:
-        """The sampler for a request's generation arguments.
-
-        Raises:
-            UserError: no canvas of that kind can be filled, or it leaves no room for a prompt.
-        """
-        length = self.length or int(request.get("max_gen_toks", DEFAULT_LENGTH))
-        length += -length % (self.block or 1)
-        if length >= max_length:
-            raise UserError(
-                f"{length} tokens to generate leave no room for a prompt in the model's {max_length} positions; "
-                "give a smaller --length"
-            )
-        temperature = float(request.get("temperature") or 0.0) if request.get("do_sample") else 0.0
-        temperature = temperature if self.temperature is None else self.temperature
-        top_p = float(request.get("top_p") or 1.0) if temperature else 1.0
-        return SamplerConfig(
-            length=length,
-            steps=self.steps,
-            block=self.block,
-            strategy=self.strategy,
-            temperature=temperature,
-            top_p=top_p,
-            guidance=self.guidance,
-            eos="stop",
-            seed=self.seed,
-        )
+# By task, seed and question, and choice: log-likelihoods by the two halves of the draws.
+Halves = Mapping[str, Mapping[tuple[int, Any], Mapping[int, tuple[float, float]]]]
 
 
 @dataclass(frozen=True)
@@ -108,6 +41,9 @@ class TaskOptions:
         micro_batch_size: rows per forward pass.
         unsafe_code: run tasks that execute what the model writes.
         settings: how requests are answered, whatever their seed.
+        chat: put questions to the run as its chat template says.
+        multiturn: give the examples in the prompt as turns of the dialogue.
+        state: file that keeps the answers as they come; a second call goes on from it.
     """
 
     names: Sequence[str]
@@ -118,6 +54,9 @@ class TaskOptions:
     micro_batch_size: int = 8
     unsafe_code: bool = False
     settings: HarnessSettings = field(default_factory=HarnessSettings)
+    chat: bool = False
+    multiturn: bool = False
+    state: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +111,20 @@ def answers_of(samples: Sequence[Mapping[str, Any]]) -> dict[str, Answers]:
     return found
 
 
+def half_flips(halves: Halves, tasks: Sequence[str]) -> FlipRate | None:
+    """How often one half of the draws chooses another answer than the other half; None without such questions.
+
+    The answer is the choice of highest log-likelihood by one half. Half the draws are noisier than all of them, so that
+    this is what to expect of two evaluations with half as many.
+    """
+    questions = [choices for task in tasks for choices in halves.get(task, {}).values() if len(choices) > 1]
+    if not questions:
+        return None
+    chosen = [[max(choices, key=lambda at: choices[at][half]) for half in (0, 1)] for choices in questions]
+    rate = fmean(first != second for first, second in chosen)
+    return FlipRate(rate, rate, len(questions))
+
+
 def evaluate_tasks(saved: SavedRun, options: TaskOptions) -> dict[str, Any] | None:
     """Run the tasks, once for each seed; the figures on the main rank, None elsewhere.
 
@@ -182,13 +135,15 @@ def evaluate_tasks(saved: SavedRun, options: TaskOptions) -> dict[str, Any] | No
     optional_package("lm_eval", "--tasks", "eval")
     manager = _task_manager(options.names, options.include_path)
     tasks = _load_tasks(manager, options.names)
+    if options.chat:
+        ChatTemplate.of(Tokenizer(saved.tokenizer), options.settings.template)  # refused before the model is loaded
     from lm_eval.evaluator import simple_evaluate
 
     from megatron_md.evaluate.harness import HarnessModel
 
     settings = asdict(options.settings)
     with parallel.session(saved.config) as world:
-        model = HarnessModel(saved, batch_size=options.micro_batch_size, world=world, **settings)
+        model = HarnessModel(saved, batch_size=options.micro_batch_size, world=world, state=options.state, **settings)
         per_seed: dict[int, dict[str, Any]] = {}
         start = time.perf_counter()
         for seed in options.seeds:
@@ -202,6 +157,8 @@ def evaluate_tasks(saved: SavedRun, options: TaskOptions) -> dict[str, Any] | No
                     limit=options.limit,
                     batch_size=options.micro_batch_size,
                     confirm_run_unsafe_code=options.unsafe_code,
+                    apply_chat_template=options.chat,
+                    fewshot_as_multiturn=options.multiturn,
                 )
             if world.is_main:
                 per_seed[seed] = found
@@ -209,12 +166,14 @@ def evaluate_tasks(saved: SavedRun, options: TaskOptions) -> dict[str, Any] | No
             return None
         how = {**settings, **({"method": "autoregressive"} if model.causal else {})}
         del how["seed"]
+        how |= {"num_fewshot": options.num_fewshot, "limit": options.limit}
+        how |= {"apply_chat_template": options.chat, "fewshot_as_multiturn": options.multiturn}
         return {
             "run": str(saved.checkpoint),
             "step": saved.step,
             "seeds": list(options.seeds),
-            "settings": {**how, "num_fewshot": options.num_fewshot, "limit": options.limit},
-            "tasks": summary(per_seed),
+            "settings": how,
+            "tasks": summary(per_seed, model.halves),
             "forward_passes": model.forward_passes,
             "shortened_prompts": model.shortened,
             "seconds": time.perf_counter() - start,
@@ -230,11 +189,12 @@ def _quieten() -> None:
         logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
 
 
-def summary(per_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def summary(per_seed: Mapping[int, Mapping[str, Any]], halves: Halves | None = None) -> dict[str, dict[str, Any]]:
     """By task (and group): `metrics` under the harness' names, such as `acc,none` for metric and filter, and `flips`.
 
     A metric has its `mean` over seeds, the harness' standard error `stderr` over questions (of the first seed; None
     where it knows none), its value for each of the `seeds`, and their standard deviation `spread` (None of one seed).
+    `half_flips` are those of multiple choices between the two halves of the draws, over all seeds.
     """
     first = next(iter(per_seed.values()))
     tasks: dict[str, dict[str, Any]] = {}
@@ -253,8 +213,11 @@ def summary(per_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, An
                 "spread": stdev(values) if len(values) > 1 else None,
             }
         tasks[task] = {"metrics": metrics}
+        leaves = _leaves(task, first.get("group_subtasks", {}), first["samples"])
+        between_halves = half_flips(halves or {}, leaves)
+        if between_halves is not None:
+            tasks[task]["half_flips"] = asdict(between_halves)
         if len(per_seed) > 1:
-            leaves = _leaves(task, first.get("group_subtasks", {}), first["samples"])
             by_seed = [_answers(found["samples"], leaves) for found in per_seed.values()]
             flips = {name: asdict(flip_rate([answers[name] for answers in by_seed])) for name in by_seed[0]}
             tasks[task]["flips"] = flips

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_md.cli import build_parser, main
-from megatron_md.commands.evaluate import DEFAULTS, _settle
+from megatron_md.commands.evaluate_options import DEFAULTS, settle
 
 PAGE = Path(__file__).parents[2] / "docs/evaluation.md"
 
@@ -45,13 +45,13 @@ def test_lists_of_numbers_are_checked(words: list[str], capsys: pytest.CaptureFi
 def test_defaults_are_those_of_the_mode() -> None:
     parse = build_parser("evaluate").parse_args
     args = parse(["evaluate", "run", "--tasks", "a,b"])
-    assert _settle(args) == "tasks"
+    assert settle(args) == "tasks"
     assert (args.strategy, args.draws, args.seeds, args.temperature) == ("low_confidence", 128, [0], None)
     args = parse(["evaluate", "run", "--generative", "--temperatures", "0.5,1"])
-    assert _settle(args) == "generative"
+    assert settle(args) == "generative"
     assert (args.strategy, args.samples, args.temperatures) == ("ancestral", 64, [0.5, 1.0])
     args = parse(["evaluate", "run", "--nelbo", "a", "--passes", "5"])
-    assert _settle(args) == "nelbo" and (args.passes, args.max_passes, args.words) == (5, 100, False)
+    assert settle(args) == "nelbo" and (args.passes, args.max_passes, args.words) == (5, 100, False)
     assert args.draws is None
 
 
@@ -78,6 +78,6 @@ def test_documented_commands_parse() -> None:
         words = shlex.split(command)
         args, rest = build_parser("evaluate").parse_known_args(words[words.index("evaluate") :])
         assert rest == [], command
-        assert _settle(args) in DEFAULTS
+        assert settle(args) in DEFAULTS
         names |= set((args.tasks or "").split(","))
     assert {"hellaswag", "arc_easy", "arc_challenge", "mmlu", "gpqa_main_n_shot", "gsm8k", "minerva_math"} <= names

@@ -116,6 +116,7 @@ def test_answers_are_the_same_on_every_layout(trained: Path) -> None:
 
 def exactness(causal: Path, denoiser: Path) -> None:
     """On a rank: likelihoods against the logits that they are made of."""
+    from megatron_md.evaluate.answerer import Likelihood
     from megatron_md.evaluate.harness import HarnessModel
 
     model = HarnessModel(causal, device="cpu")
@@ -149,8 +150,9 @@ def exactness(causal: Path, denoiser: Path) -> None:
         logits_LV = model.model(torch.cat([filled, torch.zeros(1, 1, dtype=torch.int64)], dim=1))[0]
         filled = torch.cat([filled, logits_LV[-1].argmax().reshape(1, 1)], dim=1)
     greedy = filled[0, len(prompt) :].tolist()
-    assert model._is_greedy((prompt, greedy)) == (True, 3)
-    assert not model._is_greedy((prompt, [*greedy[:2], (greedy[2] + 1) % 300]))[0]
+    asked = [Likelihood(prompt, answer, 0, True) for answer in (greedy, [*greedy[:2], (greedy[2] + 1) % 300])]
+    found = model.answerer.likelihoods(asked, model.settings.estimator(causal=True))
+    assert [(answer.is_greedy, answer.forward_passes) for answer in found] == [(True, 1 + 3), (False, 1 + 3)]
     _one_token(denoiser, model.world)
 
 
