@@ -69,7 +69,7 @@ class HarnessSettings:
                 known = ", ".join([*cls.__dataclass_fields__, *PUBLISHED_NAMES])
                 raise UserError(f"model_args: unknown {name} (known: run, tensor, pipeline, trust, {known})")
             if key in keys:
-                raise UserError(f"model_args: {name} is there twice, once as {key}; leave one out")
+                raise UserError(f"model_args: {key} is there twice, under two names; leave one out")
             keys[key] = value
         return cls(**keys)
 

@@ -67,8 +67,14 @@ def test_stderr_is_the_spread_of_minibatches() -> None:
     per_draw = 2 / copies.is_scored_DL.sum(axis=1) * sum_D
     assert value == pytest.approx(-per_draw.mean())
     assert stderr == pytest.approx(np.std(per_draw.reshape(4, 2).mean(axis=1), ddof=1) / 2)
+    estimates_G = -per_draw.reshape(4, 2).mean(axis=1)
+    assert copies.halves(sum_D) == pytest.approx((estimates_G[:2].mean(), estimates_G[2:].mean()))
+    assert masked_answers([1], [3], ConditionalEstimator(), mask_token_id=MASK).halves(np.array([0.7])) == (-0.7, -0.7)
+    odd = masked_answers([], [3, 4], ConditionalEstimator(draws=6, minibatch=2), mask_token_id=MASK)
+    terms_D = 2 / odd.is_scored_DL.sum(axis=1) * sum_D[:6]
+    assert odd.halves(sum_D[:6]) == pytest.approx((-terms_D[:2].mean(), -terms_D[2:4].mean()))
     single = masked_answers([], [3, 4], ConditionalEstimator(draws=2, minibatch=2), mask_token_id=MASK)
-    assert math.isnan(single.log_likelihood(np.ones(2))[1])
+    assert math.isnan(single.log_likelihood(np.ones(2))[1]) and all(map(math.isnan, single.halves(np.ones(2))))
 
 
 @pytest.mark.parametrize("size", [3, 8, 50])

@@ -224,17 +224,6 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str, traine
         HarnessModel(trained / "run", device="cpu", **settings)
 
 
-def test_a_canvas_must_leave_room_for_the_prompt() -> None:
-    from megatron_md.evaluate.harness import HarnessSettings
-
-    settings = HarnessSettings(block=4)
-    assert settings.sampler({"max_gen_toks": 9}, 32).length == 12
-    with pytest.raises(ValueError, match="256 tokens to generate leave no room for a prompt in the model's 32"):
-        settings.sampler({}, 32)
-    sampled = HarnessSettings().sampler({"max_gen_toks": 8, "do_sample": True, "temperature": 0.7, "top_p": 0.9}, 32)
-    assert (sampled.temperature, sampled.top_p) == (0.7, 0.9)
-
-
 def test_bad_tasks_are_refused_in_one_line(trained: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tasks / "lost.yaml").write_text(TASK.format(name="tiny_lost", file="nowhere.jsonl", kind="multiple_choice"))
     for name, text in (

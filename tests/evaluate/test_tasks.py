@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_md.cli import main
-from megatron_md.evaluate.tasks import FlipRate, answers_of, flip_rate, summary
+from megatron_md.evaluate.tasks import FlipRate, answers_of, flip_rate, half_flips, summary
 
 
 def test_flip_rate_is_the_disagreement_of_two_seeds() -> None:
@@ -22,6 +22,17 @@ def test_flip_rate_is_the_disagreement_of_two_seeds() -> None:
     for bad in ([{1: 0}], [{1: 0}, {2: 0}], [{}, {}]):
         with pytest.raises(ValueError, match=r"two seeds|same questions"):
             flip_rate(bad)
+
+
+def test_half_flips_are_choices_that_the_halves_of_the_draws_disagree_on() -> None:
+    first, second = {0: (-1.0, -1.1), 1: (-2.0, -2.0)}, {0: (-1.0, -3.0), 1: (-2.0, -2.0)}
+    halves = {"t": {(0, 0): first, (0, 1): second, (0, 2): {0: (-1.0, -9.0)}}, "u": {(0, 0): second}}
+    assert half_flips(halves, ["t"]) == FlipRate(0.5, 0.5, 2)  # a single continuation is no choice
+    assert half_flips(halves, ["t", "u"]) == FlipRate(pytest.approx(2 / 3), pytest.approx(2 / 3), 3)
+    assert half_flips(halves, ["v"]) is None
+    found = summary({1: results(0.5, 0)}, halves)
+    assert found["t"]["half_flips"] == found["g"]["half_flips"]
+    assert found["t"]["half_flips"] == {"flip_rate": 0.5, "changed": 0.5, "questions": 2}
 
 
 def sample(doc: int, *responses: Any, name: str = "none") -> dict[str, Any]:
