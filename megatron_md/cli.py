@@ -29,6 +29,7 @@ COMMANDS = {
     "tokenizer": ("megatron_md.commands.tokenizer", "train a tokenizer"),
     "data": ("megatron_md.commands.data", "build, verify and show tokenised corpora"),
     "generate": ("megatron_md.commands.generate", "write text with a trained model"),
+    "chat": ("megatron_md.commands.chat", "talk with a trained model"),
     "convert": ("megatron_md.commands.convert", "convert checkpoints between Hugging Face and Megatron"),
     "evaluate": (
         "megatron_md.commands.evaluate",

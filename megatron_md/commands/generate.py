@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from megatron_md.commands.arguments import add_model_arguments, check_folder_of, placement, positive
-from megatron_md.diffusion.names import strategies
+from megatron_md.commands.sampler_arguments import (
+    add_chat_arguments,
+    add_sampler_arguments,
+    check_strategy,
+    print_text,
+    sampler_keys,
+)
 from megatron_md.diffusion.sampler_config import EosHandling, SamplerConfig
 from megatron_md.errors import UserError
 from megatron_md.evaluate.canvas import can_stream
 from megatron_md.evaluate.prompts import Prompt, read_prompts
-from megatron_md.messages import printable, tell
+from megatron_md.messages import tell
 from megatron_md.run.saved import open_run
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ EXAMPLES = """examples:
   megatron-md generate runs/demo --prompts-file prompts.jsonl --batch-size 16 --output texts.jsonl
   megatron-md generate runs/demo --prompt 'def main(' --save-trace trace.html
   megatron-md generate runs/demo --interactive
+  megatron-md generate runs/sft --chat --prompt 'What is 2 + 3?' --block 32
 """
 
 DEFAULT_LENGTH = 64
@@ -48,7 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--infill", action="store_true", help="fill in the prompt's placeholders: [[5]] stands for five open tokens"
     )
-    _add_sampler(parser.add_argument_group("how"))
+    how = parser.add_argument_group("how")
+    add_sampler_arguments(how, length=DEFAULT_LENGTH)
+    how.add_argument(
+        "--eos", choices=get_args(EosHandling), help="what <eos> does: nothing (keep), end a text (with --chat), never"
+    )
+    how.add_argument("--logits-eos-inf", action="store_const", dest="eos", const="suppress", help="--eos suppress")
+    add_chat_arguments(parser.add_argument_group("chat")).add_argument(
+        "--chat", action="store_true", help='prompts are a user\'s messages; a .jsonl may hold {"messages": [...]}'
+    )
     parser.add_argument("--samples", type=positive, default=1, help="texts for each prompt; their seeds follow --seed")
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="prompts of equal length that go together (8)"
@@ -59,29 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--no-stream", action="store_true", help="do not show a lone prompt's canvas at each step on a terminal"
     )
-
-
-def _add_sampler(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--length", type=int, help=f"tokens to generate ({DEFAULT_LENGTH})")
-    group.add_argument("--steps", type=int, help="denoising steps (one per token)")
-    group.add_argument("--block", type=int, help="tokens per block, filled left to right (all)")
-    group.add_argument(
-        "--strategy", help=" | ".join(strategies.built_in).replace("low_confidence", "low_confidence (default)")
-    )
-    group.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token (default)")
-    group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest that reach P (1)"
-    )
-    group.add_argument("--guidance", type=float, default=0.0, metavar="W", help="of classifier-free guidance (0: off)")
-    group.add_argument("--threshold", type=float, metavar="P", help="from which --strategy threshold commits (0.9)")
-    group.add_argument("--factor", type=float, metavar="F", help="of --strategy factor (1)")
-    group.add_argument(
-        "--eos",
-        choices=get_args(EosHandling),
-        default="keep",
-        help="what <eos> does: nothing, end a text, never",
-    )
-    group.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,10 +87,11 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{name} {path} is a folder: name a file")
         check_folder_of(path, f"{name} ")
     _check_infill(args)
-    _check_strategy(args)
+    _check_chat(args)
+    check_strategy(args)
     prompts = _prompts(args)
     _check_trace(args, prompts)
-    sampler = _sampler(args)
+    sampler = {**({"eos": "stop"} if args.chat else {}), **sampler_keys(args)}
     length = DEFAULT_LENGTH if args.length is None else args.length
     if not args.infill:
         SamplerConfig(length=length, **sampler)
@@ -116,11 +108,14 @@ def run(args: argparse.Namespace) -> int:
         output=args.output,
         save_trace=args.save_trace,
         stream=not args.no_stream and can_stream(),
+        chat=args.chat,
+        template=args.template,
+        system=args.system,
     )
 
     def show(text: Text, streamed: bool) -> None:
         if not streamed:
-            _print(text.text if args.infill else text.prompt + text.text)
+            print_text(text.text if args.infill or args.chat else text.prompt + text.text)
         tell(
             f"[{len(text.tokens)} tokens, {text.forward_passes} forward passes, {text.seconds:.1f} s, "
             f"step {saved.step} of {args.run_path}]"
@@ -128,18 +123,6 @@ def run(args: argparse.Namespace) -> int:
 
     write_texts(saved, prompts, options, show)
     return 0
-
-
-def _print(text: str) -> None:
-    """On a terminal so that it commands nothing, in a pipe as it is."""
-    sys.stdout.write((printable(text, multiline=True) if sys.stdout.isatty() else text) + "\n")
-    sys.stdout.flush()
-
-
-def _sampler(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys of `SamplerConfig` that were given, but for the length."""
-    names = ("steps", "block", "strategy", "temperature", "seed", "top_p", "guidance", "threshold", "factor", "eos")
-    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def _check_infill(args: argparse.Namespace) -> None:
@@ -152,10 +135,14 @@ def _check_infill(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} does not go with --infill: the prompt says what is open; leave --{name} out")
 
 
-def _check_strategy(args: argparse.Namespace) -> None:
-    for name in ("threshold", "factor"):
-        if getattr(args, name) is not None and args.strategy != name:
-            raise UserError(f"--{name} belongs to --strategy {name}: ask for that, or leave --{name} out")
+def _check_chat(args: argparse.Namespace) -> None:
+    for name in ("template", "system"):
+        if getattr(args, name) is not None and not args.chat:
+            raise UserError(f"--{name} belongs to --chat: ask for that, or leave --{name} out")
+    if args.chat and args.infill:
+        raise UserError("--infill fills in a text, --chat answers it: leave one out")
+    if args.chat and args.prompt is None and args.prompts_file is None and not args.interactive:
+        raise UserError("--chat needs a message: --prompt, --prompts-file or --interactive")
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt] | None:
@@ -168,7 +155,7 @@ def _prompts(args: argparse.Namespace) -> list[Prompt] | None:
         path = getattr(args, name)
         if path is not None and path.resolve() == args.prompts_file.resolve():
             raise UserError(f"--{name.replace('_', '-')} {path} would replace the prompts: name another file")
-    return read_prompts(args.prompts_file)
+    return read_prompts(args.prompts_file, chat=args.chat)
 
 
 def _check_trace(args: argparse.Namespace, prompts: list[Prompt] | None) -> None:

@@ -60,11 +60,28 @@ def _colour(step: int, steps: int) -> str:
 class LiveCanvas:
     """Shows the first row of a canvas while the block lasts, and leaves its last state; `on_step` is the callback."""
 
-    def __init__(self, decode: Decode, mask_token_id: int, console: Console | None = None) -> None:
-        self._decode, self._mask_token_id = decode, mask_token_id
+    def __init__(
+        self,
+        decode: Decode,
+        mask_token_id: int,
+        console: Console | None = None,
+        *,
+        start: int = 0,
+        transient: bool = False,
+    ) -> None:
+        """Prepare a canvas.
+
+        Args:
+            decode: text of tokens.
+            mask_token_id: what open positions hold.
+            console: where to show it; standard output by default.
+            start: first position to show.
+            transient: leave nothing behind.
+        """
+        self._decode, self._mask_token_id, self._start = decode, mask_token_id, start
         self._state: tuple[list[int], list[int], int, int] = ([], [], 0, 1)
         console = console or Console(highlight=False)
-        self._live = Live(self, console=console, refresh_per_second=FRAMES_PER_SECOND)
+        self._live = Live(self, console=console, refresh_per_second=FRAMES_PER_SECOND, transient=transient)
 
     def __enter__(self) -> LiveCanvas:
         self._live.start()
@@ -75,7 +92,7 @@ class LiveCanvas:
 
     def on_step(self, step: SamplerStep) -> None:
         """Take over the canvas after a step; a thread draws it."""
-        tokens, is_committed = step.tokens_BL[0].tolist(), step.is_committed_BL[0].tolist()
+        tokens, is_committed = (row_BL[0, self._start :].tolist() for row_BL in (step.tokens_BL, step.is_committed_BL))
         fixed = self._state[1] or [0] * len(tokens)
         fixed = [step.step if new else old for new, old in zip(is_committed, fixed, strict=True)]
         self._state = tokens, fixed, step.step, step.steps

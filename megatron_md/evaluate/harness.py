@@ -35,6 +35,7 @@ from megatron_md.evaluate.answer_file import Answer, AnswerFile
 from megatron_md.evaluate.answer_settings import HarnessSettings
 from megatron_md.evaluate.answerer import Answerer, Continuation, Document, Likelihood, hashed
 from megatron_md.evaluate.card import identity_of
+from megatron_md.evaluate.dialogue import template_of
 from megatron_md.evaluate.load import is_causal
 from megatron_md.messages import progress
 from megatron_md.parallel import World
@@ -134,7 +135,7 @@ class HarnessModel(TemplateLM):
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        return ChatTemplate.of(self.words, self.settings.template)
+        return template_of(self.run, self.words, self.settings.template)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The Jinja of the chat template, for the harness' records.

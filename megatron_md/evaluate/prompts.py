@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_md.data.entries import Message
 from megatron_md.errors import UserError
-from megatron_md.json_file import LARGE, parse_json, read_regular
+from megatron_md.json_file import LARGE, as_record, parse_json, read_regular
 from megatron_md.messages import say
 from megatron_md.together import on_main
 
@@ -27,16 +28,27 @@ class Prompt:
     """A text to continue or to fill in.
 
     Attributes:
-        text: as it was written.
+        text: as it was written; of a dialogue its last message.
         where: what messages call it.
+        messages: the whole dialogue, where there is more than one message.
     """
 
     text: str
     where: str = "--prompt"
+    messages: tuple[Message, ...] = ()
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+@dataclass(frozen=True)
+class _Dialogue:
+    messages: tuple[Message, ...]
+
+
+def read_prompts(path: Path, *, chat: bool = False) -> list[Prompt]:
     """The prompts of a file: each line of a text, or "prompt" of each line of a `.jsonl`; blank lines are left out.
+
+    Args:
+        path: the file.
+        chat: a line of a `.jsonl` may hold "messages" instead, each with "role" and "content".
 
     Raises:
         UserError: the file is missing or holds no prompt, or a line is not what it should be (its number is named).
@@ -53,34 +65,46 @@ def read_prompts(path: Path) -> list[Prompt]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path} line {number}"
-            text = _from_json(line, where) if path.suffix == ".jsonl" else line.removesuffix("\r")
-            prompts.append(Prompt(text, where))
+            prompt = Prompt(line.removesuffix("\r"), where)
+            prompts.append(_from_json(line, where, chat=chat) if path.suffix == ".jsonl" else prompt)
     if not prompts:
         raise UserError(f"--prompts-file {path}: holds no prompt; write one on each line")
     return prompts
 
 
-def _from_json(line: str, where: str) -> str:
+def _from_json(line: str, where: str, *, chat: bool) -> Prompt:
     record = parse_json(line, where, 'write {"prompt": "..."} on each line')
+    if chat and isinstance(record, dict) and "messages" in record:
+        way_out = 'write {"messages": [{"role": "user", "content": "..."}]} on each line'
+        messages = as_record(_Dialogue, record, where, way_out).messages
+        if not messages or messages[-1].role == "assistant":
+            raise UserError(f"{where}: asks for no answer; {way_out}")
+        return Prompt(messages[-1].content, where, messages)
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
         raise UserError(f'{where}: no text under "prompt"; write {{"prompt": "..."}} on each line')
-    return prompt
+    return Prompt(prompt, where)
 
 
 def typed_prompts(world: World) -> Iterator[Prompt]:
-    """What the main rank reads from standard input, line by line up to an empty one or the end; every rank gets it."""
-    if world.is_main and hasattr(sys.stdin, "reconfigure"):
-        # What is not UTF-8 is refused by the tokenizer, on every rank.
-        sys.stdin.reconfigure(errors="surrogateescape")
-    for number in range(1, sys.maxsize):
-        line = on_main(_typed_line)
+    """The lines of standard input up to an empty one or the end."""
+    for number, line in enumerate(typed_lines(world), start=1):
         if not line:
             return
         yield Prompt(line, f"line {number}")
 
 
-def _typed_line() -> str:
+def typed_lines(world: World) -> Iterator[str]:
+    """What the main rank reads from standard input, line by line up to its end; every rank gets it."""
+    if world.is_main and hasattr(sys.stdin, "reconfigure"):
+        # What is not UTF-8 is refused by the tokenizer, on every rank.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    while (line := on_main(_typed_line)) is not None:
+        yield line
+
+
+def _typed_line() -> str | None:
+    """The next line without its end; None where there is none."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         import readline  # noqa: F401  (input() then knows the arrow keys)
 
@@ -88,8 +112,9 @@ def _typed_line() -> str:
             return input("> ")
         except EOFError:
             say("")
-            return ""
-    return sys.stdin.readline().rstrip("\r\n")
+            return None
+    line = sys.stdin.readline()
+    return line.rstrip("\r\n") if line else None
 
 
 def canvas_of(text: str, tokenizer: Tokenizer) -> list[int]:

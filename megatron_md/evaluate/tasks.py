@@ -16,11 +16,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from megatron_md import parallel
-from megatron_md.data.chat_template import ChatTemplate
 from megatron_md.data.optional import optional_package
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.errors import UserError
 from megatron_md.evaluate.answer_settings import HarnessSettings
+from megatron_md.evaluate.dialogue import template_of
 from megatron_md.run.saved import SavedRun
 
 Answers = dict[Any, Any]
@@ -136,7 +136,7 @@ def evaluate_tasks(saved: SavedRun, options: TaskOptions) -> dict[str, Any] | No
     manager = _task_manager(options.names, options.include_path)
     tasks = _load_tasks(manager, options.names)
     if options.chat:
-        ChatTemplate.of(Tokenizer(saved.tokenizer), options.settings.template)  # refused before the model is loaded
+        template_of(saved, Tokenizer(saved.tokenizer), options.settings.template)  # refused before the model is loaded
     from lm_eval.evaluator import simple_evaluate
 
     from megatron_md.evaluate.harness import HarnessModel

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from megatron_md import parallel
+from megatron_md.data.entries import Message
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import OnStep, Sample, SamplerStep, infill
 from megatron_md.diffusion.sampler_config import SamplerConfig, check_fits
 from megatron_md.errors import UserError
 from megatron_md.evaluate.canvas import LiveCanvas
+from megatron_md.evaluate.dialogue import Speech, template_of
 from megatron_md.evaluate.load import is_causal, load_model
 from megatron_md.evaluate.prompts import Prompt, batches, canvas_of, typed_prompts
 from megatron_md.evaluate.trace import Recorder, trace_page
@@ -43,6 +45,9 @@ class TextOptions:
         output: file for the texts as JSON lines.
         save_trace: file for a page that replays the steps of the one text.
         stream: show a lone prompt's canvas on the terminal while it is filled.
+        chat: prompts are messages of a user's, to be answered.
+        template: of the chat, as `ChatTemplate.of` takes it; the run's own if None.
+        system: system text of the chat.
     """
 
     length: int
@@ -53,6 +58,9 @@ class TextOptions:
     output: Path | None = None
     save_trace: Path | None = None
     stream: bool = False
+    chat: bool = False
+    template: str | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Text:
 
     Attributes:
         prompt: as it was given.
-        text: what follows the prompt; with `--infill` the whole text.
+        text: what follows the prompt, of a chat up to the answer's end; with `--infill` the whole text.
         seed: of its draws.
         tokens: ids of `text`.
         forward_passes: of its batch.
@@ -123,7 +131,7 @@ def write_texts(
     if asked is None:
         config = replace(config, parallel=replace(config.parallel, timeout_seconds=TYPING_SECONDS))
     with parallel.session(config) as world:
-        writer = Writer(saved, world, tokenizer, options, on_text)
+        writer = Writer(saved, world, tokenizer, options, on_text, requests.speech)
         if asked is not None:
             writer.write(asked)
             return writer.texts
@@ -138,8 +146,23 @@ def write_texts(
         return writer.texts
 
 
+def refuse_of_causal(saved: SavedRun, keys: Mapping[str, Any]) -> None:
+    """Refuse keys of the sampler that mean nothing to a causal run.
+
+    Raises:
+        UserError: one was given.
+    """
+    for name in ("infill", "steps", "block", "strategy", "guidance"):
+        if keys.get(name):
+            raise UserError(f"{saved.checkpoint}: a causal model writes one token after the other; leave --{name} out")
+
+
 class Requests:
-    """Turns prompts into requests, as the options and the run say."""
+    """Turns prompts into requests, as the options and the run say.
+
+    Attributes:
+        speech: how the run is spoken to, in a chat.
+    """
 
     def __init__(self, saved: SavedRun, tokenizer: Tokenizer, options: TextOptions) -> None:
         """Check the options against the run.
@@ -151,12 +174,8 @@ class Requests:
         self._right_shift = saved.config.objective.right_shift
         self._context = saved.config.model.max_length
         if is_causal(saved, mask_token_id=tokenizer.mask_token_id):
-            keys = {"infill": options.infill, **options.sampler}
-            for name in ("infill", "steps", "block", "strategy", "guidance"):
-                if keys.get(name):
-                    raise UserError(
-                        f"{saved.checkpoint}: a causal model writes one token after the other; leave --{name} out"
-                    )
+            refuse_of_causal(saved, {"infill": options.infill, **options.sampler})
+        self.speech = Speech(template_of(saved, tokenizer, options.template), tokenizer) if options.chat else None
         self._config = self._sampler(self._context, steps=None) if options.infill else self._sampler(options.length)
 
     def of(self, prompt: Prompt) -> Request:
@@ -174,13 +193,20 @@ class Requests:
         return SamplerConfig(**{**self._options.sampler, "length": length, **keys})
 
     def _continued(self, prompt: Prompt) -> Request:
-        tokens = self._tokenizer.encode(prompt.text).tolist()
+        tokens = self._tokenizer.encode(prompt.text).tolist() if self.speech is None else self._asked(prompt)
         if self._right_shift and not tokens:
             tokens = [self._tokenizer.eos_token_id]  # nothing predicts a row's first token
         elif self._config.guidance and not tokens:
             raise UserError("--guidance needs a prompt to do without; give one or leave it out")
         check_fits(len(tokens), self._config.length, self._context)
         return Request(prompt, tuple(tokens), self._config)
+
+    def _asked(self, prompt: Prompt) -> list[int]:
+        assert self.speech is not None
+        messages = prompt.messages or (Message("user", prompt.text),)
+        if self._options.system is not None and messages[0].role != "system":
+            messages = (Message("system", self._options.system), *messages)
+        return self.speech.prompt(messages)
 
     def _filled_in(self, prompt: Prompt) -> Request:
         mask = self._tokenizer.mask_token_id
@@ -207,9 +233,16 @@ class Writer:
     """
 
     def __init__(
-        self, saved: SavedRun, world: World, tokenizer: Tokenizer, options: TextOptions, on_text: OnText
+        self,
+        saved: SavedRun,
+        world: World,
+        tokenizer: Tokenizer,
+        options: TextOptions,
+        on_text: OnText,
+        speech: Speech | None = None,
     ) -> None:
         self._saved, self._world, self._tokenizer, self._options = saved, world, tokenizer, options
+        self._speech = speech
         self._on_text = on_text if world.is_main else lambda text, streamed: None
         self._denoiser = load_model(saved, world, tokenizer)
         self._streams = options.stream and world.is_main and world.data_size == 1
@@ -230,7 +263,7 @@ class Writer:
                 group, sample = job
                 texts = self._batch([requests[place] for place in group], sample, alone=alone)
                 if at_once:
-                    self._on_text(texts[0], self._streams)
+                    self._on_text(texts[0], self._streams and self._speech is None)
                 move()
                 return texts
 
@@ -253,27 +286,33 @@ class Writer:
         recorder = Recorder(self._tokenizer.mask_token_id)
         start = time.perf_counter()
         if alone and self._streams:
-            with LiveCanvas(self._decode, self._tokenizer.mask_token_id) as live:
+            is_chat = self._speech is not None
+            first = len(requests[0].tokens) if is_chat else 0
+            mask = self._tokenizer.mask_token_id
+            with LiveCanvas(self._decode, mask, start=first, transient=is_chat) as live:
                 result = self._denoise(requests, config, _both(live.on_step, recorder.on_step))
         else:
             result = self._denoise(requests, config, recorder.on_step if self._options.save_trace else None)
         seconds = time.perf_counter() - start
-        rows = [row[-config.length :] for row in result.tokens_BL.tolist()]
+        rows = [self._written(row[-config.length :]) for row in result.tokens_BL.tolist()]
         texts = [
             Text(
                 prompt=request.prompt.text,
-                text=self._tokenizer.decode(tokens),
+                text=written,
                 seed=config.seed,
                 tokens=tokens,
                 forward_passes=result.forward_passes,
                 steps=result.steps,
                 seconds=seconds,
             )
-            for request, tokens in zip(requests, rows, strict=True)
+            for request, (written, tokens) in zip(requests, rows, strict=True)
         ]
         if self._options.save_trace and self._world.is_main:
             self._save_trace(self._options.save_trace, recorder, texts[0], config)
         return texts
+
+    def _written(self, tokens: list[int]) -> tuple[str, list[int]]:
+        return self._speech.answer(tokens) if self._speech is not None else (self._tokenizer.decode(tokens), tokens)
 
     def _denoise(self, requests: list[Request], config: SamplerConfig, on_step: OnStep | None) -> Sample:
         mask, eos = self._tokenizer.mask_token_id, self._tokenizer.eos_token_id
@@ -281,7 +320,14 @@ class Writer:
         seeds = [config.seed] * len(rows)  # a text does not depend on what it is batched with
         if not self._options.infill:
             return fill(
-                self._denoiser, rows, config, mask_token_id=mask, eos_token_id=eos, on_step=on_step, seeds=seeds
+                self._denoiser,
+                rows,
+                config,
+                mask_token_id=mask,
+                eos_token_id=eos,
+                eot_token_ids=self._speech.eot_token_ids if self._speech is not None else (),
+                on_step=on_step,
+                seeds=seeds,
             )
         canvas_BL = torch.tensor(rows, dtype=torch.int64, device=self._denoiser.device)
         return infill(
