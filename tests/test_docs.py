@@ -48,6 +48,8 @@ SMALLER = {
     "generate --infill": ["--steps", "4"],
     "simulate --sweep": ["--sweep", "1", "model.layers=1"],
     "simulate": ["model.layers=1"],
+    "generate --chat": ["--length", "16", "--steps", "4"],
+    "chat": ["--length", "16", "--steps", "4"],
     "evaluate --nelbo": ["--rows", "4"],
     "evaluate --generative": ["--samples", "4", "--length", "16", "--steps", "4"],
 }  # fmt: skip
@@ -122,7 +124,7 @@ class Runner:
         names = [*(f"{words[0]} {word}" for word in words[1:]), words[0]]
         words = [*words, *next((SMALLER[name] for name in names if name in SMALLER), [])]
         # These start megatron-core's process groups, of which this process may hold some for other tests.
-        starts_groups = words[0] in ("generate", "evaluate") or "--verify" in words or "validate" in words
+        starts_groups = words[0] in ("generate", "evaluate", "chat") or "--verify" in words or "validate" in words
         code = run_ranks(main_in, 1, self.folder, words)[0] if starts_groups else main_in(self.folder, words)
         lacks_compiler = words[0] == "simulate" and compiler() is None
         assert code == (2 if lacks_compiler else 0), f"megatron-md {shlex.join(words)} returned {code}"

@@ -214,6 +214,8 @@ class Answerer:
         for _ in range(self._world.data_rank, len(names) - len(new), self._world.data_size):
             on_answer()
         todo = list(new.items())
+        if todo:
+            _ = self.model  # all ranks read the weights together, also those without a share
         size = at_once * self._world.data_size if self.answers.path is not None else max(1, len(todo))
         for start in range(0, len(todo), size):
             part = todo[start : start + size]

@@ -39,10 +39,10 @@ def prompts(trained: Path) -> Path:
     return path
 
 
-def generate(*calls: list[str], typed: str = "") -> list[int]:
+def generate(*calls: list[str], typed: str = "", command: str = "generate") -> list[int]:
     """Several calls in one process, whose standard input is `typed`."""
     sys.stdin = io.StringIO(typed)
-    return [main(["generate", *words]) for words in calls]
+    return [main([command, *words]) for words in calls]
 
 
 def texts(path: Path) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ def test_typed_prompts_reach_every_rank_and_a_bad_one_ends_nothing(trained: Path
     assert [text["prompt"] for text in texts(output)] == ["def f(", "value = "]
 
 
-def on_terminal(words: list[str], environment: dict[str, str]) -> str:
+def on_terminal(words: list[str], environment: dict[str, str], command: str = "generate", typed: str = "") -> str:
     """What a terminal gets."""
     os.environ.update({"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24", **environment})
     leader, follower = pty.openpty()
@@ -130,7 +130,7 @@ def on_terminal(words: list[str], environment: dict[str, str]) -> str:
     reader = threading.Thread(target=read)
     reader.start()
     with os.fdopen(follower, "w") as sys.stdout:
-        assert generate(words) == [0]
+        assert generate(words, command=command, typed=typed) == [0]
         sys.stdout.write("\0")
         sys.stdout.flush()
         reader.join()
@@ -202,6 +202,12 @@ def test_a_causal_run_writes_from_left_to_right(trained: Path, capsys: pytest.Ca
         (["--save-trace", "x.html", "--samples", "2"], "--save-trace replays one text"),
         (["--save-trace", "x.html", "--interactive"], "--save-trace replays one text"),
         (["--save-trace", "x", "--output", "x"], "--output and --save-trace are both x"),
+        (["--chat"], "--chat needs a message: --prompt, --prompts-file or --interactive"),
+        (["--chat", "--infill", "--prompt", "[[4]]"], "--infill fills in a text, --chat answers it: leave one out"),
+        (["--prompt", "x", "--template", "plain"], "--template belongs to --chat"),
+        (["--prompt", "x", "--system", "y"], "--system belongs to --chat"),
+        (["--chat", "--prompt", "x"], "holds no chat template; choose one by --template"),
+        (["--chat", "--template", "plain", "--prompt", "x " * 40], "--prompt: the prompt's"),
         (["--length", "8", "--tensor", "2"], "does not divide the 1 processes"),
     ],
 )
