@@ -39,6 +39,8 @@ class HarnessSettings:
         guidance: classifier-free guidance, of answers' likelihoods and of the sampler.
         logits_eos_inf: never generate `<eos>` (LLaDA's option of this name).
         confidence_eos_eot_inf: generate what ends a text after all else (LLaDA's option of this name).
+        is_check_greedy: where a question has a single continuation, decode greedily too, and see whether that gives it
+            (LLaDA's option of this name).
         template: chat template, as `ChatTemplate.of` takes it; the tokenizer's own if None.
     """
 
@@ -53,6 +55,7 @@ class HarnessSettings:
     guidance: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+    is_check_greedy: bool = True
     template: str | None = None
 
     @classmethod

@@ -188,10 +188,11 @@ class HarnessModel(TemplateLM):
         continuations = defaultdict(set)
         for request in requests:
             continuations[_key(request)].add(request.args)
-        asked = [
-            Likelihood(*self._encode(*request.args), _key(request), len(continuations[_key(request)]) == 1)
-            for request in requests
-        ]
+        asked = []
+        for request in requests:
+            is_single = len(continuations[_key(request)]) == 1
+            check_greedy = self.settings.is_check_greedy and is_single
+            asked.append(Likelihood(*self._encode(*request.args), _key(request), check_greedy))
         with self._progress("likelihoods", len(asked)) as advance:
             answers = self.answerer.likelihoods(asked, self.settings.estimator(causal=self.causal), advance)
         for request, answer in zip(requests, answers, strict=True):

@@ -74,9 +74,18 @@ def test_a_pipe_gets_plain_answers_to_what_was_said_so_far(talker: Path, tmp_pat
     assert done.stdout == f"{first}\n{second}\n{first}\n{third}\n"
     (line,) = done.stderr.splitlines()
     assert line.startswith("/nope: no such command; /reset forgets the conversation")
-    # On two processes, and up to the end of the input instead of /quit.
-    for code, output, _ in run_ranks(chat, 2, [str(talker), *WORDS, "--system", "be brief"], "def f(\n"):
-        assert code == 0 and output in (f"{third}\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_give_the_same_answers(talker: Path) -> None:
+    words = [str(talker), *WORDS, "--system", "be brief"]
+    # Up to the end of the input instead of /quit.
+    (one,) = run_ranks(chat, 1, words, "def f(\nvalue = ")
+    assert one[0] == 0 and one[1]
+    for layout in ([], ["--pipeline", "2"], ["--tensor", "1"]):
+        main_rank, other = run_ranks(chat, 2, [*words, *layout], "def f(\nvalue = ")
+        assert main_rank[:2] == one[:2] and other == (0, "", "")
 
 
 @pytest.mark.distributed

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_md.cli import build_parser, main
-from megatron_md.commands.evaluate_options import DEFAULTS, settle
+from megatron_md.commands.evaluate_options import DEFAULTS, settings_of, settle
 
 PAGE = Path(__file__).parents[2] / "docs/evaluation.md"
 
@@ -27,6 +27,11 @@ PAGE = Path(__file__).parents[2] / "docs/evaluation.md"
         (["--tasks", "a", "--num-fewshot", "-1"], "--num-fewshot -1: must be 0 at least"),
         (["--tasks", "a", "--seeds", "1,2,1"], "--seeds 1,2,1: one is there twice"),
         (["--tasks", "a", "--steps", "8,16"], "--steps: tasks take one value, not 2"),
+        (["--tasks", "a", "--template", "llada"], "--template needs --apply-chat-template"),
+        (["--tasks", "a", "--fewshot-as-multiturn"], "--fewshot-as-multiturn needs --apply-chat-template"),
+        (["--nelbo", "a", "--cfg", "1"], "--guidance belongs to --tasks, not to --nelbo"),
+        (["--generative", "--state", "a"], "--state belongs to --nelbo or --tasks, not to --generative"),
+        (["--generative"], "--generative needs --judge RUN_AR"),
     ],
 )
 def test_options_of_other_modes_are_refused(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,11 +52,16 @@ def test_defaults_are_those_of_the_mode() -> None:
     args = parse(["evaluate", "run", "--tasks", "a,b"])
     assert settle(args) == "tasks"
     assert (args.strategy, args.draws, args.seeds, args.temperature) == ("low_confidence", 128, [0], None)
-    args = parse(["evaluate", "run", "--generative", "--temperatures", "0.5,1"])
+    assert not (args.apply_chat_template or args.confidence_eos_eot_inf or args.logits_eos_inf) and args.guidance == 0.0
+    args = parse(["evaluate", "run", "--generative", "--temperatures", "0.5,1", "--judge", "ar"])
     assert settle(args) == "generative"
     assert (args.strategy, args.samples, args.temperatures) == ("ancestral", 64, [0.5, 1.0])
     args = parse(["evaluate", "run", "--nelbo", "a", "--passes", "5"])
-    assert settle(args) == "nelbo" and (args.passes, args.max_passes, args.words) == (5, 100, False)
+    assert (
+        settle(args) == "nelbo"
+        and settings_of(args, "nelbo")["max_passes"] == 100
+        and (args.passes, args.max_passes, args.words) == (5, 100, False)
+    )
     assert args.draws is None
 
 

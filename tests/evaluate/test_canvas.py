@@ -74,6 +74,17 @@ def test_the_last_state_stays_on_the_terminal() -> None:
     assert r"p\x1b" in output.getvalue() and "step 3 of 3" in output.getvalue()
 
 
+def test_a_canvas_may_begin_behind_the_prompt_and_leave_nothing() -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, color_system=None, width=80)
+    with LiveCanvas(decode, MASK, console, start=2, transient=True) as canvas:
+        canvas.on_step(step_of(1, "pq_A", [3]))
+        with console.capture() as captured:
+            console.print(canvas)
+        assert f"{OPEN}A" in captured.get() and "pq" not in captured.get()
+    assert output.getvalue().endswith("\x1b[2K")  # its lines are cleared
+
+
 @pytest.mark.parametrize(
     ("terminal", "environment", "expected"),
     [(True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False)],

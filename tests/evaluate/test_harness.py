@@ -208,6 +208,70 @@ def test_a_causal_run_needs_no_draws_and_never_flips(trained: Path, tasks: Path,
     assert found["tasks"]["tiny_choice"]["flips"]["none"] == {"flip_rate": 0.0, "changed": 0.0, "questions": 4}
 
 
+def dialogues(run: Path) -> None:
+    """On a rank: contexts that the harness renders as dialogues."""
+    from megatron_md.data.entries import Message
+    from megatron_md.evaluate.harness import HarnessModel
+
+    model = HarnessModel(run, device="cpu", draws=8, template="plain", confidence_eos_eot_inf=True)
+    assert "generation" in model.chat_template(True) and model.chat_template(False) == ""
+    history = [{"role": "user", "content": "x<eos>"}]
+    text = model.apply_chat_template(history)
+    template = model._template
+    expected = template.encode(model.words, [Message("user", "x<eos>")], add_generation_prompt=True)
+    assert text == expected.text == "User:\nx<eos>\nAssistant:\n"
+    # What the question spells is no special token, though the harness hands its text back.
+    assert model.tok_encode(text) == expected.tokens.tolist()
+    assert model.words.eos_token_id not in model.tok_encode(text)
+    prompt, answer = model._encode(text, "y")
+    assert prompt == expected.tokens.tolist() and answer == model.tok_encode("y")
+    # The beginning of an answer stands behind the question.
+    begun = model.apply_chat_template([*history, {"role": "assistant", "content": "so"}], add_generation_prompt=False)
+    assert begun == text + "so" and model.tok_encode(begun) == [*prompt, *model.tok_encode("so")]
+    assert model._eot_token_ids == (model.words.eos_token_id,)
+    with pytest.raises(ValueError, match="choose one by the model argument template"):
+        model.chat_template("other")
+    ((value, _),) = model.loglikelihood([request("loglikelihood", text, "y")])
+    assert value < 0.0 and model.shortened == 0
+
+
+@pytest.mark.distributed
+def test_contexts_may_be_dialogues(trained: Path) -> None:
+    run_ranks(dialogues, 1, trained / "run")
+
+
+@pytest.mark.distributed
+def test_tasks_are_put_as_dialogues_and_go_on_from_their_answers(trained: Path, tasks: Path, tmp_path: Path) -> None:
+    state, output = tmp_path / "answers.jsonl", tmp_path / "tasks.json"
+    words = [str(trained / "run"), "--tasks", "tiny", "--include-path", str(tasks), "--draws", "32", "--cfg", "0.5"]
+    words += ["--state", str(state), "--json", str(output), "--apply-chat-template", "--template", "plain"]
+    words += ["--length", "4", "--num-fewshot", "0", "--fewshot-as-multiturn"]
+    assert run_ranks(evaluate, 1, *words) == [0]
+    one, lines = json.loads(output.read_text()), state.read_text().splitlines()
+    assert len(lines) == 1 + 4 * 3 + 4 and one["settings"]["guidance"] == 0.5
+    assert one["tasks"]["tiny_choice"]["half_flips"]["questions"] == 4
+    card = json.loads((tmp_path / "tasks.card.json").read_text())
+    assert card["versions"]["lm-eval"] and card["results"] == one and card["settings"]["template"] == "plain"
+    # As if it had been killed within a line: the same figures, and only the rest is answered again.
+    state.write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])
+    assert run_ranks(evaluate, 1, *words) == [0]
+    assert state.read_text().splitlines()[:9] == lines[:9] and len(state.read_text().splitlines()) == len(lines)
+    two = json.loads(output.read_text())
+    assert two["tasks"] == one["tasks"] and two["forward_passes"] == one["forward_passes"]
+
+
+@pytest.mark.distributed
+def test_answers_of_other_settings_are_refused(
+    trained: Path, tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--tasks", "tiny_choice", "--include-path", str(tasks), "--draws", "8", "--state", str(tmp_path / "a")]
+    assert run_ranks(evaluate, 1, str(trained / "run"), *words) == [0]
+    capfd.readouterr()
+    assert run_ranks(evaluate, 1, str(trained / "run"), *words, "--cfg", "1") == [2]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "a: holds answers of guidance 0.0, not 1.0; remove it to start anew, or name another file" in line
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

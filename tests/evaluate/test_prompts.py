@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_md.data.entries import Message
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.evaluate.prompts import batches, canvas_of, read_prompts, typed_prompts
 from megatron_md.parallel import World
@@ -55,6 +56,35 @@ def test_bad_files_are_refused_by_line(name: str, content: str | bytes | None, m
     with pytest.raises(ValueError, match=message) as error:
         read_prompts(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_line_may_hold_a_dialogue_of_a_chat(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    path = write(tmp_path / "chat.jsonl", json.dumps({"messages": messages, "id": 7}) + '\n{"prompt": "x"}\n')
+    first, second = read_prompts(path, chat=True)
+    assert (first.text, first.messages) == ("q", (Message("system", "s"), Message("user", "q")))
+    assert (second.text, second.messages) == ("x", ())
+    with pytest.raises(ValueError, match='line 1: no text under "prompt"'):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": []}', "line 1: asks for no answer"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1: asks for no answer"),
+        ('{"messages": [{"role": "user"}]}', "line 1: messages: 0: content: Field required"),
+        (
+            '{"messages": [{"role": "user", "content": 3}]}',
+            "line 1: messages: 0: content: Input should be a valid string",
+        ),
+        ('{"messages": "x"}', "line 1: messages: Input should be a valid"),
+    ],
+)
+def test_bad_dialogues_are_refused_by_line(line: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        read_prompts(write(tmp_path / "chat.jsonl", line), chat=True)
+    assert 'write {"messages": [{"role": "user", "content": "..."}]} on each line' in str(error.value)
 
 
 def test_a_placeholder_is_as_many_mask_tokens(trained: Path) -> None:
