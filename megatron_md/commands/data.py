@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from megatron_md.commands.show import add_show, show
+from megatron_md.commands.show import add_show, answers_line, lengths_line, show
 from megatron_md.data.builder import build_corpus
 from megatron_md.data.chat_builtin import BUILT_IN
 from megatron_md.data.chat_template import ChatTemplate
@@ -20,7 +20,7 @@ from megatron_md.data.index import index_corpus
 from megatron_md.data.readers import DOCUMENT_BYTES
 from megatron_md.data.resume import BuildProgress
 from megatron_md.data.shards import Manifest, load_manifest
-from megatron_md.data.survey import verify_corpus
+from megatron_md.data.survey import document_lengths, verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.writer import SHARD_TOKENS
 from megatron_md.errors import UserError
@@ -198,6 +198,8 @@ def _report(folder: str, manifest: Manifest, seconds: float) -> None:
         f"{manifest.text_bytes / 1e6:.2f} MB of text in {len(manifest.shards)} shard(s); "
         f"rejected: {reasons or 'none'}; {seconds:.1f} s, {manifest.tokens / seconds / 1e6:.2f}M tokens/s"
     )
+    if manifest.kind == "chat":
+        say(f"{folder}: answers: {answers_line(manifest)}; tokens/document {lengths_line(document_lengths(manifest))}")
 
 
 def _verify(manifest: Manifest) -> int:

@@ -90,6 +90,13 @@ def _show_totals(console: Console, manifest: Manifest) -> None:
         "documents": f"{manifest.documents}",
         "tokens": f"{manifest.tokens}, {per_token:.3f} bytes of text each",
     }
+    if manifest.kind == "chat":
+        # Its Jinja is long, and in the manifest.
+        chat = manifest.source.get("chat") or {}
+        template = chat.get("template") or {}
+        facts["source"] = {**manifest.source, "chat": {**chat, "template": template.get("name")}}
+        facts["answers"] = answers_line(manifest)
+        facts["lengths"] = lengths_line(document_lengths(manifest))
     console.print(Text(shown(manifest.location)))
     for name, value in facts.items():
         console.print(Text(shown(f"  {name:<16} {value}")))
@@ -97,13 +104,23 @@ def _show_totals(console: Console, manifest: Manifest) -> None:
 
 def _show_stats(console: Console, manifest: Manifest) -> None:
     lengths = document_lengths(manifest)
-    quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).round().astype(int)
-    named = zip(("min", "10%", "50%", "90%", "max"), quantiles, strict=True)
-    console.print(f"  {'tokens/document':<16} {', '.join(f'{name}: {count}' for name, count in named)}")
+    console.print(f"  {'tokens/document':<16} {lengths_line(lengths)}")
     console.print(f"  {'unigram entropy':<16} {unigram_entropy(manifest):.4f} nats/token")
     for first, last, count in length_histogram(lengths):
         bar = "█" * max(1, round(BAR_WIDTH * count / len(lengths))) if count else ""
         console.print(f"  {f'{first}-{last}' if last > first else first!s:>16} {count:>10} {bar}")
+
+
+def lengths_line(lengths: Int64Array) -> str:
+    """The spread of documents' lengths."""
+    quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 0.99, 1]).round().astype(int)
+    named = zip(("min", "10%", "50%", "90%", "99%", "max"), quantiles, strict=True)
+    return ", ".join(f"{name}: {count}" for name, count in named)
+
+
+def answers_line(manifest: Manifest) -> str:
+    """How much of a corpus of dialogues is answers."""
+    return f"{manifest.answer_tokens} tokens, {manifest.answer_tokens / max(1, manifest.tokens):.1%} of all"
 
 
 def length_histogram(lengths: Int64Array) -> list[tuple[int, int, int]]:

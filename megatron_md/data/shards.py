@@ -240,6 +240,8 @@ def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None
     for key in ("documents", "tokens"):
         if sum(getattr(shard, key) for shard in manifest.shards) != getattr(manifest, key):
             raise UserError(f"{file}: {key} is not the sum over the shards")
+    if manifest.answer_tokens > manifest.tokens or (manifest.answer_tokens > 0) != (manifest.kind == "chat"):
+        raise UserError(f"{file}: answer_tokens is not a number of answers of {manifest.kind}")
     for key in ("eos_id", "mask_id", "pad_id"):
         if getattr(manifest, key) >= manifest.vocab_size:
             raise UserError(f"{file}: {key} lies outside the vocabulary of {manifest.vocab_size}")
