@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_md.data.corpus import EMBEDDED, Split, documents
-from megatron_md.data.entries import Document, Entry, Rejection, TokenDocument
+from megatron_md.data.dialogues import ChatSettings, dialogues, tokenise_dialogue
+from megatron_md.data.entries import Dialogue, Document, Entry, Record, Rejection, TokenDocument
 from megatron_md.data.readers import DOCUMENT_BYTES, HUB, Reading
 from megatron_md.data.resume import fingerprint, skip_done
 from megatron_md.data.shards import Manifest
@@ -50,6 +51,7 @@ def build_corpus(
     text_key: str = "text",
     max_document_bytes: int = DOCUMENT_BYTES,
     skip_damaged: bool = False,
+    chat: ChatSettings | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Tokenise files, folders and data sets into a folder of shards; what `megatron-md data build` does.
@@ -64,6 +66,7 @@ def build_corpus(
         text_key: field of a JSON record, or column of a table, that holds the text.
         max_document_bytes: longer documents (for JSON lines: longer lines) are rejected.
         skip_damaged: reject what cannot be read of a damaged file, instead of stopping.
+        chat: read dialogues instead of texts, and mark their answers.
         on_progress: called after every batch of documents.
 
     Raises:
@@ -81,13 +84,16 @@ def build_corpus(
         str(path) if str(path) == EMBEDDED or str(path).startswith(HUB) else Path(path).resolve().name
         for path in inputs
     ]
+    reading = Reading(text_key, max_document_bytes, is_chat=chat is not None)
+    corpus = documents(inputs, split, reading=reading, skip_damaged=skip_damaged)
     return build_shards(
-        documents(inputs, split, reading=Reading(text_key, max_document_bytes), skip_damaged=skip_damaged),
+        corpus if chat is None else dialogues(corpus, chat.turns),
         tokenizer,
         output,
         workers=workers,
         shard_tokens=shard_tokens,
-        source={"inputs": names, "split": split},
+        source={"inputs": names, "split": split, **({} if chat is None else {"chat": chat.record()})},
+        chat=chat,
         on_progress=on_progress,
     )
 
@@ -101,6 +107,7 @@ def build_shards(
     shard_tokens: int = SHARD_TOKENS,
     block_bytes: int = BLOCK_BYTES,
     source: dict[str, Any] | None = None,
+    chat: ChatSettings | None = None,
     on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Tokenise a corpus into shards; see `write_corpus` for how they are written.
@@ -117,6 +124,7 @@ def build_shards(
         shard_tokens: a shard is closed when it holds this many tokens.
         block_bytes: a tar member is closed when it holds this many bytes.
         source: free description, recorded in the manifest.
+        chat: how the dialogues of the corpus, if it is made of them, become documents.
         on_progress: called after every batch of documents.
 
     Raises:
@@ -130,7 +138,7 @@ def build_shards(
     if state is not None:
         skip_done(entries, state, Path(f"{output_dir}.partial"))
     return write_corpus(
-        _tokenise(entries, loaded, workers, state.entries if state else 0),
+        _tokenise(entries, loaded, chat, workers, state.entries if state else 0),
         vocabulary,
         output_dir,
         shard_tokens=shard_tokens,
@@ -141,15 +149,17 @@ def build_shards(
     )
 
 
-def _tokenise(corpus: Corpus, tokenizer: Tokenizer, workers: int, first: int) -> Iterator[Batch]:
+def _tokenise(
+    corpus: Corpus, tokenizer: Tokenizer, chat: ChatSettings | None, workers: int, first: int
+) -> Iterator[Batch]:
     """Tokenised documents and rejections in the corpus' order, whatever the number of processes."""
     batches = _batches(corpus, first)
     if workers == 1:
-        yield from (tokenise_batch(tokenizer, first, batch) for first, batch in batches)
+        yield from (tokenise_batch(tokenizer, first, batch, chat) for first, batch in batches)
         return
     # Spawned, not forked: the caller may hold threads (torch, progress bars) that a fork would break.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), tokenizer.path)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), tokenizer.path, chat)) as pool:
         pending: deque[Future[Batch]] = deque()
         for first, batch in batches:
             pending.append(pool.submit(_work, first, batch))
@@ -184,18 +194,26 @@ def _batches(corpus: Corpus, first: int) -> Iterator[tuple[int, list[Entry]]]:
 def _size(entry: Entry) -> int:
     if isinstance(entry, Document):
         return len(entry.text)
+    if isinstance(entry, Dialogue):
+        return sum(len(message.content) for message in entry.messages)
     return entry.tokens.nbytes if isinstance(entry, TokenDocument) else 0
 
 
-def tokenise_batch(tokenizer: Tokenizer, first: int, batch: list[Entry]) -> Batch:
+def tokenise_batch(tokenizer: Tokenizer, first: int, batch: list[Entry], chat: ChatSettings | None = None) -> Batch:
     """Tokenise a batch whose first document has number `first`; empty and unencodable ones become rejections."""
-    return [_tokenise_entry(tokenizer, number, entry) for number, entry in enumerate(batch, start=first)]
+    return [_tokenise_entry(tokenizer, number, entry, chat) for number, entry in enumerate(batch, start=first)]
 
 
-def _tokenise_entry(tokenizer: Tokenizer, number: int, entry: Entry) -> Tokenised | Rejection:
-    checksum = fingerprint(entry)
+def _tokenise_entry(
+    tokenizer: Tokenizer, number: int, entry: Entry, chat: ChatSettings | None
+) -> Tokenised | Rejection:
+    checksum, is_sample = fingerprint(entry), number % ROUND_TRIP_STRIDE == 0
     if isinstance(entry, Rejection):
         return replace(entry, fingerprint=checksum)
+    if isinstance(entry, Dialogue):
+        assert chat is not None
+        return tokenise_dialogue(tokenizer, chat, entry, checksum, check=is_sample)
+    assert not isinstance(entry, Record)
     if isinstance(entry, TokenDocument):
         return _take_tokens(tokenizer, entry, checksum)
     if not entry.text:
@@ -204,7 +222,7 @@ def _tokenise_entry(tokenizer: Tokenizer, number: int, entry: Entry) -> Tokenise
         text_bytes = len(entry.text.encode())
     except UnicodeEncodeError:
         return Rejection(entry.name, "not encodable as UTF-8", fingerprint=checksum)
-    if number % ROUND_TRIP_STRIDE == 0:
+    if is_sample:
         tokenizer.check_round_trip(entry)
     return Tokenised(tokenizer.encode(entry.text).astype(np.uint32), text_bytes, checksum)
 
@@ -226,16 +244,17 @@ def _take_tokens(tokenizer: Tokenizer, entry: TokenDocument, checksum: int) -> T
     return Tokenised(tokens.astype(np.uint32), len(tokenizer.decode(tokens).encode()), checksum)
 
 
-_worker_tokenizer: Tokenizer
+_worker: tuple[Tokenizer, ChatSettings | None]
 
 
-def _start_worker(parent: int, tokenizer: Path) -> None:
-    global _worker_tokenizer
+def _start_worker(parent: int, tokenizer: Path, chat: ChatSettings | None) -> None:
+    global _worker
     # Its queue would never tell that the parent is gone: each worker holds both ends of it.
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to report, once
-    _worker_tokenizer = Tokenizer(tokenizer)
+    _worker = Tokenizer(tokenizer), chat
 
 
 def _work(first: int, batch: list[Entry]) -> Batch:
-    return tokenise_batch(_worker_tokenizer, first, batch)
+    tokenizer, chat = _worker
+    return tokenise_batch(tokenizer, first, batch, chat)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_md.data.entries import Document, Entry, InputError, Rejection
-from megatron_md.data.readers import HUB, SUFFIXES, Reading, read_file, read_hub
+from megatron_md.data.readers import HUB, Reading, read_file, read_hub
 from megatron_md.errors import UserError
 
 Split = Literal["all", "train", "valid"]
@@ -70,7 +70,7 @@ def texts(corpus: Iterable[Entry]) -> Iterator[Document]:
 
 
 def _read_files(source: str | Path, reading: Reading, skip_damaged: bool) -> Iterator[Entry]:
-    for name, path in _files(source):
+    for name, path in _files(source, reading):
         try:
             yield from read_file(name, path, reading)
         except InputError as error:
@@ -79,23 +79,26 @@ def _read_files(source: str | Path, reading: Reading, skip_damaged: bool) -> Ite
             yield Rejection(name, error.reason, str(error))
 
 
-def _files(source: str | Path) -> Iterator[tuple[str, Path]]:
+def _files(source: str | Path, reading: Reading) -> Iterator[tuple[str, Path]]:
     """Name and path of every file of an input, sorted by name."""
-    if str(source) == EMBEDDED:
+    if str(source) == EMBEDDED and not reading.is_chat:
         yield from _embedded_files()
         return
     path = Path(source)
     if path.is_file():
-        if not path.name.endswith((*SUFFIXES, ".bin")):
-            raise UserError(f"{path}: unknown kind of file, none of {', '.join(SUFFIXES)}; give text the name *.txt")
+        known = reading.suffixes
+        if reading.is_chat and not path.name.endswith(known):
+            raise UserError(f"{path}: no file of dialogues, which are {', '.join(known)}")
+        if not path.name.endswith((*known, ".bin")):
+            raise UserError(f"{path}: unknown kind of file, none of {', '.join(known)}; give text the name *.txt")
         yield path.name, path
     elif path.is_dir():
         folder = path.resolve()
         files = sorted(
-            file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.name.endswith(SUFFIXES)
+            file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.name.endswith(reading.suffixes)
         )
         if not files:
-            raise UserError(f"{path}: no text file in this folder; looked for {', '.join(SUFFIXES)}")
+            raise UserError(f"{path}: no text file in this folder; looked for {', '.join(reading.suffixes)}")
         yield from ((name, folder / name) for name in files if (folder / name).is_file())
     else:
         raise UserError(f"{path}: no such file or folder; give files, folders of them, or '{EMBEDDED}'")

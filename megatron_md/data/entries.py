@@ -1,8 +1,9 @@
-"""What a corpus consists of: documents of text or of tokens, and what had to be left out."""
+"""What a corpus consists of: documents of text or of tokens, dialogues, and what had to be left out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,35 @@ class TokenDocument:
 
 
 @dataclass(frozen=True)
+class Record:
+    """One record of which more is read than a text: its name, and its fields by name."""
+
+    name: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a dialogue: who speaks (`system`, `user`, `assistant`, `tool`), and what."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One dialogue: its name, unique within the corpus, and its turns.
+
+    Attributes:
+        first_answer: the assistant's turns from this message on are what a model is to learn; earlier ones are prompt.
+    """
+
+    name: str
+    messages: tuple[Message, ...]
+    first_answer: int = 0
+
+
+@dataclass(frozen=True)
 class Rejection:
     """A document that is left out, and why.
 
@@ -43,7 +73,7 @@ class Rejection:
     fingerprint: int = field(default=0, compare=False, repr=False)
 
 
-Entry = Document | TokenDocument | Rejection
+Entry = Document | TokenDocument | Record | Dialogue | Rejection
 
 
 class InputError(UserError):

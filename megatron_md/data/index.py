@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_md.data.resume import BuildProgress
-from megatron_md.data.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest, ShardError, load_manifest
+from megatron_md.data.shard_index import INDEX_DTYPE
+from megatron_md.data.shards import MANIFEST_NAME, Manifest, ShardError, load_manifest
 from megatron_md.data.tar import Member, TarError, read_members
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.writer import Vocabulary, describe_shard, write_manifest

@@ -10,14 +10,14 @@ from __future__ import annotations
 import io
 import json
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_md.data.decompression import SUFFIXES as COMPRESSED_SUFFIXES
 from megatron_md.data.decompression import open_stream
-from megatron_md.data.entries import Document, Entry, InputError, Rejection
+from megatron_md.data.entries import Document, Entry, InputError, Record, Rejection
 from megatron_md.data.megatron_indexed import read_indexed
 from megatron_md.data.optional import optional_package
 from megatron_md.data.tar import read_members
@@ -34,6 +34,10 @@ PARQUET_ROWS = 64
 # Rows of a group are decoded page by page, but a page may be as large as the group's column.
 LARGEST_ROW_GROUP = 1 << 31
 
+# Fields of a chat data set's records, by format.
+DIALOGUE_KEYS = (("messages",), ("prompt", "completion"), ("conversations",))
+CHAT_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix.startswith((*LINES_SUFFIXES, ".parquet", ".tar", ".tgz")))
+
 TOO_LONG = "too long"
 NOT_DECODABLE = "not decodable"
 NO_TEXT = "no text field"
@@ -46,10 +50,17 @@ class Reading:
     Attributes:
         text_key: field of a JSON record, or column of a table, that holds the text.
         document_bytes: longest document in bytes (for JSON lines: longest line); longer ones are rejected.
+        is_chat: read the records of dialogues, whole, instead of texts.
     """
 
     text_key: str = "text"
     document_bytes: int = DOCUMENT_BYTES
+    is_chat: bool = False
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files that can be read."""
+        return CHAT_SUFFIXES if self.is_chat else SUFFIXES
 
 
 def read_file(name: str, path: Path, reading: Reading) -> Iterator[Entry]:
@@ -113,6 +124,8 @@ def _read_record(name: str, data: bytes, reading: Reading) -> Entry:
         return Rejection(name, NOT_DECODABLE)
     except (ValueError, RecursionError):
         return Rejection(name, "malformed JSON")
+    if reading.is_chat:
+        return Record(name, record) if isinstance(record, dict) else Rejection(name, "not a JSON object")
     text = record.get(reading.text_key) if isinstance(record, dict) else None
     return Document(name, text) if isinstance(text, str) else Rejection(name, NO_TEXT)
 
@@ -124,7 +137,7 @@ def _read_tar(name: str, path: Path, stream: BinaryIO, reading: Reading) -> Iter
         if member.problem is not None:
             if not member.is_directory or member.problem == "unsafe name":
                 yield Rejection(document, member.problem)
-        elif member.name.endswith((*TEXT_SUFFIXES, *LINES_SUFFIXES)):
+        elif member.name.endswith(LINES_SUFFIXES if reading.is_chat else (*TEXT_SUFFIXES, *LINES_SUFFIXES)):
             yield from _read_stream(document, member.name, data, reading)
         elif not member.name.endswith(".json"):
             yield Rejection(document, "not text", member.name.rsplit("/")[-1].partition(".")[2])
@@ -144,21 +157,49 @@ def _read_parquet(name: str, path: Path, reading: Reading) -> Iterator[Entry]:
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise InputError(f"{path}: not a readable Parquet file ({_one_line(error)}); restore it") from error
     with file:
-        if reading.text_key not in columns:
-            raise UserError(f"{path}: no column {reading.text_key!r}; it has {', '.join(columns)}: say --text-key")
-        kind = types.get(reading.text_key)
-        if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view", "null"):
-            raise InputError(f"{path}: column {reading.text_key!r} holds {kind}, not text: say --text-key")
-        yield from _parquet_rows(name, path, file, columns.index(reading.text_key), reading)
+        yield from _parquet_rows(name, path, file, _wanted_columns(path, types, columns, reading), reading)
 
 
-def _parquet_rows(name: str, path: Path, file: Any, column: int, reading: Reading) -> Iterator[Entry]:
+def _wanted_columns(path: Path, types: dict[str, Any], columns: list[str], reading: Reading) -> list[str]:
+    """The columns that hold the text, or the dialogues.
+
+    Raises:
+        InputError, UserError: there is no such column, or it holds something else.
+    """
+    if reading.is_chat:
+        return _dialogue_keys(str(path), types)
+    if reading.text_key not in columns:
+        raise UserError(f"{path}: no column {reading.text_key!r}; it has {', '.join(columns)}: say --text-key")
+    kind = types.get(reading.text_key)
+    if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view", "null"):
+        raise InputError(f"{path}: column {reading.text_key!r} holds {kind}, not text: say --text-key")
+    return [reading.text_key]
+
+
+def _dialogue_keys(where: str, names: Iterable[str]) -> list[str]:
+    """Which of a table's columns hold its dialogues.
+
+    Raises:
+        UserError: none does.
+    """
+    names = list(names)
+    found = [key for keys in DIALOGUE_KEYS if set(keys) <= set(names) for key in keys]
+    if not found:
+        known = "; ".join(" and ".join(keys) for keys in DIALOGUE_KEYS)
+        raise UserError(f"{where}: no dialogues: its columns are {', '.join(names)[:300]}, known are {known}")
+    return found
+
+
+def _parquet_rows(name: str, path: Path, file: Any, wanted: list[str], reading: Reading) -> Iterator[Entry]:
     number, arrow = 0, optional_package("pyarrow", str(path))
+    paths = [file.metadata.schema.column(leaf).path for leaf in range(file.metadata.num_columns)]
+    # A column of lists of objects lies in several, named after it.
+    leaves = [leaf for leaf, path in enumerate(paths) if path in wanted or path.partition(".")[0] in wanted]
     for group in range(file.num_row_groups):
-        size = file.metadata.row_group(group).column(column).total_uncompressed_size
+        size = sum(file.metadata.row_group(group).column(leaf).total_uncompressed_size for leaf in leaves)
         if size > LARGEST_ROW_GROUP:
             raise InputError(f"{path}: row group {group} holds {size} bytes of text; write it in smaller groups")
-        rows = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[reading.text_key], use_threads=False)
+        rows = file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=wanted, use_threads=False)
         while True:
             try:
                 batch = next(rows, None)
@@ -168,22 +209,24 @@ def _parquet_rows(name: str, path: Path, file: Any, column: int, reading: Readin
                 ) from error
             if batch is None:
                 break
-            for value in batch.column(0):
+            for values in zip(*map(batch.column, wanted), strict=True):
                 number += 1
-                yield _parquet_value(f"{name}#{number}", value, reading)
+                yield _parquet_row(f"{name}#{number}", dict(zip(wanted, values, strict=True)), reading)
     if number != file.metadata.num_rows:
         raise InputError(f"{path}: {number} rows instead of {file.metadata.num_rows}; restore the file")
 
 
-def _parquet_value(name: str, value: Any, reading: Reading) -> Entry:
+def _parquet_row(name: str, row: dict[str, Any], reading: Reading) -> Entry:
     try:
-        text = value.as_py()
+        return _checked(name, {key: value.as_py() for key, value in row.items()}, reading)
     except UnicodeDecodeError:
         return Rejection(name, NOT_DECODABLE)
-    return _checked(name, text, reading)
 
 
-def _checked(name: str, text: Any, reading: Reading) -> Entry:
+def _checked(name: str, row: dict[str, Any], reading: Reading) -> Entry:
+    if reading.is_chat:
+        return Record(name, row)
+    text = row.get(reading.text_key)
     if not isinstance(text, str):
         return Rejection(name, NO_TEXT)
     return Rejection(name, TOO_LONG) if len(text) > reading.document_bytes else Document(name, text)
@@ -201,13 +244,19 @@ def read_hub(source: str, reading: Reading) -> Iterator[Entry]:
     datasets = optional_package("datasets", source)
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        if rows.column_names is not None and reading.text_key not in rows.column_names:
-            raise KeyError(f"no column {reading.text_key!r} among {', '.join(rows.column_names)}: say --text-key")
-        entries = iter(rows.select_columns([reading.text_key]))
+        names = rows.column_names
+        if reading.is_chat:
+            entries = iter(rows.select_columns(_dialogue_keys(source, names)) if names is not None else rows)
+        elif names is not None and reading.text_key not in names:
+            raise KeyError(f"no column {reading.text_key!r} among {', '.join(names)}: say --text-key")
+        else:
+            entries = iter(rows.select_columns([reading.text_key]))
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{source}: cannot be loaded: {_one_line(error)}") from error
     for number, row in enumerate(entries, start=1):
-        yield _checked(f"{name}#{number}", row.get(reading.text_key), reading)
+        yield _checked(f"{name}#{number}", row, reading)
 
 
 def _one_line(error: BaseException) -> str:

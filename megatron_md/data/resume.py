@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from megatron_md.data.entries import Document, Entry, TokenDocument
+from megatron_md.data.entries import Dialogue, Document, Entry, TokenDocument
 from megatron_md.data.shards import REJECTED_NAME, Count, Shard
 from megatron_md.errors import UserError
 from megatron_md.files import replace_file
@@ -26,6 +26,7 @@ class BuildProgress:
     documents: Count = 0
     tokens: Count = 0
     text_bytes: Count = 0
+    answer_tokens: Count = 0
     rejected: Counter[str] = field(default_factory=Counter)
 
 
@@ -100,6 +101,9 @@ def fingerprint(entry: Entry) -> int:
         return zlib.crc32(entry.text.encode("utf-8", "surrogatepass"), checksum)
     if isinstance(entry, TokenDocument):
         return zlib.crc32(entry.tokens.tobytes(), checksum)
+    if isinstance(entry, Dialogue):
+        content = json.dumps([entry.first_answer, *((turn.role, turn.content) for turn in entry.messages)])
+        return zlib.crc32(content.encode(), checksum)
     return checksum
 
 

@@ -8,6 +8,9 @@ A corpus is a folder:
     shard-000000.index.npy    per document: byte offset in the tar, tokens, crc32 of its bytes
     rejected.jsonl            documents that were left out, with reasons
 
+A corpus of dialogues (`kind` "chat") also has members 000000-000000.answers.bin (see `megatron_md.data.answers`), and
+in its index for each document the offset in the tar, the number and the crc32 of its runs.
+
 Documents are stored without `<eos>`. Stock `webdataset` reads the tars; our own reader goes by the index, so that any
 document is found at once and damage is noticed. It does not map them into memory: where a mapped file is cut, the
 system kills the process (SIGBUS) before it can say a word.
@@ -16,7 +19,6 @@ system kills the process (SIGBUS) before it can say a word.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import weakref
@@ -31,9 +33,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from megatron_md.batch import Int64Array
 from megatron_md.data import remote
+from megatron_md.data.answers import RUN_DTYPE, runs_in
 from megatron_md.data.cache import Cache
 from megatron_md.data.remote import RemoteFile
+from megatron_md.data.shard_index import CHAT_INDEX_DTYPE, INDEX_DTYPE, MAX_INDEX_HEADER, Index, parse_index, spans
 from megatron_md.errors import UserError
 from megatron_md.json_file import parse_json, read_regular
 from megatron_md.messages import redacted
@@ -41,9 +46,7 @@ from megatron_md.messages import redacted
 MANIFEST_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
 FORMAT = "megatron-md-shards"
-INDEX_DTYPE = np.dtype([("offset", "<u8"), ("tokens", "<u4"), ("crc32", "<u4")])
 MAX_MANIFEST_BYTES = 1 << 28
-MAX_INDEX_HEADER = 1024
 LARGEST_VOCABULARY = 1 << 24
 BLOCK_BYTES = 1 << 20
 PLACES = {"directory", "remote"}  # fields of a manifest that are not for the file to set
@@ -92,6 +95,8 @@ class Manifest:
         source: where the corpus came from and how many documents were rejected, by reason.
         sha256: hash of everything else in the file; with the seed it decides the order of a run.
         directory: folder of the file (of a remote corpus: its cache); not part of it.
+        kind: whether it is made of dialogues, of which answers are marked.
+        answer_tokens: tokens that belong to answers, of a corpus of dialogues.
         remote: set for a corpus at a URL; not part of the file.
     """
 
@@ -112,6 +117,8 @@ class Manifest:
     shards: tuple[Shard, ...]
     sha256: Sha256
     directory: Path
+    kind: Literal["text", "chat"] = "text"
+    answer_tokens: Count = 0
     remote: Remote | None = None
 
     @property
@@ -123,7 +130,7 @@ class Manifest:
         """Shard `number` of a remote corpus, and its index."""
         assert self.remote is not None
         shard, url = self.shards[number], self.remote.url
-        index_bytes = shard.documents * INDEX_DTYPE.itemsize + MAX_INDEX_HEADER
+        index_bytes = shard.documents * self.index_dtype.itemsize + MAX_INDEX_HEADER
         return (
             RemoteFile(remote.beneath(url, shard.name), shard.bytes, shard.sha256),
             RemoteFile(remote.beneath(url, shard.index), index_bytes, shard.index_sha256),
@@ -155,6 +162,11 @@ class Manifest:
     def token_dtype(self) -> np.dtype[Any]:
         """Little-endian type of the stored tokens."""
         return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def index_dtype(self) -> np.dtype[Any]:
+        """What an index holds of each document."""
+        return CHAT_INDEX_DTYPE if self.kind == "chat" else INDEX_DTYPE
 
 
 def content_hash(content: dict[str, Any]) -> str:
@@ -247,42 +259,22 @@ def _check_size(manifest: Manifest, shard: Shard) -> None:
         )
 
 
-def read_index(manifest: Manifest, shard: Shard) -> npt.NDArray[np.void] | None:
+def read_index(manifest: Manifest, shard: Shard) -> Index | None:
     """Index of a shard that need not be sound itself; None where the index is not."""
     path = manifest.directory / shard.index
-    data = path.read_bytes() if os.path.isfile(path) else b""
-    return parse_index(data, shard, manifest.token_dtype.itemsize)
+    return _parsed(manifest, shard, path.read_bytes() if os.path.isfile(path) else b"")
 
 
-def parse_index(data: bytes, shard: Shard, itemsize: int) -> npt.NDArray[np.void] | None:
-    """The index in a file, of a shard whose tokens take `itemsize` bytes; None where it cannot be that.
-
-    Documents lie in the order of the index, apart from each other, within the shard.
-    """
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        return None
-    file = io.BytesIO(data)
-    try:
-        np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0(file, max_header_size=MAX_INDEX_HEADER)
-    except Exception:  # a header is Python's syntax, and what is wrong in it is told in many ways
-        return None
-    if header != ((shard.documents,), False, INDEX_DTYPE):
-        return None
-    if len(data) - file.tell() != shard.documents * INDEX_DTYPE.itemsize:
-        return None
-    index = np.frombuffer(data, INDEX_DTYPE, offset=file.tell())
-    if index["offset"].max() > shard.bytes or (index["offset"] % itemsize).any():
-        return None
-    starts, ends = _spans(index, itemsize)
-    is_apart = ends[-1] <= shard.bytes and (starts[1:] >= ends[:-1]).all()
-    return index if is_apart and int(index["tokens"].sum(dtype=np.int64)) == shard.tokens else None
-
-
-def _spans(index: npt.NDArray[np.void], itemsize: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """At which byte [documents] each document begins and ends."""
-    starts = index["offset"].astype(np.int64)
-    return starts, starts + index["tokens"].astype(np.int64) * itemsize
+def _parsed(manifest: Manifest, shard: Shard, data: bytes) -> Index | None:
+    return parse_index(
+        data,
+        shard.index_sha256,
+        manifest.index_dtype,
+        documents=shard.documents,
+        tokens=shard.tokens,
+        shard_bytes=shard.bytes,
+        itemsize=manifest.token_dtype.itemsize,
+    )
 
 
 def _cut_off(manifest: Manifest, shard: Shard, size: int) -> str:
@@ -290,7 +282,7 @@ def _cut_off(manifest: Manifest, shard: Shard, size: int) -> str:
     index = read_index(manifest, shard)
     if index is None or size > shard.bytes:
         return ""
-    _, ends = _spans(index, manifest.token_dtype.itemsize)
+    _, ends = spans(index["offset"], index["tokens"], manifest.token_dtype.itemsize)
     lost = np.flatnonzero(ends > size)
     return f"; document {lost[0]} and {len(lost) - 1} after it are lost" if len(lost) else "; no document is lost"
 
@@ -299,7 +291,8 @@ class ShardReader:
     """Random access to the documents of one shard, by its index.
 
     Attributes:
-        index: structured array [documents] with `offset`, `tokens` and `crc32`.
+        index: structured array [documents] with `offset`, `tokens` and `crc32`, of dialogues also
+            `answers_offset`, `answer_runs` and `answers_crc32`.
     """
 
     def __init__(self, manifest: Manifest, number: int) -> None:
@@ -314,7 +307,7 @@ class ShardReader:
         file, index_file = manifest.open_shard(number)
         with file, index_file:
             self.path = Path(file.name)
-            index = parse_index(index_file.read(), self._shard, self._dtype.itemsize)
+            index = _parsed(manifest, self._shard, index_file.read())
             if index is None:
                 raise ShardError(
                     f"{index_file.name}: does not match its hash, or is no index of the {self._shard.documents} "
@@ -365,13 +358,32 @@ class ShardReader:
             "restore the shard"
         )
 
+    def answers(self, number: int) -> Int64Array:
+        """Begin and end [runs, 2] of the answers of a dialogue, in its tokens, ascending.
+
+        Raises:
+            DamagedDocumentError: they do not match their crc32, or cannot be those of this document.
+        """
+        entry = self.index[number]
+        offset, count = int(entry["answers_offset"]), int(entry["answer_runs"]) * RUN_DTYPE.itemsize
+        data = self._read(offset, count)
+        is_sound = len(data) == count and zlib.crc32(data) == entry["answers_crc32"]
+        runs = runs_in(np.frombuffer(data, RUN_DTYPE), int(entry["tokens"])) if is_sound else None
+        if runs is None:
+            problem = "they are no runs within it" if is_sound else "their crc32 differs, or the file is cut"
+            raise DamagedDocumentError(
+                f"{self.path}: the answers of document {number} (bytes {offset} to {offset + count}) are damaged: "
+                f"{problem}; restore the shard"
+            )
+        return runs
+
     def blocks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
         """Tokens of documents that lie side by side, in file order.
 
         Raises:
             ShardError: the file has been cut.
         """
-        starts, ends = _spans(self.index, self._dtype.itemsize)
+        starts, ends = spans(self.index["offset"], self.index["tokens"], self._size)
         cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
         for start, stop in zip(starts[[0, *cuts]].tolist(), ends[[*(cuts - 1), -1]].tolist(), strict=True):
             for offset in range(start, stop, BLOCK_BYTES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,9 +38,11 @@ class TokenizerModel(Protocol):
     eos_token_id: int
     pad_token_id: int
     special_names: dict[int, str]
+    token_names: dict[str, str]
+    chat_template: str | None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without any special token."""
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text; under `special` what spells a special token becomes it."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids, none of them special."""
@@ -56,6 +59,9 @@ class Tokenizer:
         sha256: hash of the model file; it travels into shards, runs and checkpoints.
         vocab_size: number of pieces (largest id + 1).
         mask_token_id, eos_token_id, pad_token_id: ids of the special tokens (no pad piece: `<eos>` pads).
+        special_names: every special token by its id.
+        token_names: the tokens that a chat template may name, by `eos_token`, `bos_token` and the like.
+        chat_template: Jinja of the chat template beside the file, None where there is none.
     """
 
     def __init__(
@@ -98,15 +104,22 @@ class Tokenizer:
         self.mask_token_id = self._model.mask_token_id
         self.eos_token_id = self._model.eos_token_id
         self.pad_token_id = self._model.pad_token_id
+        self.special_names = self._model.special_names
+        self.token_names = self._model.token_names
+        self.chat_template = self._model.chat_template
 
-    def encode(self, text: str) -> npt.NDArray[np.int64]:
+    def encode(self, text: str, *, special: bool = False) -> npt.NDArray[np.int64]:
         """Token ids [n] of a text, without any special token: `<mask>` in a text is six characters like any other.
+
+        Args:
+            text: the text.
+            special: what spells a special token becomes it, as in the text that a chat template writes.
 
         Raises:
             UserError: the text holds lone surrogates, which have no UTF-8 form.
         """
         try:
-            ids = self._model.encode(text)
+            ids = self._model.encode(text, special=special)
         except (RuntimeError, UnicodeEncodeError, TypeError) as error:
             raise UserError("cannot encode a text with lone surrogates: it has no UTF-8 form") from error
         return np.array(ids, dtype=np.int64)
@@ -118,7 +131,7 @@ class Tokenizer:
         """
         text: list[str] = []
         run: list[int] = []
-        special_names = self._model.special_names
+        special_names = self.special_names
         for id in np.asarray(ids, dtype=np.int64).tolist():
             if id in special_names or not 0 <= id < self.vocab_size:
                 text.append(self._model.decode(run))
@@ -159,6 +172,8 @@ class Tokenizer:
 class _SentencePiece:
     """A SentencePiece model."""
 
+    chat_template: str | None = None
+
     def __init__(self, path: Path, data: bytes, tokens: dict[str, str | None]) -> None:
         import sentencepiece
 
@@ -181,9 +196,25 @@ class _SentencePiece:
         self.special_names: dict[int, str] = {
             id: piece for id, piece in enumerate(pieces) if self._processor.is_control(id)
         }
+        self.token_names = {
+            "eos_token": pieces[self.eos_token_id],
+            "pad_token": pieces[self.pad_token_id],
+            "mask_token": pieces[self.mask_token_id],
+        }
+        self._special_ids = {piece: id for id, piece in self.special_names.items()}
+        self._special_text = re.compile(f"({'|'.join(map(re.escape, self._special_ids))})")
         self._space_piece_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_PIECE.encode()]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        if special:
+            parts = self._special_text.split(text)
+            found = (
+                [self._special_ids[part]] if number % 2 else self._encode(part) for number, part in enumerate(parts)
+            )
+            return list(itertools.chain.from_iterable(found))
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for number, part in enumerate(text.split(SPACE_PIECE)):
             if number:

@@ -15,9 +15,9 @@ from megatron_md.data.optional import optional_package
 from megatron_md.data.shards import LARGEST_VOCABULARY
 from megatron_md.errors import UserError
 from megatron_md.files import replace_file
-from megatron_md.json_file import parse_json, read_json
+from megatron_md.json_file import parse_json, read_json, read_regular
 
-CONFIG_NAME = "tokenizer_config.json"
+CONFIG_NAME, TEMPLATE_NAME = "tokenizer_config.json", "chat_template.jinja"
 CUSTOMARY = {
     "mask_token": ("<mask>", "<|mask|>", "<|mdm_mask|>", "[MASK]"),
     "eos_token": ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>"),
@@ -32,6 +32,8 @@ class JsonTokenizer:
         vocab_size: largest token id + 1, added tokens included.
         mask_token_id, eos_token_id, pad_token_id: ids of the special tokens.
         special_names: every special token by its id.
+        token_names: the tokens that a chat template may name, by `eos_token`, `bos_token` and the like.
+        chat_template: Jinja of the chat template beside the file, None where there is none.
     """
 
     def __init__(self, path: Path, data: bytes, tokens: dict[str, str | None]) -> None:
@@ -48,7 +50,8 @@ class JsonTokenizer:
         library = optional_package("tokenizers", str(path))
         content = parse_json(data, path, "not a tokenizer.json of the tokenizers library")
         added, normalizer = _added_tokens(path, content), content.get("normalizer")
-        names = _special_names(path, tokens, added)
+        configured = _configured(path.with_name(CONFIG_NAME))
+        names = _special_names(path, {**configured, **{kind: name for kind, name in tokens.items() if name}}, added)
         for name in names.values():
             # Otherwise a text that spells the token would be encoded as the token itself.
             added[name]["special"] = True
@@ -58,7 +61,6 @@ class JsonTokenizer:
             raise UserError(f"{path}: the tokenizers library cannot read it ({str(error)[:200]})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
         self._is_nfc = isinstance(normalizer, dict) and normalizer.get("type") == "NFC"
         for name, token in added.items():
             if self._tokenizer.token_to_id(name) != token["id"]:
@@ -74,10 +76,12 @@ class JsonTokenizer:
             raise UserError(
                 f"{path}: a token has the id {self.vocab_size - 1}; {LARGEST_VOCABULARY - 1} is the largest"
             )
-        self._config = dict(names)
+        self.token_names = {**configured, **names}
+        self.chat_template = _chat_template(path)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without any special token."""
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text; under `special` what spells a special token becomes it."""
+        self._tokenizer.encode_special_tokens = not special
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -91,8 +95,9 @@ class JsonTokenizer:
         return unicodedata.normalize("NFC", text) if self._is_nfc else text
 
     def save_config(self, folder: Path) -> None:
-        """Write the names of the special tokens into the `tokenizer_config.json` of a folder."""
-        replace_file(folder / CONFIG_NAME, json.dumps(self._config, indent=1) + "\n")
+        """Write special tokens and chat template into the `tokenizer_config.json` of a folder."""
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        replace_file(folder / CONFIG_NAME, json.dumps({**self.token_names, **template}, indent=1) + "\n")
 
 
 def _added_tokens(path: Path, content: Any) -> dict[str, dict[str, Any]]:
@@ -105,13 +110,11 @@ def _added_tokens(path: Path, content: Any) -> dict[str, dict[str, Any]]:
     return {token["content"]: token for token in added}
 
 
-def _special_names(path: Path, tokens: dict[str, str | None], added: dict[str, Any]) -> dict[str, str]:
-    """Name of the special token of each kind."""
-    configured = _configured(path.with_name(CONFIG_NAME))
+def _special_names(path: Path, wanted_names: dict[str, str], added: dict[str, Any]) -> dict[str, str]:
+    """Name of the special token of each kind: the wanted one, else one with a customary name."""
     names: dict[str, str] = {}
     for kind, customary in CUSTOMARY.items():
-        wanted = tokens.get(kind) or configured.get(kind)
-        found = wanted or next((name for name in customary if name in added), None)
+        found = wanted_names.get(kind) or next((name for name in customary if name in added), None)
         if found is None and kind == "pad_token":
             found = names["eos_token"]
         if found is None:
@@ -130,6 +133,18 @@ def _configured(file: Path) -> dict[str, str]:
     if not file.exists():
         return {}
     content = read_json(file, "restore it, or remove it")
-    values = {kind: content.get(kind) for kind in CUSTOMARY}
+    values = {kind: content.get(kind) for kind in (*CUSTOMARY, "bos_token", "unk_token")}
     names = {kind: value.get("content") if isinstance(value, dict) else value for kind, value in values.items()}
     return {kind: name for kind, name in names.items() if isinstance(name, str) and name}
+
+
+def _chat_template(path: Path) -> str | None:
+    """The chat template beside a tokenizer, in a file of its own or in the configuration."""
+    file, config = path.with_name(TEMPLATE_NAME), path.with_name(CONFIG_NAME)
+    if file.exists():
+        return read_regular(file, "restore it, or remove it").decode("utf-8", "replace")
+    template = read_json(config, "restore it, or remove it").get("chat_template") if config.exists() else None
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

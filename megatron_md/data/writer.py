@@ -13,7 +13,7 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_md.batch import Int64Array
+from megatron_md.data.answers import table_of
 from megatron_md.data.entries import Rejection
 from megatron_md.data.resume import (
     PROGRESS_NAME,
@@ -28,9 +30,9 @@ from megatron_md.data.resume import (
     BuildState,
     load_state,
 )
+from megatron_md.data.shard_index import CHAT_INDEX_DTYPE, INDEX_DTYPE
 from megatron_md.data.shards import (
     FORMAT,
-    INDEX_DTYPE,
     MANIFEST_NAME,
     REJECTED_NAME,
     Manifest,
@@ -58,11 +60,18 @@ class Tokenised:
     Attributes:
         text_bytes: size of its text in UTF-8.
         fingerprint: checksum of what was read, by which an interrupted build finds its place again.
+        answers: of a dialogue, begin and end [runs, 2] of its answers in its tokens, at least one, ascending.
     """
 
     tokens: Tokens
     text_bytes: int
     fingerprint: int = 0
+    answers: Int64Array | None = None
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that belong to answers."""
+        return 0 if self.answers is None else int(np.diff(self.answers).sum())
 
 
 Batch = list[Tokenised | Rejection]
@@ -209,7 +218,8 @@ def _write_batches(
                 state.progress.documents += 1
                 state.progress.tokens += entry.tokens.size
                 state.progress.text_bytes += entry.text_bytes
-                if writer.add(entry.tokens):
+                state.progress.answer_tokens += entry.answer_tokens
+                if writer.add(entry):
                     rejected.flush()
                     os.fsync(rejected.fileno())
                     state.rejected_bytes = rejected.tell()
@@ -243,6 +253,9 @@ def write_manifest(
         "source": {**source, "rejected": dict(sorted(progress.rejected.items()))},
         "shards": [asdict(shard) for shard in shards],
     }
+    # Manifests of text say nothing of it, as they did before there were others: their hashes decide orders of rows.
+    if progress.answer_tokens:
+        content |= {"kind": "chat", "answer_tokens": progress.answer_tokens}
     content["sha256"] = content_hash(content)
     replace_file(folder / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
 
@@ -281,13 +294,14 @@ class _CorpusWriter:
         self._shards = shards
         self._writer: _ShardWriter | None = None
 
-    def add(self, tokens: Tokens) -> bool:
+    def add(self, document: Tokenised) -> bool:
         """Append a document; True when it ended a shard."""
+        tokens = document.tokens
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocabulary.size:
             raise UserError(f"{self._folder}: a token lies outside the vocabulary of {self._vocabulary.size}")
         if self._writer is None:
             self._writer = _ShardWriter(self._folder, len(self._shards), self._block_bytes)
-        self._writer.add(tokens.astype(self._vocabulary.token_dtype))
+        self._writer.add(tokens.astype(self._vocabulary.token_dtype), document.answers)
         if self._writer.tokens < self._shard_tokens:
             return False
         self.close()
@@ -309,12 +323,15 @@ class _ShardWriter:
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._number, self._block_bytes = number, block_bytes
         self._block: list[Tokens] = []
+        self._runs: list[npt.NDArray[np.void]] = []  # of the documents of the block
         self._held = self._blocks = 0
-        self._index: list[tuple[int, int, int]] = []
+        self._index: list[tuple[int, ...]] = []
         self.tokens = 0
 
-    def add(self, tokens: Tokens) -> None:
+    def add(self, tokens: Tokens, answers: Int64Array | None) -> None:
         """Append a document."""
+        if answers is not None:
+            self._runs.append(table_of(len(self._block), answers))
         self._block.append(tokens)
         self._held += tokens.nbytes
         self.tokens += tokens.size
@@ -330,20 +347,23 @@ class _ShardWriter:
         self._file.seek(0)
         sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
         self._file.close()
-        return describe_shard(self._path, np.array(self._index, dtype=INDEX_DTYPE), sha256)
+        dtype = INDEX_DTYPE if len(self._index[0]) == len(INDEX_DTYPE.fields or ()) else CHAT_INDEX_DTYPE
+        return describe_shard(self._path, np.array(self._index, dtype), sha256)
 
     def _flush(self) -> None:
         if not self._block:
             return
         key = f"{self._number:06d}-{self._blocks:06d}"
-        offset = self._tar.offset + tarfile.BLOCKSIZE
-        for tokens in self._block:
-            self._index.append((offset, tokens.size, zlib.crc32(tokens.data)))
-            offset += tokens.nbytes
+        entries: list[tuple[int, ...]] = list(_places(self._tar.offset + tarfile.BLOCKSIZE, self._block))
         self._add_member(f"{key}.tokens.bin", b"".join(tokens.tobytes() for tokens in self._block))
         lengths = np.array([tokens.size for tokens in self._block], dtype="<u4")
         self._add_member(f"{key}.lengths.bin", lengths.tobytes())
-        self._block, self._held = [], 0
+        if self._runs:
+            runs = _places(self._tar.offset + tarfile.BLOCKSIZE, self._runs)
+            entries = [document + answers for document, answers in zip(entries, runs, strict=True)]
+            self._add_member(f"{key}.answers.bin", np.concatenate(self._runs).tobytes())
+        self._index += entries
+        self._block, self._runs, self._held = [], [], 0
         self._blocks += 1
 
     def _add_member(self, name: str, data: bytes) -> None:
@@ -351,6 +371,13 @@ class _ShardWriter:
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._tar.addfile(member, io.BytesIO(data))
+
+
+def _places(offset: int, parts: Sequence[npt.NDArray[Any]]) -> Iterator[tuple[int, int, int]]:
+    """Offset, number of items and crc32 of arrays that are written one after the other."""
+    for part in parts:
+        yield offset, part.size, zlib.crc32(part.tobytes())
+        offset += part.nbytes
 
 
 def describe_shard(path: Path, index: npt.NDArray[np.void], sha256: str) -> Shard:

@@ -19,7 +19,7 @@ import pytest
 
 from megatron_md.batch import BatchPosition
 from megatron_md.cli import main
-from megatron_md.commands.data import length_histogram, masks_of_row
+from megatron_md.commands.show import length_histogram, masks_of_row
 from megatron_md.config import ObjectiveConfig
 from megatron_md.data.builder import build_shards
 from megatron_md.data.corpus import documents

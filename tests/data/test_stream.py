@@ -23,7 +23,8 @@ import pytest
 
 from megatron_md.batch import BatchPosition, DamagedDocument, Rows
 from megatron_md.data.packing import RowOrder
-from megatron_md.data.shards import FORMAT, INDEX_DTYPE, Manifest, ShardError, ShardReader, content_hash, load_manifest
+from megatron_md.data.shard_index import INDEX_DTYPE
+from megatron_md.data.shards import FORMAT, Manifest, ShardError, ShardReader, content_hash, load_manifest
 from megatron_md.data.stream import Prefetcher, SequenceStream, micro_batches, validation_rows
 from tests.data.small_corpus import EOS, PAD, WriteCorpus, random_documents
 
