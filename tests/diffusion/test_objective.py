@@ -319,10 +319,10 @@ SPECS: dict[str, Any] = {
     "uniform": "uniform:0,1",
     "beta": "beta:2,3",
     "point": "point:1",
-    "knots": {"name": "knots", "rates": [0.0, 0.4, 1.0], "density": [1.0, 2.0, 0.5]},
+    "knots": {"name": "knots", "points": [[0.1, 0.0], [0.3, 2.0], [1.0, 1.0]]},
     "mixture": {
         "name": "mixture",
-        "parts": [{"weight": 0.5, "schedule": "uniform:0,1"}, {"weight": 0.5, "schedule": "point:0.9"}],
+        "components": [{"weight": 0.5, "schedule": "uniform:0,1"}, {"weight": 0.5, "schedule": "point:0.9"}],
     },
     "curriculum": SCHEDULES[-1],
 }
