@@ -49,7 +49,7 @@ def too_long(manifest: Manifest, lengths_D: Int64Array, seq_length: int) -> str 
     shard, number = _find(_first_documents(manifest), document)
     return (
         f"{manifest.location}: document {number} of {manifest.shards[shard].name} has {lengths_D[document]} tokens, "
-        f"more than data.seq_length {seq_length}{f' (and so have {others} others)' if others else ''}: raise it (the "
+        f"more than data.seq_length {seq_length}{f' (and {others} more)' if others else ''}: raise it (the "
         f"longest has {lengths_D.max()}), or build the corpus again with --max-tokens {seq_length}"
     )
 

@@ -115,6 +115,7 @@ def test_a_dry_run_shows_the_steps(corpora: dict[str, str], tmp_path: Path, caps
     assert "train.epochs counts passes over data.train, which is not set" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_of_epochs_resumes_to_the_bit(tmp_path: Path, corpora: dict[str, str]) -> None:
     keys = {"train": {"epochs": 1.5}}
