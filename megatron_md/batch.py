@@ -59,6 +59,8 @@ class Rows:
         cu_seqlens: per row the boundaries of its documents, from 0 to L ascending, where the source knows them;
             padding counts as a last document.
         damaged: documents that left a gap in these rows: padding that is not maskable.
+        counts_documents: each document of a row is a sequence of its own for weights that count sequences (packed
+            dialogues); False: the row is, however documents were cut for it.
     """
 
     tokens_BL: Int64Array
@@ -66,6 +68,7 @@ class Rows:
     sample_index_B: Int64Array
     cu_seqlens: list[Int32Array] | None = field(default=None, kw_only=True)
     damaged: frozenset[DamagedDocument] = field(default=frozenset(), kw_only=True)
+    counts_documents: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
