@@ -173,7 +173,10 @@ def _chat_settings(args: argparse.Namespace) -> ChatSettings | None:
     tokenizer = Tokenizer(args.tokenizer)
     template = ChatTemplate.of(tokenizer, given.pop("template", None))
     if template.stop_ids(tokenizer) == [tokenizer.eos_token_id] and template.name != "plain":
-        tell(f"chat template {template.name}: this tokenizer has no token for {template.stop_texts}, which is spelt")
+        tell(
+            f"chat template {template.name}: what ends an answer ({' '.join(template.stop_texts) or 'nothing'}) is no "
+            "token of this tokenizer, so that only <eos> will end a generated one; the template plain does with that"
+        )
     return ChatSettings(template, **given)
 
 
