@@ -1,5 +1,8 @@
 """Rows of chat corpora: a dialogue per row, padded, or several whole ones, packed. Only answers are maskable.
 
+Behind a dialogue come `<eos>` that count as answers (`data.chat.eos_padding`), as many as the row has room for or some
+or none, and then padding, which is neither scored nor seen by attention: it would tell where the answer ends.
+
 Row g of a run is row g mod R of the corpus in the order of epoch g div R, R being the rows of an epoch: the dialogues,
 or the bins of a packing that is the same in every epoch. The order is a permutation that depends on (manifest hash,
 seed, epoch) alone, so any g is found at once. The lengths of all documents are kept in memory (8 bytes each, as much
@@ -144,6 +147,7 @@ class DialogueStream:
             cu_seqlens=cu_seqlens,
             damaged=frozenset(damaged),
             counts_documents=not self.is_ragged,
+            content_B=np.array([cuts[1] for cuts in cu_seqlens], dtype=np.int64) if self.is_ragged else None,
         )
 
     def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:
