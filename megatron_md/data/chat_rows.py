@@ -103,7 +103,7 @@ class DialogueStream:
 
     def _lay_out(self) -> None:
         """Which documents a row holds, and how many tokens of it are not mere padding."""
-        documents, least_eos = len(self._lengths_D), min(self._most_eos, 1)
+        documents, least_eos = len(self._lengths_D), self._chat.eos_cap or min(self._most_eos, 1)
         if self.is_ragged:
             self._documents, self._starts = np.arange(documents), np.arange(documents + 1)
             self._lengths_R = np.minimum(self._lengths_D + least_eos, self.seq_length)

@@ -103,7 +103,7 @@ def test_packed_rows_are_full_and_the_same_in_every_epoch(manifest: Manifest) ->
 
 
 def test_row_lengths_hold_all_that_is_served(manifest: Manifest) -> None:
-    for keys, least in (({}, 1), ({"eos_padding": "one"}, 1), ({"eos_padding": "ignore"}, 0)):
+    for keys, least in (({}, 1), ({"eos_padding": "one"}, 1), ({"eos_padding": "ignore"}, 0), ({"eos_cap": 3}, 3)):
         source = stream(manifest, **keys)
         rows, length_B = source.rows(range(40)), source.row_lengths(range(40))
         dialogue_B = (rows.tokens_BL != EOS) & (rows.tokens_BL != PAD)
