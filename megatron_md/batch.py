@@ -61,6 +61,8 @@ class Rows:
         damaged: documents that left a gap in these rows: padding that is not maskable.
         counts_documents: each document of a row is a sequence of its own for weights that count sequences (packed
             dialogues); False: the row is, however documents were cut for it.
+        content_B: where in each row the padding begins that no token may attend to, as it would tell where an answer
+            ends; None: attention sees it.
     """
 
     tokens_BL: Int64Array
@@ -69,6 +71,14 @@ class Rows:
     cu_seqlens: list[Int32Array] | None = field(default=None, kw_only=True)
     damaged: frozenset[DamagedDocument] = field(default=frozenset(), kw_only=True)
     counts_documents: bool = field(default=False, kw_only=True)
+    content_B: Int64Array | None = field(default=None, kw_only=True)
+
+    def seen_apart(self) -> list[Int32Array] | None:
+        """`cu_seqlens` of rows whose documents see each other, but not the padding; None where there is none."""
+        length = self.tokens_BL.shape[1]
+        if self.content_B is None or (self.content_B == length).all():
+            return None
+        return [np.unique([0, content, length]).astype(np.int32) for content in self.content_B.tolist()]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Rows of chat corpora: a dialogue per row, padded, or several whole ones, packed. Only answers are maskable.
 
+Behind a dialogue come `<eos>` that count as answers (`data.chat.eos_padding`), as many as the row has room for or some
+or none, and then padding, which is neither scored nor seen by attention: it would tell where the answer ends.
+
 Row g of a run is row g mod R of the corpus in the order of epoch g div R, R being the rows of an epoch: the dialogues,
 or the bins of a packing that is the same in every epoch. The order is a permutation that depends on (manifest hash,
 seed, epoch) alone, so any g is found at once. The lengths of all documents are kept in memory (8 bytes each, as much
@@ -100,7 +103,7 @@ class DialogueStream:
 
     def _lay_out(self) -> None:
         """Which documents a row holds, and how many tokens of it are not mere padding."""
-        documents, least_eos = len(self._lengths_D), min(self._most_eos, 1)
+        documents, least_eos = len(self._lengths_D), self._chat.eos_cap or min(self._most_eos, 1)
         if self.is_ragged:
             self._documents, self._starts = np.arange(documents), np.arange(documents + 1)
             self._lengths_R = np.minimum(self._lengths_D + least_eos, self.seq_length)
@@ -144,6 +147,7 @@ class DialogueStream:
             cu_seqlens=cu_seqlens,
             damaged=frozenset(damaged),
             counts_documents=not self.is_ragged,
+            content_B=np.array([cuts[1] for cuts in cu_seqlens], dtype=np.int64) if self.is_ragged else None,
         )
 
     def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:

@@ -231,7 +231,7 @@ class MixtureStream:
         is_maskable_BL = np.empty(tokens_BL.shape, dtype=np.bool_)
         boundaries: dict[int, Int32Array] = {}
         damaged: frozenset[DamagedDocument] = frozenset()
-        counts_documents = False
+        counts_documents, content_B = False, np.full(len(index_B), self.streams[0].seq_length)
         for corpus in np.unique(corpus_B).tolist():
             places = np.flatnonzero(corpus_B == corpus)
             part = self.streams[corpus].rows(row_B[places])
@@ -239,6 +239,8 @@ class MixtureStream:
             boundaries |= dict(zip(places.tolist(), part.cu_seqlens or (), strict=True))
             damaged |= part.damaged
             counts_documents |= part.counts_documents
+            if part.content_B is not None:
+                content_B[places] = part.content_B
         cu_seqlens = [boundaries[b] for b in range(len(index_B))]
         return Rows(
             tokens_BL,
@@ -247,6 +249,7 @@ class MixtureStream:
             cu_seqlens=cu_seqlens,
             damaged=damaged,
             counts_documents=counts_documents,
+            content_B=content_B if self.is_ragged else None,
         )
 
     def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:

@@ -287,6 +287,7 @@ def cut(rows: Rows, length: int) -> Rows:
         tokens_BL=np.ascontiguousarray(rows.tokens_BL[:, :length]),
         is_maskable_BL=np.ascontiguousarray(rows.is_maskable_BL[:, :length]),
         cu_seqlens=[np.append(cuts[cuts < length], np.int32(length)) for cuts in rows.cu_seqlens],
+        content_B=None if rows.content_B is None else np.minimum(rows.content_B, length),
     )
 
 

@@ -88,6 +88,8 @@ class DiffusionTask:
         manifests = [load_manifest(corpus.manifest, cache=Cache.of(given.data)) for corpus in given.data.corpora()]
         if not manifests:
             raise UserError("data.train is not set: name a corpus")
+        if any(manifest.kind == "chat" for manifest in manifests):
+            raise UserError("data.train holds dialogues, which only megatron-md train makes rows of")
         self.config = resolve(given, manifests[0].vocab_size)
         self.mask_token_id = manifests[0].mask_id
         self.objective = build_objective(

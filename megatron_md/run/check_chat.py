@@ -36,6 +36,11 @@ def _row_problems(config: Config, *, has_text: bool) -> Iterator[str]:
     chat, train, layout = config.data.chat, config.train, config.parallel
     if config.data.random_length_fraction:
         yield "data.random_length_fraction cuts rows, and dialogues stay whole: set it to 0"
+    if config.objective.attention_annealing and (chat.padding != "answer" or chat.eos_cap is not None):
+        yield (
+            "objective.attention_annealing hides pairs of whole rows, and dialogues hide their padding: "
+            "set data.chat.eos_padding=answer without data.chat.eos_cap, or attention_annealing=0"
+        )
     if chat.is_packed and has_text:
         yield "data.train: packed dialogues are not mixed with text; set data.chat.rows=padded"
     split = layout.context * 16 * (layout.tensor if layout.sequence_parallel else 1)

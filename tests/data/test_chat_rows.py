@@ -80,6 +80,8 @@ def test_an_epoch_holds_every_dialogue_once_and_masks_nothing_but_answers(
             parts = pieces(rows, b)
             if set(parts[-1][0]) == {PAD}:
                 assert parts.pop()[1] == [], "padding is not maskable"
+            if source.is_ragged:
+                assert rows.content_B is not None and rows.content_B[b] == len(parts[0][0])
             assert len(parts) == 1 or keys.get("rows") == "packed"
             found.update((tuple(tokens), tuple(places)) for tokens, places in parts)
         assert found == wanted
@@ -101,7 +103,7 @@ def test_packed_rows_are_full_and_the_same_in_every_epoch(manifest: Manifest) ->
 
 
 def test_row_lengths_hold_all_that_is_served(manifest: Manifest) -> None:
-    for keys, least in (({}, 1), ({"eos_padding": "one"}, 1), ({"eos_padding": "ignore"}, 0)):
+    for keys, least in (({}, 1), ({"eos_padding": "one"}, 1), ({"eos_padding": "ignore"}, 0), ({"eos_cap": 3}, 3)):
         source = stream(manifest, **keys)
         rows, length_B = source.rows(range(40)), source.row_lengths(range(40))
         dialogue_B = (rows.tokens_BL != EOS) & (rows.tokens_BL != PAD)
@@ -132,6 +134,7 @@ def test_every_split_sees_the_same_rows_of_one_length(manifest: Manifest, data_s
             np.testing.assert_array_equal(batch.tokens_BL, whole.tokens_BL[slots, :length])
             np.testing.assert_array_equal(batch.is_maskable_BL, whole.is_maskable_BL[slots, :length])
             assert all(cuts[-1] == length for cuts in batch.cu_seqlens or [])
+            assert batch.seen_apart() is None, "all is answered <eos>"
         lengths.add(length)
     assert len(lengths) > 2, "not all batches are as long as the longest dialogue"
 
@@ -217,3 +220,18 @@ def test_order_depends_on_what_the_state_says(manifest: Manifest) -> None:
     assert stream(manifest).state(0) == stream(manifest, eos_padding="answer", length_multiple=8).state(0)
     for keys in ({"eos_padding": "one"}, {"eos_cap": 2}, {"group_by_length": 4}, {"rows": "packed"}):
         assert stream(manifest).state(0) != stream(manifest, **keys).state(0)
+
+
+def test_only_padding_is_hidden_from_attention(manifest: Manifest, write_tokens: WriteCorpus) -> None:
+    text = write_tokens([[*range(4, 43)]] * 20, name="text")
+    points = [CorpusConfig("chat", 1.0), CorpusConfig("text", 1.0)]
+    data = DataConfig(train=points, seq_length=L, chat=ChatConfig(eos_padding="one"))
+    (batch,) = micro_batches(
+        open_stream(data, [manifest, text], seed=1), BatchPosition(0, 8), 8, data_rank=0, data_size=1, length=24
+    )
+    boundaries = batch.seen_apart()
+    assert boundaries is not None
+    for b in range(8):
+        end = int((batch.tokens_BL[b] != PAD).sum())
+        assert boundaries[b].tolist() == ([0, 24] if end == 24 else [0, end, 24])
+    assert all(len(cuts) == 2 for cuts in boundaries[1::2]), "documents of a text see each other"

@@ -102,6 +102,22 @@ def test_short_batches_are_served_short(reference: dict[str, np.ndarray[Any, Any
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("keys", [{"eos_padding": "one"}, pytest.param({"eos_cap": 3}, marks=SLOW)])
+def test_padding_changes_nothing(tmp_path: Path, corpora: dict[str, str], keys: dict[str, Any]) -> None:
+    """Neither loss nor gradient nor the validation NELBO depend on how far the rows are filled up."""
+    found = []
+    for multiple in (4, 32):
+        run_dir = tmp_path / str(multiple)
+        data = {"chat": ChatConfig(length_multiple=multiple, group_by_length=8, **keys)}
+        run_ranks(pretrain, 1, chat_config(run_dir, corpora, data))
+        found.append(figures(run_dir))
+    is_tokens = np.arange(len(found[0])) % 5 == 4
+    is_tokens[5 * STEPS :] = False
+    assert (found[0][is_tokens] < found[1][is_tokens]).any()
+    np.testing.assert_allclose(found[0][~is_tokens], found[1][~is_tokens], rtol=1e-5)
+
+
+@pytest.mark.distributed
 def test_epochs_of_dialogues_resume_to_the_bit(tmp_path: Path, corpora: dict[str, str]) -> None:
     chat = {"chat": ChatConfig(length_multiple=4, group_by_length=4, eos_cap=2)}
     keys: dict[str, Any] = {"train": {"epochs": 1.3, "steps": 400}}
