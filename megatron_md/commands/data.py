@@ -183,6 +183,8 @@ def _chat_settings(args: argparse.Namespace) -> ChatSettings | None:
 def _index(args: argparse.Namespace) -> int:
     if args.action == "build" and args.output is not None:
         raise UserError("--index takes no --output: the tars are indexed where they are")
+    if args.action == "build" and args.chat:
+        raise UserError("--index takes no --chat: tars of dialogues say so by their members")
     codes = [0]
     for folder in args.input:
         start = time.perf_counter()

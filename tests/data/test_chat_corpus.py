@@ -17,6 +17,8 @@ import pytest
 import webdataset
 
 from megatron_md.data.builder import build_corpus, build_shards
+from megatron_md.data.cache import Cache
+from megatron_md.data.chat_builtin import BUILT_IN
 from megatron_md.data.chat_template import ChatTemplate
 from megatron_md.data.dialogues import ChatSettings, Turns, dialogues
 from megatron_md.data.entries import Entry, Record
@@ -31,6 +33,7 @@ from megatron_md.data.shards import (
 )
 from megatron_md.data.survey import token_counts, verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
+from tests.data.file_server import file_server
 from tests.data.small_corpus import all_documents, flip_byte
 from tests.data.test_resume import folder_bytes, interrupted
 
@@ -140,6 +143,26 @@ def test_files_record_their_template(tokenizer: Tokenizer, tmp_path: Path) -> No
     }  # fmt: skip
     text = json.loads((tmp_path / "train" / "manifest.json").read_text())
     assert text["kind"] == "chat"
+
+
+def test_a_manifest_does_not_know_where_things_lay(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folders = []
+    for place in ("one", "two"):
+        folder = tmp_path / place
+        folder.mkdir()
+        (folder / "in.jsonl").write_text(json.dumps(records()[1].fields))
+        (folder / "own.jinja").write_text(BUILT_IN["plain"].source)
+        chat = ChatSettings(ChatTemplate.of(tokenizer, str(folder / "own.jinja")))
+        build_corpus([folder / "in.jsonl"], tokenizer.path, folder / "out", chat=chat)
+        folders.append(folder_bytes(folder / "out"))
+    assert folders[0] == folders[1]
+
+
+def test_corpora_at_urls(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    manifest = build(tokenizer, tmp_path / "out")
+    with file_server(tmp_path) as server:
+        far = load_manifest(f"{server.url}/out", cache=Cache(tmp_path / "cache"))
+        assert all_answers(far) == all_answers(manifest) and verify_corpus(far) == []
 
 
 def test_every_damaged_answer_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -217,7 +217,9 @@ def test_the_tokenizers_own_template(folder: Path, json_tokenizer: Tokenizer, tm
     # A run keeps its copy of the tokenizer, and with it the template.
     tokenizer.save(tmp_path / "run" / "tokenizer.model")
     kept = ChatTemplate.of(Tokenizer(tmp_path / "run" / "tokenizer.model"), None)
-    assert kept.source == ZEPHYR and kept.variables == ChatTemplate.of(tokenizer, None).variables
+    assert (kept.name, kept.source) == ("tokenizer's own", ZEPHYR) and kept.variables == ChatTemplate.of(
+        tokenizer, None
+    ).variables
 
 
 def test_what_ends_a_turn(json_tokenizer: Tokenizer, tokenizer: Tokenizer) -> None:
@@ -245,7 +247,7 @@ def test_bad_templates_are_one_clear_line(
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ 1 // 0 }}", "by zero"),
     ):
-        with pytest.raises(TemplateError, match=rf"chat template .*own\.jinja: .*{message}"):
+        with pytest.raises(TemplateError, match=rf"chat template own\.jinja: .*{message}"):
             own(source)
     # It asks for an answer otherwise than it writes one.
     forgetful = own(CHATML.replace("assistant\n'", "assistant\nHm: '"))
@@ -254,6 +256,13 @@ def test_bad_templates_are_one_clear_line(
     assert not forgetful.encode(json_tokenizer, DIALOGUE[:4], first_answer=4).is_answer.any()
     with pytest.raises(ValueError, match=r"own\.jinja: writes the mask token"):
         own("<|mdm_mask|>" + CHATML).encode(json_tokenizer, DIALOGUE)
+    for record in (
+        {},
+        {"name": "x", "source": 3, "variables": {}},
+        {"name": "x", "source": "y", "variables": [], "z": 1},
+    ):
+        with pytest.raises(ValueError, match=r"the manifest's chat template: .*; build the corpus again"):
+            ChatTemplate.recorded(record)
     single = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
     with pytest.raises(ValueError, match=r"1 \{% generation %\} blocks for 2 turns of the assistant"):
         own(single).encode(json_tokenizer, DIALOGUE, first_answer=4)
