@@ -59,6 +59,10 @@ class Rows:
         cu_seqlens: per row the boundaries of its documents, from 0 to L ascending, where the source knows them;
             padding counts as a last document.
         damaged: documents that left a gap in these rows: padding that is not maskable.
+        counts_documents: each document of a row is a sequence of its own for weights that count sequences (packed
+            dialogues); False: the row is, however documents were cut for it.
+        content_B: where in each row the padding begins that no token may attend to, as it would tell where an answer
+            ends; None: attention sees it.
     """
 
     tokens_BL: Int64Array
@@ -66,6 +70,15 @@ class Rows:
     sample_index_B: Int64Array
     cu_seqlens: list[Int32Array] | None = field(default=None, kw_only=True)
     damaged: frozenset[DamagedDocument] = field(default=frozenset(), kw_only=True)
+    counts_documents: bool = field(default=False, kw_only=True)
+    content_B: Int64Array | None = field(default=None, kw_only=True)
+
+    def seen_apart(self) -> list[Int32Array] | None:
+        """`cu_seqlens` of rows whose documents see each other, but not the padding; None where there is none."""
+        length = self.tokens_BL.shape[1]
+        if self.content_B is None or (self.content_B == length).all():
+            return None
+        return [np.unique([0, content, length]).astype(np.int32) for content in self.content_B.tolist()]
 
 
 @dataclass(frozen=True)

@@ -184,12 +184,14 @@ def first_steps_of_the_record(steps: int) -> str:
 
 @pytest.fixture
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
-    """A folder with text in `books`, the examples, the environment and the YAML files that the documents write."""
+    """A folder with text in `books`, dialogues, the examples, the environment and the documents' YAML files."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "books").mkdir()
     for number in range(200):
         (tmp_path / "books" / f"{number:03d}.txt").write_text(made_up_code(number))
+    pairs = [{"prompt": made_up_code(number)[:80], "completion": made_up_code(number)[-80:]} for number in range(40)]
+    (tmp_path / "dialogues.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "docs").mkdir()

@@ -15,6 +15,7 @@ from megatron_md.messages import redacted
 # What a checkpoint must agree on to be resumed, besides `model_identity`.
 REFUSED = ("seed", "data.seq_length", "data.window_shards")
 DEPENDS = {
+    "data.chat": "refused if rows are made of the dialogues in another way",
     "data.train": "refused unless it is the same corpus",
     "data.tokenizer": "refused unless it is the same tokenizer",
     "model.vocab": "refused unless tokenizer or shards give the same number",

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-from megatron_md.commands.show import add_show, show
+from megatron_md.commands.show import add_show, answers_line, lengths_line, show
 from megatron_md.data.builder import build_corpus
 from megatron_md.data.chat_builtin import BUILT_IN
 from megatron_md.data.chat_template import ChatTemplate
@@ -20,7 +20,7 @@ from megatron_md.data.index import index_corpus
 from megatron_md.data.readers import DOCUMENT_BYTES
 from megatron_md.data.resume import BuildProgress
 from megatron_md.data.shards import Manifest, load_manifest
-from megatron_md.data.survey import verify_corpus
+from megatron_md.data.survey import document_lengths, verify_corpus
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.writer import SHARD_TOKENS
 from megatron_md.errors import UserError
@@ -173,13 +173,18 @@ def _chat_settings(args: argparse.Namespace) -> ChatSettings | None:
     tokenizer = Tokenizer(args.tokenizer)
     template = ChatTemplate.of(tokenizer, given.pop("template", None))
     if template.stop_ids(tokenizer) == [tokenizer.eos_token_id] and template.name != "plain":
-        tell(f"chat template {template.name}: this tokenizer has no token for {template.stop_texts}, which is spelt")
+        tell(
+            f"chat template {template.name}: what ends an answer ({' '.join(template.stop_texts) or 'nothing'}) is no "
+            "token of this tokenizer, so that only <eos> will end a generated one; the template plain does with that"
+        )
     return ChatSettings(template, **given)
 
 
 def _index(args: argparse.Namespace) -> int:
     if args.action == "build" and args.output is not None:
         raise UserError("--index takes no --output: the tars are indexed where they are")
+    if args.action == "build" and args.chat:
+        raise UserError("--index takes no --chat: tars of dialogues say so by their members")
     codes = [0]
     for folder in args.input:
         start = time.perf_counter()
@@ -198,6 +203,8 @@ def _report(folder: str, manifest: Manifest, seconds: float) -> None:
         f"{manifest.text_bytes / 1e6:.2f} MB of text in {len(manifest.shards)} shard(s); "
         f"rejected: {reasons or 'none'}; {seconds:.1f} s, {manifest.tokens / seconds / 1e6:.2f}M tokens/s"
     )
+    if manifest.kind == "chat":
+        say(f"{folder}: answers: {answers_line(manifest)}; tokens/document {lengths_line(document_lengths(manifest))}")
 
 
 def _verify(manifest: Manifest) -> int:

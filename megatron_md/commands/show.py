@@ -10,8 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array, Rows
+from megatron_md.config import ChatConfig, Config, DataConfig
+from megatron_md.config.loader import apply_overrides, validate
+from megatron_md.data.chat_rows import DialogueStream
 from megatron_md.data.shards import Manifest, load_manifest
-from megatron_md.data.stream import WINDOW_SHARDS, SequenceStream
+from megatron_md.data.stream import WINDOW_SHARDS, RowStream, SequenceStream, cut
 from megatron_md.data.survey import document_lengths, unigram_entropy
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.errors import UserError
@@ -23,7 +26,11 @@ ASSUMED = (
     "masks as in a run on this corpus alone whose global batches all have {} rows (no train.batch_ramp) of full length "
     "(no data.random_length_fraction), with a curriculum at its start"
 )
-MASKED_STYLE, HEADING_STYLE = "bold white on red", "bold cyan"
+ASSUMED_OF_DIALOGUES = (
+    "masks as in a run on this corpus alone whose global batches all have {} rows (no train.batch_ramp), with a "
+    "curriculum at its start"
+)
+ANSWER_STYLE, MASKED_STYLE, HEADING_STYLE = "green", "bold white on red", "bold cyan"
 
 
 def add_show(show: argparse.ArgumentParser) -> None:
@@ -39,6 +46,13 @@ def add_show(show: argparse.ArgumentParser) -> None:
         help="mark the tokens of these rows that a run with constant batches masks: uniform:0,1",
     )
     show.add_argument("--tokenizer", metavar="FILE", help="print text instead of token ids")
+    show.add_argument(
+        "--chat",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of dialogues, as in the run's data.chat: rows=packed eos_padding=one",
+    )
     keys = {
         "seed": (1234, "seed"),
         "seq-length": (256, "data.seq_length"),
@@ -90,6 +104,13 @@ def _show_totals(console: Console, manifest: Manifest) -> None:
         "documents": f"{manifest.documents}",
         "tokens": f"{manifest.tokens}, {per_token:.3f} bytes of text each",
     }
+    if manifest.kind == "chat":
+        match manifest.source:
+            case {"chat": {"template": {"name": name}} as chat}:
+                # Its Jinja is long, and in the manifest.
+                facts["source"] = {**manifest.source, "chat": {**chat, "template": name}}
+        facts["answers"] = answers_line(manifest)
+        facts["lengths"] = lengths_line(document_lengths(manifest))
     console.print(Text(shown(manifest.location)))
     for name, value in facts.items():
         console.print(Text(shown(f"  {name:<16} {value}")))
@@ -97,13 +118,23 @@ def _show_totals(console: Console, manifest: Manifest) -> None:
 
 def _show_stats(console: Console, manifest: Manifest) -> None:
     lengths = document_lengths(manifest)
-    quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).round().astype(int)
-    named = zip(("min", "10%", "50%", "90%", "max"), quantiles, strict=True)
-    console.print(f"  {'tokens/document':<16} {', '.join(f'{name}: {count}' for name, count in named)}")
+    console.print(f"  {'tokens/document':<16} {lengths_line(lengths)}")
     console.print(f"  {'unigram entropy':<16} {unigram_entropy(manifest):.4f} nats/token")
     for first, last, count in length_histogram(lengths):
         bar = "█" * max(1, round(BAR_WIDTH * count / len(lengths))) if count else ""
         console.print(f"  {f'{first}-{last}' if last > first else first!s:>16} {count:>10} {bar}")
+
+
+def lengths_line(lengths: Int64Array) -> str:
+    """The spread of documents' lengths."""
+    quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 0.99, 1]).round().astype(int)
+    named = zip(("min", "10%", "50%", "90%", "99%", "max"), quantiles, strict=True)
+    return ", ".join(f"{name}: {count}" for name, count in named)
+
+
+def answers_line(manifest: Manifest) -> str:
+    """How much of a corpus of dialogues is answers."""
+    return f"{manifest.answer_tokens} tokens, {manifest.answer_tokens / max(1, manifest.tokens):.1%} of all"
 
 
 def length_histogram(lengths: Int64Array) -> list[tuple[int, int, int]]:
@@ -117,17 +148,43 @@ def _show_rows(console: Console, manifest: Manifest, args: argparse.Namespace) -
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
     if tokenizer is not None and tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(f"--tokenizer {args.tokenizer}: {manifest.location} was made with another one")
-    stream = SequenceStream(
-        manifest, seed=args.seed, seq_length=args.seq_length, window_shards=args.window_shards, keep_going=True
-    )
+    stream, chat = _row_stream(manifest, args)
     if args.masks:
-        console.print(ASSUMED.format(args.global_batch_size))
+        console.print((ASSUMED if chat is None else ASSUMED_OF_DIALOGUES).format(args.global_batch_size))
     for g in args.row:
         rows = stream.rows([g])
-        is_masked_L, rate = np.zeros(args.seq_length, dtype=np.bool_), None
+        if chat is not None:
+            rows = cut(rows, _row_length(stream, chat, g, args))
+        is_masked_L, rate = np.zeros(rows.tokens_BL.shape[1], dtype=np.bool_), None
         if args.masks:
             is_masked_L, rate = masks_of_row(rows, args.masks, args.seed, args.global_batch_size, manifest.mask_id)
-        _show_row(console, rows, is_masked_L, rate, tokenizer)
+        _show_row(console, rows, is_masked_L, rate, tokenizer, is_chat=chat is not None)
+
+
+def _row_stream(manifest: Manifest, args: argparse.Namespace) -> tuple[RowStream, ChatConfig | None]:
+    """The rows of a run on this corpus, and the keys of `data.chat` that they depend on: None for a corpus of text.
+
+    Raises:
+        UserError: these keys are not sound, or the corpus has no use for them.
+    """
+    if manifest.kind == "text":
+        if args.chat:
+            raise UserError(f"--chat {args.chat[0]}: {manifest.location} is a corpus of text")
+        options = {"window_shards": args.window_shards, "keep_going": True}
+        return SequenceStream(manifest, seed=args.seed, seq_length=args.seq_length, **options), None
+    keys: dict[str, object] = {}
+    overridden = apply_overrides(keys, args.chat)
+    chat = validate(ChatConfig, keys, "--chat", overridden)
+    return DialogueStream(manifest, chat, seed=args.seed, seq_length=args.seq_length, keep_going=True), chat
+
+
+def _row_length(stream: RowStream, chat: ChatConfig, g: int, args: argparse.Namespace) -> int:
+    """Tokens of row g in a run with constant batches."""
+    from megatron_md.train.progress import row_length_at
+
+    size = args.global_batch_size
+    config = Config(data=DataConfig(seq_length=args.seq_length, chat=chat))
+    return row_length_at(config, g - g % size, size, stream)
 
 
 def masks_of_row(
@@ -158,23 +215,32 @@ def masks_of_row(
 
 
 def _show_row(
-    console: Console, rows: Rows, is_masked_L: BoolArray, rate: float | None, tokenizer: Tokenizer | None
+    console: Console,
+    rows: Rows,
+    is_masked_L: BoolArray,
+    rate: float | None,
+    tokenizer: Tokenizer | None,
+    *,
+    is_chat: bool,
 ) -> None:
-    """Print one row, document by document; masked tokens are coloured, and bracketed where there are no colours."""
+    """Print one row, document by document; masked tokens and answers are coloured, or bracketed without colours."""
     masked = f", t = {rate:.4f}, {int(is_masked_L.sum())} masked" if rate is not None else ""
     maskable = int(rows.is_maskable_BL.sum())
     console.print(Text(f"row {rows.sample_index_B[0]}: {maskable} maskable tokens{masked}", style=HEADING_STYLE))
     assert rows.cu_seqlens is not None
-    opening, closing = ("", "") if console.color_system else ("⟦", "⟧")
+    # By how a run of tokens is treated: as any text or prompt, as an answer, as masked.
+    styles = ("", ANSWER_STYLE, MASKED_STYLE)
+    brackets = (("", ""), ("⟪", "⟫"), ("⟦", "⟧")) if console.color_system is None else (("", ""),) * 3
+    treatment_L = np.where(is_masked_L, 2, rows.is_maskable_BL[0] & is_chat)
     for number, (begin, end) in enumerate(pairwise(rows.cu_seqlens[0].tolist()), start=1):
-        is_text = bool(rows.is_maskable_BL[0, begin])
+        is_text = bool(rows.is_maskable_BL[0, begin:end].any())
         kind = f"document {number}" if is_text else "left out: damaged, or padding" if rows.damaged else "padding"
         console.print(Text(f"── {kind}, positions {begin} to {end - 1}", style=HEADING_STYLE))
         if not is_text:
             continue
         line = Text()
         # Runs of equally treated tokens, as one token may be a part of a character only.
-        cuts = np.flatnonzero(np.diff(is_masked_L[begin:end])) + 1 + begin
+        cuts = np.flatnonzero(np.diff(treatment_L[begin:end])) + 1 + begin
         for first, stop in pairwise([begin, *cuts.tolist(), end]):
             tokens_n = rows.tokens_BL[0, first:stop]
             text = (
@@ -182,10 +248,7 @@ def _show_row(
                 if tokenizer
                 else " ".join(map(str, tokens_n))
             )
-            separator = "" if tokenizer else " "
-            if is_masked_L[first]:
-                line.append(f"{opening}{text}{closing}", style=MASKED_STYLE)
-            else:
-                line.append(text)
-            line.append(separator)
+            opening, closing = brackets[treatment_L[first]]
+            line.append(f"{opening}{text}{closing}", style=styles[treatment_L[first]])
+            line.append("" if tokenizer else " ")
         console.print(line)

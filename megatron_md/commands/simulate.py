@@ -12,6 +12,7 @@ from megatron_md.commands.arguments import check_folder_of, positive
 from megatron_md.config import Config, ConfigError, load_config
 from megatron_md.messages import progress, say, tell
 from megatron_md.run.check import check_config, resolve_config
+from megatron_md.run.epochs import count_steps
 from megatron_md.simulate.children import Run, simulate, stages_to_simulate
 from megatron_md.simulate.hardware import Hardware, hardware_names, load_hardware
 from megatron_md.simulate.report import as_json, report, table
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     config = replace(config, train=replace(config.train.settled("cuda"), device="cuda"))
     world_size = args.world_size or config.parallel.replica
     try:
+        config = count_steps(config)
         runs, left = _runs(config, world_size, hardware, args.sweep, trust=args.trust)
     except ConfigError as error:
         raise ConfigError([f"{args.config}: {line}" for line in error.lines]) from None

@@ -12,6 +12,7 @@ from megatron_md.config import Config, ConfigError, explain, load_config
 from megatron_md.messages import say, tell
 from megatron_md.run.check import check_config, resolve_config
 from megatron_md.run.check_corpora import corpus_problems, missing_files
+from megatron_md.run.epochs import count_steps
 from megatron_md.run.estimate import report
 
 EXAMPLES = f"""examples:
@@ -112,6 +113,7 @@ def _dry_run(config: Config, world_size: int, *, trust: bool) -> int:
     problems = list(corpus_problems(config))
     if problems:
         raise ConfigError(problems)
+    config = count_steps(config)
     # What torch would find, as far as that can be told without it.
     has_cuda = config.train.device != "cpu" and Path("/proc/driver/nvidia/version").exists()
     config = replace(config, train=config.train.settled("cuda" if has_cuda else "cpu"))

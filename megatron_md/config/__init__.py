@@ -6,6 +6,7 @@ This module imports neither torch nor Megatron, so that a bad config is refused 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_md.config import loader as config_loader
+from megatron_md.config.chat import ChatConfig
 from megatron_md.config.loader import ConfigError
 from megatron_md.config.model import (
     CorpusConfig,
@@ -38,7 +40,7 @@ from megatron_md.config.training import (
 from megatron_md.messages import nearest
 
 __all__ = [
-    "BatchRampConfig", "CheckpointConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig",
+    "BatchRampConfig", "ChatConfig", "CheckpointConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig",
     "LRScheduleConfig", "LogConfig", "MegatronConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig",
     "ParallelConfig", "ProfileConfig", "ResolvedConfig", "ResolvedModel", "SamplingConfig", "TrainConfig",
     "ValidationConfig", "as_dict", "config_from_mapping", "explain", "load_config", "load_resolved", "preset_names",
@@ -73,6 +75,11 @@ class Config:
     def positions(self) -> int:
         """Tokens of the longest row that the model takes: `model.max_length`, or `data.seq_length` if that is null."""
         return self.model.max_length or self.data.seq_length
+
+    @property
+    def row_unit(self) -> int:
+        """What the length of dialogues' rows is a multiple of, where it is not `data.seq_length`."""
+        return math.lcm(self.data.chat.length_multiple, self.parallel.row_unit)
 
     def problems(self) -> Iterator[str]:
         """A line for each contradiction between keys, as far as the keys alone tell; `run.check` knows the rest."""
@@ -136,6 +143,8 @@ def _values(section: Any) -> dict[str, Any]:
 def as_dict(config: Config) -> dict[str, Any]:
     """The config as nested dictionaries, as a file would have it."""
     content = asdict(config)
+    if content["train"]["epochs"] is not None:
+        del content["train"]["steps"]  # not counted yet
     if not content["model"].pop("is_length_given", True):
         content["model"]["max_length"] = None
     return content
@@ -164,6 +173,9 @@ def config_from_mapping(mapping: dict[str, Any], overrides: Sequence[str] = (), 
     """
     mapping = {**mapping}
     overridden = config_loader.apply_overrides(mapping, overrides)
+    train = mapping.get("train")
+    if isinstance(train, dict) and None not in (train.get("steps"), train.get("epochs")):
+        raise ConfigError(f"{source}: both train.steps and train.epochs are given; set one of them to null")
     model = mapping.get("model")
     if isinstance(model, dict) and isinstance(model.get("preset"), str):
         mapping["model"] = {**_preset(model["preset"], source), **model}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
+from megatron_md.config.chat import ChatConfig
 from megatron_md.config.schema import STRICT, Doc, Fraction, Listed, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
@@ -224,6 +225,7 @@ class DataConfig:
         Literal["full", "within_document"],
         Doc("what a token attends to: the whole row, or its own document in the row only"),
     ] = "full"
+    chat: Annotated[ChatConfig, Doc("rows of corpora of dialogues")] = field(default_factory=ChatConfig)
     window_shards: Annotated[PositiveInt, Doc("shards that are shuffled together (W)")] = 8
     prefetch: Annotated[NonNegativeInt, Doc("global batches prepared ahead by a background thread")] = 2
     cache_dir: Annotated[
@@ -245,10 +247,11 @@ class DataConfig:
 
     def problems(self, run: Config) -> Iterator[str]:
         """What these keys contradict in the run, a line for each."""
+        yield from self.chat.problems(run)
         names = [corpus.label for corpus in self.corpora()]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"data.train: two corpora are called {name!r}; give each of them its own name"
-        if self.random_length_fraction and run.train.steps > MOST_RANDOM_STEPS:
+        if self.random_length_fraction and run.train.epochs is None and run.train.steps > MOST_RANDOM_STEPS:
             yield (
                 f"train.steps {run.train.steps} is above {MOST_RANDOM_STEPS}, the most of which "
                 "data.random_length_fraction counts the tokens; set one of them back"

@@ -92,6 +92,10 @@ class TrainConfig:
     __pydantic_config__ = STRICT
 
     steps: Annotated[PositiveInt, Doc("optimizer steps of the whole run")] = 400
+    epochs: Annotated[
+        Annotated[float, Field(gt=0.0, le=1e6)] | None,
+        Doc("passes over data.train in place of train.steps, which are counted from it, rounded up, and kept instead"),
+    ] = None
     global_batch_size: Annotated[PositiveInt, Doc("rows per optimizer step over the whole job")] = 16
     micro_batch_size: Annotated[PositiveInt, Doc("rows per forward pass of one data-parallel rank")] = 8
     batch_ramp: Annotated[BatchRampConfig | None, Doc("batch-size ramp-up; none if null")] = None
@@ -154,7 +158,7 @@ class TrainConfig:
         ramp, factor = self.batch_ramp, self.spike_factor
         if ramp is not None and ramp.start > self.global_batch_size:
             yield f"train.batch_ramp.start {ramp.start} is above train.global_batch_size {self.global_batch_size}"
-        if ramp is not None and ramp.steps > self.steps:
+        if ramp is not None and self.epochs is None and ramp.steps > self.steps:
             yield f"train.batch_ramp.steps {ramp.steps} is more than train.steps {self.steps}: the ramp would not end"
         if factor and factor <= 1.0:
             yield f"train.spike_factor {factor:g} would leave out ordinary updates: it must be above 1, or 0 for none"

@@ -22,12 +22,14 @@ from megatron_md.batch import BoolArray, Int64Array
 from megatron_md.data.chat_builtin import BUILT_IN
 from megatron_md.data.entries import Message
 from megatron_md.data.optional import optional_package
+from megatron_md.data.shard_index import STRICT
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.errors import UserError
-from megatron_md.json_file import read_regular
+from megatron_md.json_file import as_record, read_regular
 
 TAGS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKER = re.compile(r"<\|\w+\|>")
+OWN = "tokenizer's own"
 PROBE = (Message("user", "question"), Message("assistant", "answer"))
 # Which of Unicode's noncharacters stand in no text that is meant for exchange.
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -59,11 +61,13 @@ class ChatTemplate:
     """A chat template.
 
     Attributes:
-        name: of a built-in one, or the file that it comes from.
+        name: of a built-in one, or of the file that it comes from, wherever it lies: manifests hold it.
         source: its Jinja.
         variables: what it may refer to besides the messages, such as `bos_token`.
         stop_texts: what ends an assistant's turn, besides the tokenizer's `<eos>`.
     """
+
+    __pydantic_config__ = STRICT
 
     name: str
     source: str
@@ -91,19 +95,23 @@ class ChatTemplate:
             path = Path(template)
             if not path.suffix and not path.exists():
                 raise UserError(f"no template {template!r}: give a .jinja file or one of {', '.join(BUILT_IN)}")
-            found = cls(str(path), _decoded(path), variables)
+            found = cls(path.name, _decoded(path), variables)
         else:
             place = tokenizer.path.parent if tokenizer is not None else "no tokenizer"
             if tokenizer is None or tokenizer.chat_template is None:
                 raise UserError(f"{place}: holds no chat template; choose one by --template: {', '.join(BUILT_IN)}")
-            found = cls(str(place), tokenizer.chat_template, variables)
+            found = cls(OWN, tokenizer.chat_template, variables)
         found.render(PROBE)
         return found
 
     @classmethod
     def recorded(cls, record: Mapping[str, Any]) -> ChatTemplate:
-        """The template that a chat corpus was made with, from `source["chat"]["template"]` of its manifest."""
-        return cls(record["name"], record["source"], record["variables"])
+        """The template that a chat corpus was made with, from `source["chat"]["template"]` of its manifest.
+
+        Raises:
+            UserError: it is none.
+        """
+        return as_record(cls, dict(record), "the manifest's chat template", "build the corpus again")
 
     def record(self) -> dict[str, Any]:
         """What `recorded` takes, as JSON values."""

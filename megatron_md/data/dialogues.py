@@ -188,22 +188,30 @@ def tokenise_dialogue(
         for number, message in enumerate(dialogue.messages):
             tokenizer.check_round_trip(Document(f"{dialogue.name}, turn {number}", message.content))
     try:
-        encoded = _fitting(tokenizer, settings, dialogue)
+        document = _fitting(tokenizer, settings, dialogue)
     except TemplateError as error:
         return Rejection(dialogue.name, "template fails", str(error), checksum)
-    limit = settings.max_tokens
-    tokens, runs = encoded.tokens[:limit], runs_of(encoded.is_answer[:limit])
-    if len(tokens) < len(encoded.tokens) and settings.truncate != "right":
-        return Rejection(dialogue.name, "longer than max-tokens", f"{len(encoded.tokens)} tokens", checksum)
+    limit, size = settings.max_tokens, len(document.tokens)
+    if limit is not None and limit < size and settings.truncate != "right":
+        return Rejection(dialogue.name, "longer than max-tokens", f"{size} tokens", checksum)
+    runs = runs_of(document.is_answer[:limit])
     if not len(runs):
-        return Rejection(dialogue.name, "all prompt", f"of {len(encoded.tokens)} tokens", checksum)
-    return Tokenised(tokens.astype(np.uint32), len(encoded.text.encode()), checksum, runs)
+        return Rejection(dialogue.name, "all prompt", f"of {size} tokens", checksum)
+    # Under `right` the cut may fall into a later prompt, which nothing answers then.
+    tokens = document.tokens[: runs[-1, 1]].astype(np.uint32)
+    return Tokenised(tokens, len(document.text.encode()), checksum, runs)
 
 
 def _fitting(tokenizer: Tokenizer, settings: ChatSettings, dialogue: Dialogue) -> EncodedDialogue:
-    """The tokens of a dialogue, under `left` less as many of its first turns as it takes."""
+    """A dialogue up to the end of its last answer, under `left` less as many of its first turns as it takes.
+
+    What a template writes behind the last answer is left out: `<eos>` comes there, in rows and in generated texts.
+    """
     while True:
         encoded = settings.template.encode(tokenizer, dialogue.messages, first_answer=dialogue.first_answer)
+        if encoded.is_answer.any():
+            end = int(np.flatnonzero(encoded.is_answer)[-1]) + 1
+            encoded = replace(encoded, tokens=encoded.tokens[:end], is_answer=encoded.is_answer[:end])
         shorter = _without_first_question(dialogue) if settings.truncate == "left" else None
         if settings.max_tokens is None or len(encoded.tokens) <= settings.max_tokens or shorter is None:
             return encoded

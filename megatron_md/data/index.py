@@ -1,7 +1,8 @@
 """Indexing of tars that were made elsewhere in the format of our members: sidecars and a manifest beside them.
 
 A tar holds pairs of members, `KEY.tokens.bin` (little-endian uint16 or uint32) and `KEY.lengths.bin` (uint32 tokens
-per document), in either order. Everything else is refused. A `SHA256SUMS` file in the folder is checked where there
+per document), in either order; tars of dialogues have `KEY.answers.bin` with every pair (`megatron_md.data.answers`).
+Everything else is refused. A `SHA256SUMS` file in the folder is checked where there
 is one: it is the only way to notice flipped bits inside of data that nobody has indexed yet.
 """
 
@@ -18,8 +19,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from megatron_md.data.answers import RUN_DTYPE, runs_in
 from megatron_md.data.resume import BuildProgress
-from megatron_md.data.shard_index import INDEX_DTYPE
+from megatron_md.data.shard_index import CHAT_INDEX_DTYPE, INDEX_DTYPE
 from megatron_md.data.shards import MANIFEST_NAME, Manifest, ShardError, load_manifest
 from megatron_md.data.tar import Member, TarError, read_members
 from megatron_md.data.tokenizer import Tokenizer
@@ -27,7 +29,7 @@ from megatron_md.data.writer import Vocabulary, describe_shard, write_manifest
 from megatron_md.errors import UserError
 
 # Bytes. 16 MiB of lengths are 4 million documents, whose entries in the index take four times that.
-LARGEST_MEMBER = {"tokens.bin": 1 << 30, "lengths.bin": 1 << 24}
+LARGEST_MEMBER = {"tokens.bin": 1 << 30, "lengths.bin": 1 << 24, "answers.bin": 1 << 26}
 SUMS_NAME = "SHA256SUMS"
 SUMS_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
@@ -55,17 +57,19 @@ def index_corpus(
         raise UserError(f"{folder / MANIFEST_NAME}: exists; check it with `data verify`, or delete it to index again")
     sums = _read_sums(folder)
     progress, scans, itemsize = BuildProgress(), [], 0
+    is_chat = None
     for path in tars:
-        scan = _Scan(itemsize)
+        scan = _Scan(itemsize, is_chat)
         try:
             _scan(path, scan, loaded, sums.get(path.name))
         except TarError as error:
             raise ShardError(f"{error}: the documents from {scan.documents} on are not there") from error
-        itemsize = scan.itemsize
+        itemsize, is_chat = scan.itemsize, scan.is_chat
         scans.append(scan)
         progress.documents += scan.documents
         progress.tokens += scan.tokens
         progress.text_bytes += scan.text_bytes
+        progress.answer_tokens += scan.answer_tokens
         if on_progress is not None:
             on_progress(progress)
     shards = [
@@ -78,13 +82,15 @@ def index_corpus(
 
 @dataclass
 class _Scan:
-    """What a tar holds."""
+    """What a tar holds; bytes per token and whether there are answers are 0 and None until they are known."""
 
     itemsize: int
+    is_chat: bool | None
     sha256: str = ""
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
+    answer_tokens: int = 0
     parts: list[npt.NDArray[np.void]] = field(default_factory=list)
 
 
@@ -101,31 +107,33 @@ class _Hashing:
 
 
 def _scan(path: Path, scan: _Scan, tokenizer: Tokenizer, expected_sha256: str | None) -> None:
-    """Read a tar strictly into `scan`, which knows the bytes per token of the tars before it (0: not known)."""
+    """Read a tar strictly into `scan`, which knows about the tars before it."""
     keys: set[str] = set()
-    half: tuple[str, str, Member, bytes] | None = None
+    sample: dict[str, tuple[Member, bytes]] = {}
+    last = ""
     with path.open("rb") as file:
         hashing = _Hashing(file)
-        for member, data in read_members(hashing, path):
-            key, kind = _key_and_kind(path, member, scan.documents)
-            content = data.read()
-            if half is None:
-                if key in keys:
+        try:
+            for member, data in read_members(hashing, path):
+                if _is_complete(sample) and member.name != f"{last}.answers.bin":
+                    _add_sample(path, scan, tokenizer, sample)
+                    sample = {}
+                key, kind = _key_and_kind(path, member, scan.documents)
+                if sample and (key != last or kind in sample):
+                    _add_sample(path, scan, tokenizer, sample)
+                    sample = {}
+                if not sample and key in keys:
                     raise ShardError(f"{path}: sample key {key!r} occurs twice, at document {scan.documents}")
                 keys.add(key)
-                half = (key, kind, member, content)
-                continue
-            if half[0] != key or half[1] == kind:
-                break
-            members = {half[1]: (half[2], half[3]), kind: (member, content)}
-            _add_block(path, scan, tokenizer, members["tokens"], members["lengths"][1])
-            half = None
+                sample[kind], last = (member, data.read()), key
+        except TarError:
+            # What stands before the damage is there, and counts.
+            if _is_complete(sample):
+                _add_sample(path, scan, tokenizer, sample)
+            raise
+        if sample:
+            _add_sample(path, scan, tokenizer, sample)
         scan.sha256 = hashing.sha256.hexdigest()
-    if half is not None:
-        raise ShardError(
-            f"{path}: member {half[2].name!r} has no partner (.tokens.bin and .lengths.bin), so the documents from "
-            f"{scan.documents} on are lost; restore the shard"
-        )
     if not scan.documents:
         raise ShardError(f"{path}: holds no document; remove the file")
     if expected_sha256 not in (None, scan.sha256):
@@ -144,14 +152,25 @@ def _key_and_kind(path: Path, member: Member, document: int) -> tuple[str, str]:
     return key, suffix.removesuffix(".bin")
 
 
-def _add_block(
-    path: Path, scan: _Scan, tokenizer: Tokenizer, tokens: tuple[Member, bytes], lengths_data: bytes
-) -> None:
-    """Check a pair of members and index its documents."""
-    member, data = tokens
+def _is_complete(sample: dict[str, tuple[Member, bytes]]) -> bool:
+    return {"tokens", "lengths"} <= sample.keys()
+
+
+def _add_sample(path: Path, scan: _Scan, tokenizer: Tokenizer, sample: dict[str, tuple[Member, bytes]]) -> None:
+    """Check the members of one key and index their documents."""
+    if not _is_complete(sample):
+        name = next(iter(sample.values()))[0].name
+        raise ShardError(
+            f"{path}: member {name!r} has no partner (.tokens.bin and .lengths.bin), so the documents from "
+            f"{scan.documents} on are lost; restore the shard"
+        )
+    (member, data), lengths_data = sample["tokens"], sample["lengths"][1]
     where = f"{path}: member {member.name!r} at document {scan.documents}"
     if len(lengths_data) % 4 or not lengths_data:
         raise ShardError(f"{where}: its lengths member of {len(lengths_data)} bytes is no list of uint32")
+    if scan.is_chat not in (None, "answers" in sample):
+        raise ShardError(f"{where}: it and those before do not both have .answers.bin; index them apart")
+    scan.is_chat = "answers" in sample
     lengths = np.frombuffer(lengths_data, "<u4").astype(np.int64)
     total = int(lengths.sum())
     itemsize = len(data) // total if total and not len(data) % total else 0
@@ -162,7 +181,7 @@ def _add_block(
     scan.itemsize = itemsize or scan.itemsize
     ends = np.cumsum(lengths)
     values = np.frombuffer(data, f"<u{itemsize or 2}")
-    block = np.zeros(len(lengths), INDEX_DTYPE)
+    block = np.zeros(len(lengths), CHAT_INDEX_DTYPE if scan.is_chat else INDEX_DTYPE)
     block["tokens"] = lengths
     block["offset"] = member.offset + (ends - lengths) * itemsize
     for number, (start, stop) in enumerate(zip((ends - lengths).tolist(), ends.tolist(), strict=True)):
@@ -174,9 +193,29 @@ def _add_block(
             )
         block["crc32"][number] = zlib.crc32(document.data)
         scan.text_bytes += len(tokenizer.decode(document).encode())
+    if scan.is_chat:
+        scan.answer_tokens += _add_answers(where, block, *sample["answers"])
     scan.parts.append(block)
     scan.documents += len(lengths)
     scan.tokens += total
+
+
+def _add_answers(where: str, block: npt.NDArray[np.void], member: Member, data: bytes) -> int:
+    """Check the answers of a block's documents, complete its index, and count their tokens."""
+    table = np.frombuffer(data[: len(data) // RUN_DTYPE.itemsize * RUN_DTYPE.itemsize], RUN_DTYPE)
+    edges = np.searchsorted(table["document"], np.arange(len(block) + 1)) if table.nbytes == len(data) else None
+    answer_tokens = 0
+    for number, entry in enumerate(block):
+        first, stop = (0, 0) if edges is None else edges[number : number + 2]
+        runs = runs_in(table[first:stop], int(entry["tokens"]))
+        if runs is None:
+            raise ShardError(f"{where}: {member.name!r} has no sound answers of its document {number}; restore it")
+        entry["answers_offset"] = member.offset + first * RUN_DTYPE.itemsize
+        entry["answer_runs"], entry["answers_crc32"] = stop - first, zlib.crc32(table[first:stop].tobytes())
+        answer_tokens += int(np.diff(runs).sum())
+    if edges is None or edges[-1] != len(table):
+        raise ShardError(f"{where}: {member.name!r} has answers of documents that are not there; restore it")
+    return answer_tokens
 
 
 def _read_sums(folder: Path) -> dict[str, str]:

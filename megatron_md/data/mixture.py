@@ -31,6 +31,7 @@ import numpy as np
 
 from megatron_md.batch import DamagedDocument, Int32Array, Int64Array, Rows
 from megatron_md.config import DataConfig
+from megatron_md.data.chat_rows import DialogueStream
 from megatron_md.data.shards import Manifest
 from megatron_md.data.stream import RowStream, SequenceStream
 from megatron_md.errors import UserError
@@ -40,6 +41,7 @@ from megatron_md.errors import UserError
 LONGEST_PERIOD = 100_000
 
 Points = Sequence[tuple[int, float]]
+CorpusStream = SequenceStream | DialogueStream
 
 
 @lru_cache(maxsize=16)
@@ -201,10 +203,11 @@ class MixtureSchedule:
 class MixtureStream:
     """Rows of several corpora by a `MixtureSchedule`; each corpus goes through epochs of its own.
 
-    As stateless as `SequenceStream`, and not to be used from two threads at once either.
+    Text and dialogues may be mixed where dialogues are padded (in their row of text all is maskable). As stateless as
+    `SequenceStream`, and not to be used from two threads at once either.
     """
 
-    def __init__(self, streams: Sequence[SequenceStream], points: Sequence[Points]) -> None:
+    def __init__(self, streams: Sequence[CorpusStream], points: Sequence[Points]) -> None:
         """Mix streams of equal row length.
 
         Raises:
@@ -212,6 +215,7 @@ class MixtureStream:
         """
         assert len(streams) == len(points) and len({stream.seq_length for stream in streams}) == 1
         self.streams = list(streams)
+        self.is_ragged = any(stream.is_ragged for stream in streams)
         self.schedule = MixtureSchedule(points)
         self._points = [[[g, weight] for g, weight in own] for own in points]
 
@@ -227,14 +231,34 @@ class MixtureStream:
         is_maskable_BL = np.empty(tokens_BL.shape, dtype=np.bool_)
         boundaries: dict[int, Int32Array] = {}
         damaged: frozenset[DamagedDocument] = frozenset()
+        counts_documents, content_B = False, np.full(len(index_B), self.streams[0].seq_length)
         for corpus in np.unique(corpus_B).tolist():
             places = np.flatnonzero(corpus_B == corpus)
             part = self.streams[corpus].rows(row_B[places])
             tokens_BL[places], is_maskable_BL[places] = part.tokens_BL, part.is_maskable_BL
             boundaries |= dict(zip(places.tolist(), part.cu_seqlens or (), strict=True))
             damaged |= part.damaged
+            counts_documents |= part.counts_documents
+            if part.content_B is not None:
+                content_B[places] = part.content_B
         cu_seqlens = [boundaries[b] for b in range(len(index_B))]
-        return Rows(tokens_BL, is_maskable_BL, index_B, cu_seqlens=cu_seqlens, damaged=damaged)
+        return Rows(
+            tokens_BL,
+            is_maskable_BL,
+            index_B,
+            cu_seqlens=cu_seqlens,
+            damaged=damaged,
+            counts_documents=counts_documents,
+            content_B=content_B if self.is_ragged else None,
+        )
+
+    def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:
+        """See `RowStream.row_lengths`."""
+        corpus_B, row_B = self.schedule.locate(sample_index)
+        length_B = np.empty_like(row_B)
+        for corpus in np.unique(corpus_B).tolist():
+            length_B[corpus_B == corpus] = self.streams[corpus].row_lengths(row_B[corpus_B == corpus])
+        return length_B
 
     def state(self, rows: int) -> dict[str, Any]:
         """See `RowStream.state`: weights count as far as they hold before row `rows`."""
@@ -242,13 +266,27 @@ class MixtureStream:
             {"corpus": stream.manifest.sha256, "weight": [[g, weight] for g, weight in own if g < rows]}
             for stream, own in zip(self.streams, self._points, strict=True)
         ]
-        return {**self.streams[0].state(rows), "corpus": [corpus for corpus in corpora if corpus["weight"]]}
+        of_streams = {key: value for stream in self.streams for key, value in stream.state(rows).items()}
+        return {**of_streams, "corpus": [corpus for corpus in corpora if corpus["weight"]]}
 
     def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
         """See `SequenceStream.quarantine`."""
         documents = list(documents)
         for stream in self.streams:
             stream.quarantine(documents)
+
+
+def corpus_stream(config: DataConfig, manifest: Manifest, *, seed: int) -> CorpusStream:
+    """The rows of one corpus, text or chat; damaged documents become gaps.
+
+    Raises:
+        UserError: a dialogue is longer than a row.
+        ShardError: (of a chat corpus, all of whose indexes are read) a shard or its index is missing or damaged.
+    """
+    if manifest.kind == "chat":
+        return DialogueStream(manifest, config.chat, seed=seed, seq_length=config.seq_length, keep_going=True)
+    keys = {"seq_length": config.seq_length, "window_shards": config.window_shards}
+    return SequenceStream(manifest, seed=seed, keep_going=True, **keys)
 
 
 def open_stream(config: DataConfig, manifests: Sequence[Manifest], *, seed: int) -> RowStream:
@@ -260,18 +298,9 @@ def open_stream(config: DataConfig, manifests: Sequence[Manifest], *, seed: int)
         seed: the run's seed.
 
     Raises:
-        UserError: see `MixtureSchedule`.
+        UserError: see `MixtureSchedule` and `corpus_stream`.
     """
-    streams = [
-        SequenceStream(
-            manifest,
-            seed=seed,
-            seq_length=config.seq_length,
-            window_shards=config.window_shards,
-            keep_going=True,
-        )
-        for manifest in manifests
-    ]
+    streams = [corpus_stream(config, manifest, seed=seed) for manifest in manifests]
     if isinstance(config.train, str):
         return streams[0]
     return MixtureStream(streams, [corpus.points() for corpus in config.corpora()])

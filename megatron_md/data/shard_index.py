@@ -1,12 +1,15 @@
-"""The index of a shard: where each document lies in the tar, and its checksum; in a chat corpus also its answers."""
+"""Shards and their indexes: where each document lies in the tar, its checksum, in a chat corpus also its answers."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field
 
 from megatron_md.data.answers import RUN_DTYPE
 
@@ -15,27 +18,40 @@ CHAT_INDEX_DTYPE = np.dtype(
     [*INDEX_DTYPE.descr, ("answers_offset", "<u8"), ("answer_runs", "<u4"), ("answers_crc32", "<u4")]
 )
 MAX_INDEX_HEADER = 1024
+STRICT = ConfigDict(extra="forbid", strict=True)
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Index = npt.NDArray[np.void]
 
 
-def parse_index(
-    data: bytes, sha256: str, dtype: np.dtype[np.void], *, documents: int, tokens: int, shard_bytes: int, itemsize: int
-) -> Index | None:
-    """The index in a file; None where it cannot be that of such a shard.
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a manifest: file names relative to the manifest, sizes, hashes."""
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    documents: Annotated[Count, Field(gt=0)]
+    tokens: Count
+    bytes: Annotated[Count, Field(gt=0, multiple_of=512)]
+    sha256: Sha256
+    index: str
+    index_sha256: Sha256
+
+
+def parse_index(data: bytes, shard: Shard, dtype: np.dtype[Any], itemsize: int) -> Index | None:
+    """The index in a file; None where it cannot be that of a shard.
 
     Documents lie in the order of the index, apart from each other, within the shard; so do the runs of their answers.
 
     Args:
         data: content of the file.
-        sha256: its hash.
+        shard: what it is the index of.
         dtype: `INDEX_DTYPE` or `CHAT_INDEX_DTYPE`.
-        documents: of the shard.
-        tokens: of the shard.
-        shard_bytes: size of the shard.
         itemsize: bytes of a token.
     """
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         return None
     file = io.BytesIO(data)
     try:
@@ -43,19 +59,19 @@ def parse_index(
         header = np.lib.format.read_array_header_1_0(file, max_header_size=MAX_INDEX_HEADER)
     except Exception:  # a header is Python's syntax, and what is wrong in it is told in many ways
         return None
-    if header != ((documents,), False, dtype) or len(data) - file.tell() != documents * dtype.itemsize:
+    if header != ((shard.documents,), False, dtype) or len(data) - file.tell() != shard.documents * dtype.itemsize:
         return None
     index = np.frombuffer(data, dtype, offset=file.tell())
-    if not _lies_apart(index["offset"], index["tokens"], itemsize, shard_bytes):
+    if not _lies_apart(index["offset"], index["tokens"], itemsize, shard.bytes):
         return None
     if dtype == CHAT_INDEX_DTYPE:
         runs = index["answer_runs"]
         # Runs are apart by a token at least.
         if (runs == 0).any() or (2 * runs.astype(np.int64) > index["tokens"].astype(np.int64) + 1).any():
             return None
-        if not _lies_apart(index["answers_offset"], runs, RUN_DTYPE.itemsize, shard_bytes):
+        if not _lies_apart(index["answers_offset"], runs, RUN_DTYPE.itemsize, shard.bytes):
             return None
-    return index if int(index["tokens"].sum(dtype=np.int64)) == tokens else None
+    return index if int(index["tokens"].sum(dtype=np.int64)) == shard.tokens else None
 
 
 def _lies_apart(

@@ -31,14 +31,25 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_md.batch import Int64Array
 from megatron_md.data import remote
 from megatron_md.data.answers import RUN_DTYPE, runs_in
 from megatron_md.data.cache import Cache
 from megatron_md.data.remote import RemoteFile
-from megatron_md.data.shard_index import CHAT_INDEX_DTYPE, INDEX_DTYPE, MAX_INDEX_HEADER, Index, parse_index, spans
+from megatron_md.data.shard_index import (
+    CHAT_INDEX_DTYPE,
+    INDEX_DTYPE,
+    MAX_INDEX_HEADER,
+    STRICT,
+    Count,
+    Index,
+    Sha256,
+    Shard,
+    parse_index,
+    spans,
+)
 from megatron_md.errors import UserError
 from megatron_md.json_file import parse_json, read_regular
 from megatron_md.messages import redacted
@@ -50,9 +61,6 @@ MAX_MANIFEST_BYTES = 1 << 28
 LARGEST_VOCABULARY = 1 << 24
 BLOCK_BYTES = 1 << 20
 PLACES = {"directory", "remote"}  # fields of a manifest that are not for the file to set
-STRICT = ConfigDict(extra="forbid", strict=True)
-Count = Annotated[int, Field(ge=0, lt=2**62)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ShardError(UserError):
@@ -61,21 +69,6 @@ class ShardError(UserError):
 
 class DamagedDocumentError(ShardError):
     """A document's bytes do not match their crc32; the rest of its shard may be sound."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard of a manifest: file names relative to the manifest, sizes, hashes."""
-
-    __pydantic_config__ = STRICT
-
-    name: str
-    documents: Annotated[Count, Field(gt=0)]
-    tokens: Count
-    bytes: Annotated[Count, Field(gt=0, multiple_of=512)]
-    sha256: Sha256
-    index: str
-    index_sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -240,6 +233,8 @@ def _check_consistent(file: str | Path, manifest: Manifest, sha256: str) -> None
     for key in ("documents", "tokens"):
         if sum(getattr(shard, key) for shard in manifest.shards) != getattr(manifest, key):
             raise UserError(f"{file}: {key} is not the sum over the shards")
+    if manifest.answer_tokens > manifest.tokens or (manifest.answer_tokens > 0) != (manifest.kind == "chat"):
+        raise UserError(f"{file}: answer_tokens is not a number of answers of {manifest.kind}")
     for key in ("eos_id", "mask_id", "pad_id"):
         if getattr(manifest, key) >= manifest.vocab_size:
             raise UserError(f"{file}: {key} lies outside the vocabulary of {manifest.vocab_size}")
@@ -262,19 +257,8 @@ def _check_size(manifest: Manifest, shard: Shard) -> None:
 def read_index(manifest: Manifest, shard: Shard) -> Index | None:
     """Index of a shard that need not be sound itself; None where the index is not."""
     path = manifest.directory / shard.index
-    return _parsed(manifest, shard, path.read_bytes() if os.path.isfile(path) else b"")
-
-
-def _parsed(manifest: Manifest, shard: Shard, data: bytes) -> Index | None:
-    return parse_index(
-        data,
-        shard.index_sha256,
-        manifest.index_dtype,
-        documents=shard.documents,
-        tokens=shard.tokens,
-        shard_bytes=shard.bytes,
-        itemsize=manifest.token_dtype.itemsize,
-    )
+    data = path.read_bytes() if os.path.isfile(path) else b""
+    return parse_index(data, shard, manifest.index_dtype, manifest.token_dtype.itemsize)
 
 
 def _cut_off(manifest: Manifest, shard: Shard, size: int) -> str:
@@ -307,7 +291,7 @@ class ShardReader:
         file, index_file = manifest.open_shard(number)
         with file, index_file:
             self.path = Path(file.name)
-            index = _parsed(manifest, self._shard, index_file.read())
+            index = parse_index(index_file.read(), self._shard, manifest.index_dtype, self._size)
             if index is None:
                 raise ShardError(
                     f"{index_file.name}: does not match its hash, or is no index of the {self._shard.documents} "

@@ -30,10 +30,19 @@ logger = logging.getLogger("megatron_md")
 
 
 class RowStream(Protocol):
-    """Where a run's rows come from: one corpus (`SequenceStream`) or several (`MixtureStream`)."""
+    """Where a run's rows come from: one corpus (`SequenceStream`, `DialogueStream`) or several (`MixtureStream`).
+
+    Attributes:
+        is_ragged: some rows hold fewer tokens than they have places for.
+    """
+
+    is_ragged: bool
 
     def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
         """The rows of these g, in this order."""
+
+    def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:
+        """How many tokens of each of these rows must be served: int64 [B]; what lies behind is padding."""
 
     def state(self, rows: int) -> dict[str, Any]:
         """What the first `rows` rows depend on, as JSON values; where it is equal, so are they."""
@@ -52,7 +61,10 @@ class SequenceStream:
         manifest: the corpus.
         seq_length: tokens per row (L).
         rows_per_epoch: rows of every epoch, ceil(tokens / L).
+        is_ragged: False, as rows are cut from whatever documents there are.
     """
+
+    is_ragged = False
 
     def __init__(
         self,
@@ -113,6 +125,10 @@ class SequenceStream:
             cu_seqlens.append(np.array(boundaries, dtype=np.int32))
         index_B = np.asarray(sample_index, dtype=np.int64)
         return Rows(tokens_BL, is_maskable_BL, index_B, cu_seqlens=cu_seqlens, damaged=frozenset(damaged))
+
+    def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:
+        """L for each row; see `RowStream.row_lengths`."""
+        return np.full(len(sample_index), self.seq_length)
 
     def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
         """Leave these documents out from here on without looking at them; those of other corpora do not matter."""
@@ -255,20 +271,23 @@ def micro_batches(
     for slot in range(data_rank * micro_batch_size, position.global_batch_size, rows_per_round):
         first = position.first_sample_index + slot
         rows = stream.rows(range(first, first + micro_batch_size))
-        if length is not None and length < rows.tokens_BL.shape[1]:
-            rows = _cut(rows, length)
+        if length is not None:
+            rows = cut(rows, length)
         batches.append(CleanBatch(**vars(rows), position=position))
     return batches
 
 
-def _cut(rows: Rows, length: int) -> Rows:
+def cut(rows: Rows, length: int) -> Rows:
     """The first `length` tokens of every row; damage beyond them counts as seen all the same."""
+    if length >= rows.tokens_BL.shape[1]:
+        return rows
     assert rows.cu_seqlens is not None
     return replace(
         rows,
         tokens_BL=np.ascontiguousarray(rows.tokens_BL[:, :length]),
         is_maskable_BL=np.ascontiguousarray(rows.is_maskable_BL[:, :length]),
         cu_seqlens=[np.append(cuts[cuts < length], np.int32(length)) for cuts in rows.cu_seqlens],
+        content_B=None if rows.content_B is None else np.minimum(rows.content_B, length),
     )
 
 

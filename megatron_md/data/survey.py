@@ -16,7 +16,7 @@ from megatron_md.errors import UserError
 
 
 def verify_corpus(manifest: Manifest) -> list[str]:
-    """Check every hash, every document's crc32 and every token id of a corpus.
+    """Check every hash, every document's crc32 and every token id of a corpus, and the answers of dialogues.
 
     Returns:
         One line per problem, naming the file and the document; empty for a sound corpus.
@@ -34,7 +34,7 @@ def verify_corpus(manifest: Manifest) -> list[str]:
             continue
         with reader.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        damaged = _damaged_documents(reader, manifest.vocab_size)
+        damaged = _damaged_documents(reader, manifest)
         problems += damaged
         if sha256 != shard.sha256 and not damaged:
             problems.append(
@@ -44,11 +44,13 @@ def verify_corpus(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _damaged_documents(reader: ShardReader, vocab_size: int) -> list[str]:
-    problems = []
+def _damaged_documents(reader: ShardReader, manifest: Manifest) -> list[str]:
+    problems, vocab_size = [], manifest.vocab_size
     for number in range(len(reader.index)):
         try:
             tokens = reader.document(number)
+            if manifest.kind == "chat":
+                reader.answers(number)
         except ShardError as error:
             problems.append(str(error))
             continue
@@ -71,7 +73,7 @@ def _structure(path: Path, index: npt.NDArray[np.void]) -> str:
 
 
 def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """Occurrences [vocab_size] of every token, one `<eos>` per document included."""
+    """Occurrences [vocab_size] of every token, one `<eos>` per document of a text corpus included."""
     counts = np.zeros(manifest.vocab_size, dtype=np.int64)
     for number in range(len(manifest.shards)):
         for block in ShardReader(manifest, number).blocks():
@@ -81,7 +83,7 @@ def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
                     f"{manifest.location}: a token lies outside the vocabulary; check it with `data verify`"
                 )
             counts += found
-    counts[manifest.eos_id] += manifest.documents
+    counts[manifest.eos_id] += manifest.documents if manifest.kind == "text" else 0
     return counts
 
 

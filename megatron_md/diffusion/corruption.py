@@ -162,6 +162,7 @@ def assemble(
     weights_B: FloatArray,
     denominator: int,
     mask_rate_B: FloatArray,
+    sequence_N: Int64Array | None = None,
 ) -> CorruptedBatch:
     """The batch as the model sees it, with every scored position of a row at the row's weight.
 
@@ -169,20 +170,42 @@ def assemble(
         batch: the clean rows.
         tokens_BL: the model's input.
         is_scored_BL: positions whose (clean) token is to be predicted.
-        weights_B: weight of the cross-entropy in each row.
+        weights_B: weight of the cross-entropy in each row, or in each counted sequence.
         denominator: this micro-batch's share of the global count.
         mask_rate_B: the mask rate of each row.
+        sequence_N: of `counted_sequences`: which of `weights_B` is that of each flat position; None: its row's.
     """
     length = tokens_BL.shape[1]
     positions_M = np.flatnonzero(is_scored_BL)
+    sequence_M = positions_M // length if sequence_N is None else sequence_N[positions_M]
     return CorruptedBatch(
         tokens_BL=tokens_BL,
         positions_M=positions_M,
         targets_M=batch.tokens_BL.reshape(-1)[positions_M],
-        weights_M=weights_B.astype(np.float32)[positions_M // length],
+        weights_M=weights_B.astype(np.float32)[sequence_M],
         denominator=denominator,
         mask_rate_B=mask_rate_B.astype(np.float32),
     )
+
+
+def counted_sequences(batch: CleanBatch) -> tuple[Int64Array, Int64Array]:
+    """What counts as one sequence where sequences are counted: a row, or (under `counts_documents`) a document in it.
+
+    Returns:
+        The row of each sequence: int64 [S]; the sequence of each flat position: int64 [B * L].
+    """
+    rows, length = batch.tokens_BL.shape
+    if not batch.counts_documents:
+        return np.arange(rows), np.repeat(np.arange(rows), length)
+    assert batch.cu_seqlens is not None, "rows that count documents know where they end"
+    sizes = [np.diff(boundaries) for boundaries in batch.cu_seqlens]
+    row_S = np.repeat(np.arange(rows), [len(own) for own in sizes])
+    return row_S, np.repeat(np.arange(len(row_S)), np.concatenate(sizes))
+
+
+def count_by(sequence_N: Int64Array, sequences: int, is_counted_BL: BoolArray) -> Int64Array:
+    """How many of the counted positions each sequence has: int64 [S]."""
+    return np.bincount(sequence_N[is_counted_BL.reshape(-1)], minlength=sequences).astype(np.int64)
 
 
 def maskable_count(batch: CleanBatch) -> Int64Array:

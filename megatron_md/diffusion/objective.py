@@ -18,8 +18,9 @@ from megatron_md.batch import CleanBatch, CorruptedBatch, Int64Array
 from megatron_md.config import ObjectiveConfig
 from megatron_md.diffusion.corruption import (
     assemble,
+    count_by,
+    counted_sequences,
     mask_at_rate,
-    maskable_count,
     shift_right,
     stratified_uniforms_of_rows,
 )
@@ -152,15 +153,17 @@ class MaskedDiffusion:
         drawn_B = self.schedule.sample(stratified_uniforms_of_rows(self.seed, batch), progress)
         mask_rate_B = self.weighting.floored(drawn_B)
         is_masked_BL = mask_at_rate(self.seed, batch.sample_index_B, mask_rate_B, batch.is_maskable_BL)
-        masked_B = np.count_nonzero(is_masked_BL, axis=1).astype(np.int64)
-        maskable_B = maskable_count(batch)
+        row_S, sequence_N = counted_sequences(batch)
+        masked_S = count_by(sequence_N, len(row_S), is_masked_BL)
+        maskable_S = count_by(sequence_N, len(row_S), batch.is_maskable_BL)
         return assemble(
             batch,
             tokens_BL=np.where(is_masked_BL, self.mask_token_id, batch.tokens_BL),
             is_scored_BL=is_masked_BL,
-            weights_B=self.weighting.row_weights(drawn_B, masked_B, maskable_B, progress),
-            denominator=self.weighting.denominator(masked_B, maskable_B),
+            weights_B=self.weighting.row_weights(drawn_B[row_S], masked_S, maskable_S, progress),
+            denominator=self.weighting.denominator(masked_S, maskable_S),
             mask_rate_B=mask_rate_B,
+            sequence_N=sequence_N,
         )
 
     def reduce(self, nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
@@ -172,7 +175,8 @@ class MaskedDiffusion:
 class MaskedDiffusionSFT(MaskedDiffusion):
     """Masked diffusion of answers given prompts: the data marks prompts as not maskable, so they are never masked.
 
-    Unless the config says how to normalise, each answer counts once, whatever its length (LLaDA's fine-tuning).
+    Unless the config says how to normalise, the answers in a row (in packed rows: in each dialogue) count once in all,
+    however long and however many they are (LLaDA's fine-tuning). All of a row has one mask rate.
     """
 
     name: str = "masked_diffusion_sft"
@@ -202,16 +206,18 @@ class Autoregressive:
 
     def corrupt(self, batch: CleanBatch) -> CorruptedBatch:
         """Shift the rows; see `Objective.corrupt`."""
-        maskable_B = maskable_count(batch)
+        row_S, sequence_N = counted_sequences(batch)
+        maskable_S = count_by(sequence_N, len(row_S), batch.is_maskable_BL)
         per_sequence = self.normalise == "sequences"
-        weights_B = 1.0 / np.maximum(maskable_B, 1) if per_sequence else np.ones(len(maskable_B))
+        weights_S = 1.0 / np.maximum(maskable_S, 1) if per_sequence else np.ones(len(maskable_S))
         return assemble(
             batch,
             tokens_BL=batch.tokens_BL if self.right_shift else self._shifted(batch),
             is_scored_BL=batch.is_maskable_BL,
-            weights_B=weights_B,
-            denominator=int(np.count_nonzero(maskable_B) if per_sequence else maskable_B.sum()),
-            mask_rate_B=np.ones(len(maskable_B)),
+            weights_B=weights_S,
+            denominator=int(np.count_nonzero(maskable_S) if per_sequence else maskable_S.sum()),
+            mask_rate_B=np.ones(len(batch.tokens_BL)),
+            sequence_N=sequence_N,
         )
 
     def _shifted(self, batch: CleanBatch) -> Int64Array:

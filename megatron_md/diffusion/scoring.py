@@ -70,6 +70,8 @@ class ScoredRows:
         bytes: bytes of text behind the scored tokens (none for `<eos>`), for bits per byte.
         cu_seqlens: per row the boundaries of its documents, for models whose attention keeps them apart.
         words: words of the text behind them, where the rows hold all of it.
+        is_apart: every model keeps the documents apart, also one that attends to whole rows: a dialogue's likelihood
+            does not depend on the padding behind it.
     """
 
     tokens_RL: Int64Array
@@ -77,6 +79,7 @@ class ScoredRows:
     bytes: int | None = None
     cu_seqlens: list[Int32Array] | None = None
     words: int | None = None
+    is_apart: bool = False
 
     def __post_init__(self) -> None:
         if not self.is_maskable_RL.any():
@@ -110,7 +113,7 @@ class ScoredRows:
             index_B = index_C[np.where(is_real_B, place_B, 0)]
             is_maskable_BL = self.is_maskable_RL[index_B] & is_real_B[:, None]
             boundaries = None
-            if scorer.within_document and self.cu_seqlens is not None:
+            if (scorer.within_document or self.is_apart) and self.cu_seqlens is not None:
                 boundaries = [self.cu_seqlens[row] for row in index_B.tolist()]
             position = BatchPosition(0, len(self.tokens_RL))
             yield (

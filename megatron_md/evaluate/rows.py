@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_md.batch import BoolArray, Int32Array, Int64Array, RightShift
-from megatron_md.config import Config
+from megatron_md.config import ChatConfig, Config
+from megatron_md.data.chat_rows import validation_rows
 from megatron_md.data.shards import MANIFEST_NAME, load_manifest
-from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.scoring import ScoredRows
 from megatron_md.errors import UserError
@@ -44,8 +44,9 @@ def evaluation_rows(
     """Rows of L tokens, L being the smallest `data.seq_length` of the runs.
 
     Args:
-        data: one manifest (or its folder), whose first `count` rows of validation order are taken; or text files, of
-            whose tokens, `<eos>` after each document, the first `count` rows are.
+        data: one manifest (or its folder), whose first `count` rows of validation order are taken (of a chat corpus:
+            dialogues, of which the answers are scored); or text files, of whose tokens, `<eos>` after each document,
+            the first `count` rows are.
         configs: of the runs that are to score the same rows.
         tokenizer: theirs.
         count: most rows.
@@ -60,14 +61,15 @@ def evaluation_rows(
     corpora = [path for path in data if _is_corpus(Path(path))]
     if corpora and len(data) > 1:
         raise UserError(f"{corpora[0]}: is a corpus; give it alone, or text files only")
-    words = None
+    words, is_apart = None, False
     if corpora:
         if files != TextFiles():
             raise UserError(f"{corpora[0]}: is a corpus; --detokenizer, --lines and --words are for text files")
         manifest = load_manifest(data[0])
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(f"{data[0]}: was made with another tokenizer than the run's {tokenizer.path}")
-        rows = validation_rows(manifest, length, count)
+        rows = validation_rows(manifest, _scored_with(configs), seq_length=length, count=count)
+        is_apart = manifest.kind == "chat"
         tokens_RL, is_maskable_RL, cu_seqlens = rows.tokens_BL, rows.is_maskable_BL, rows.cu_seqlens
     else:
         texts = [_read_text(path) for path in data]
@@ -79,7 +81,12 @@ def evaluation_rows(
     is_maskable_RL = RightShift(any(config.objective.right_shift for config in configs)).scorable(is_maskable_RL)
     scored = [row[is_scored] for row, is_scored in zip(tokens_RL, is_maskable_RL, strict=True)]
     size = sum(len(tokenizer.decode(row).encode()) for row in scored)
-    return ScoredRows(tokens_RL, is_maskable_RL, size, cu_seqlens, words)
+    return ScoredRows(tokens_RL, is_maskable_RL, size, cu_seqlens, words, is_apart)
+
+
+def _scored_with(configs: Sequence[Config]) -> ChatConfig:
+    """Whose `<eos>` counts: of several models', that of the one which has learnt the least about it."""
+    return next((config.data.chat for config in configs if config.data.chat.padding == "ignore"), configs[0].data.chat)
 
 
 def _is_corpus(path: Path) -> bool:

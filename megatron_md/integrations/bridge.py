@@ -33,7 +33,8 @@ from megatron_md.model.head import Prediction, PredictionLoss
 from megatron_md.parallel import World
 from megatron_md.plugins import import_plugins
 from megatron_md.run.check import check_config
-from megatron_md.train.progress import Progress, row_length_at
+from megatron_md.run.epochs import count_steps
+from megatron_md.train.progress import Progress
 from megatron_md.train.step import ForwardPass, corrupt
 
 # Where their model's configuration contradicts ours, one of them is not what is trained.
@@ -83,9 +84,12 @@ class DiffusionTask:
             raise UserError("parallel.context above 1 is for our own trainer only: set it to 1")
         check_config(given, int(os.environ.get("WORLD_SIZE", "1")))
         import_plugins(given)
+        given = count_steps(given)
         manifests = [load_manifest(corpus.manifest, cache=Cache.of(given.data)) for corpus in given.data.corpora()]
         if not manifests:
             raise UserError("data.train is not set: name a corpus")
+        if any(manifest.kind == "chat" for manifest in manifests):
+            raise UserError("data.train holds dialogues, which only megatron-md train makes rows of")
         self.config = resolve(given, manifests[0].vocab_size)
         self.mask_token_id = manifests[0].mask_id
         self.objective = build_objective(
@@ -189,9 +193,9 @@ class DiffusionTask:
             UserError: no global batch begins there, or the trainer takes another number of micro-batches.
         """
         world = parallel.current_world(self.device)
-        progress = Progress.start(self.config)
+        progress = Progress.start(self.config, self.stream)
         while progress.next_sample_index < consumed_samples:
-            progress = progress.after(self.config)
+            progress = progress.after(self.config, self.stream)
         if progress.next_sample_index != consumed_samples:
             raise UserError(
                 f"the trainer has consumed {consumed_samples} samples, where no global batch of "
@@ -204,11 +208,11 @@ class DiffusionTask:
                 self.config.train.micro_batch_size,
                 data_rank=world.data_rank,
                 data_size=world.data_size,
-                length=row_length_at(self.config, progress.next_sample_index),
+                length=progress.row_length(self.config, self.stream),
             )
             _check_count(len(rows))
             yield from corrupt(self.config, self.objective, rows)
-            progress = progress.after(self.config)
+            progress = progress.after(self.config, self.stream)
 
     def forward_step(
         self, data_iterator: Iterator[CorruptedBatch], model: Any, return_schedule_plan: bool = False

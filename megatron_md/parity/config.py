@@ -222,3 +222,5 @@ def _check_rest(config: ParityConfig) -> Iterator[str]:
         )
     if config.train.batch_ramp is not None:
         yield "train.batch_ramp: parity runs have one batch size"
+    if config.train.epochs is not None:
+        yield "train.epochs: parity runs have no corpus; give train.steps"

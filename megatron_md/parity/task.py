@@ -103,6 +103,8 @@ def rows_of_inputs(inputs: UInt64Array, n: int, secret: Sequence[int]) -> Int64A
 class ParityStream:
     """A task's training rows as a `RowStream`: epochs of the training set, each in its own order, or fresh rows."""
 
+    is_ragged = False
+
     def __init__(self, task: ParityTask, *, seed: int) -> None:
         """Serve `task` in the order that `seed` gives."""
         self.task, self._seed = task, seed
@@ -119,6 +121,10 @@ class ParityStream:
             index_B,
             cu_seqlens=[np.array([0, length], dtype=np.int32)] * len(index_B),
         )
+
+    def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:
+        """Length n + 1 for each."""
+        return np.full(len(sample_index), self.task.n + 1)
 
     def state(self, rows: int) -> dict[str, Any]:
         """What the rows depend on, the first `rows` as all others."""

@@ -10,10 +10,10 @@ from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checkpoint.saving import Checkpointing
 from megatron_md.config import ResolvedConfig, to_yaml
 from megatron_md.data.cache import Cache
+from megatron_md.data.chat_rows import validation_rows
 from megatron_md.data.ledger import LEDGER_NAME
 from megatron_md.data.mixture import open_stream
 from megatron_md.data.shards import Manifest, load_manifest
-from megatron_md.data.stream import validation_rows
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.objective import build_objective
 from megatron_md.diffusion.scoring import ScoredRows
@@ -117,6 +117,12 @@ def _validation(config: ResolvedConfig, scorer: Inference, manifest: Manifest) -
     if not config.validation.sequences or config.data.valid is None:
         return None
     valid = load_manifest(config.data.valid, cache=Cache.of(config.data))
-    rows = validation_rows(valid, config.data.seq_length, config.validation.sequences)
-    scored = ScoredRows(rows.tokens_BL, scorer.shift.scorable(rows.is_maskable_BL), cu_seqlens=rows.cu_seqlens)
+    keys = {"seq_length": config.data.seq_length, "count": config.validation.sequences}
+    rows = validation_rows(valid, config.data.chat, **keys, unit=config.row_unit)
+    scored = ScoredRows(
+        rows.tokens_BL,
+        scorer.shift.scorable(rows.is_maskable_BL),
+        cu_seqlens=rows.cu_seqlens,
+        is_apart=valid.kind == "chat",
+    )
     return Validation(config, scorer, scored, mask_token_id=manifest.mask_id)

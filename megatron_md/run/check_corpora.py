@@ -10,6 +10,7 @@ from megatron_md.data.cache import Cache
 from megatron_md.data.remote import is_url
 from megatron_md.data.shards import MANIFEST_NAME, Manifest, load_manifest
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.run.check_chat import chat_problems
 
 
 def missing_files(config: Config) -> list[str]:
@@ -61,8 +62,9 @@ def corpus_problems(config: Config) -> Iterator[str]:
             yield f"{key}: {error}"
     length = config.data.seq_length
     for key, manifest in manifests.items():
-        if manifest.tokens < length:
+        if manifest.kind == "text" and manifest.tokens < length:
             yield f"{key}: {paths[key]} holds {manifest.tokens} tokens, less than data.seq_length {length}"
+    yield from chat_problems(config, manifests)
     yield from _check_distinct({key: manifest for key, manifest in manifests.items() if key != "data.valid"})
     yield from _check_same_tokenizer(config, tokenizer, manifests)
     yield from _check_vocabulary(config, tokenizer, manifests)

@@ -12,6 +12,7 @@ from megatron_md.data.shards import load_manifest
 from megatron_md.errors import EXIT_DONE, EXIT_STOPPED
 from megatron_md.plugins import import_plugins
 from megatron_md.run.build import build
+from megatron_md.run.epochs import count_steps
 from megatron_md.run.lock import only_job
 from megatron_md.train.callbacks.watchdog import Watchdog
 
@@ -26,6 +27,7 @@ def pretrain(config: Config) -> int:
         UserError: bad input that only a started run can notice, such as a device that is not there.
     """
     import_plugins(config)
+    config = count_steps(config)
     cache = Cache.of(config.data)
     manifests = [load_manifest(corpus.manifest, cache=cache) for corpus in config.data.corpora()]
     assert manifests, "checked before"

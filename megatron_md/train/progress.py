@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from megatron_md.batch import BatchPosition
 from megatron_md.config import Config
 from megatron_md.train.bad_numbers import RECORD, GuardState, Whole
+
+if TYPE_CHECKING:
+    from megatron_md.data.stream import RowStream
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,21 @@ class Progress:
     guard: GuardState = field(default_factory=GuardState)
 
     @classmethod
-    def start(cls, config: Config) -> Progress:
-        """Progress of a run that has not begun."""
-        if not config.data.random_length_fraction:
+    def start(cls, config: Config, stream: RowStream | None = None) -> Progress:
+        """Progress of a run that has not begun.
+
+        Args:
+            config: the run, its steps counted.
+            stream: its rows; where they are not to be had, they count as full ones.
+        """
+        assert config.train.epochs is None, "counted before"
+        is_ragged = stream is not None and stream.is_ragged
+        if not (config.data.random_length_fraction or is_ragged):
             return cls(0, 0, 0, rows_before(config, config.train.steps) * config.data.seq_length)
         rows = tokens = 0
         for step in range(config.train.steps):
             size = batch_size_at(config, step)
-            tokens += size * row_length_at(config, rows)
+            tokens += size * row_length_at(config, rows, size, stream)
             rows += size
         return cls(0, 0, 0, tokens)
 
@@ -54,14 +64,18 @@ class Progress:
         fraction = min(1.0, self.tokens / self.total_tokens)
         return BatchPosition(self.next_sample_index, batch_size_at(config, self.step), fraction)
 
-    def after(self, config: Config) -> Progress:
+    def row_length(self, config: Config, stream: RowStream | None = None) -> int:
+        """Tokens per row of the next step's global batch; see `row_length_at`."""
+        return row_length_at(config, self.next_sample_index, batch_size_at(config, self.step), stream)
+
+    def after(self, config: Config, stream: RowStream | None = None) -> Progress:
         """Progress once the next step is done."""
         rows = batch_size_at(config, self.step)
         return replace(
             self,
             step=self.step + 1,
             next_sample_index=self._beyond_jumps(self.next_sample_index + rows),
-            tokens=self.tokens + rows * row_length_at(config, self.next_sample_index),
+            tokens=self.tokens + rows * self.row_length(config, stream),
         )
 
     def with_jumps(self, jumps: tuple[tuple[int, int], ...]) -> Progress:
@@ -109,7 +123,19 @@ def _sum_of_floors(count: int, numerator: int, denominator: int, offset: int = 0
     return total
 
 
-def row_length_at(config: Config, first_sample_index: int) -> int:
+def row_length_at(config: Config, first_sample_index: int, rows: int = 1, stream: RowStream | None = None) -> int:
+    """Tokens per row of the global batch of so many rows that starts at this g.
+
+    Of dialogues that of the longest in the batch, rounded up to a multiple of `Config.row_unit` or `data.seq_length`:
+    every rank finds it in the corpus' indexes. Else `_drawn_length`.
+    """
+    if stream is None or not stream.is_ragged:
+        return _drawn_length(config, first_sample_index)
+    longest = int(stream.row_lengths(range(first_sample_index, first_sample_index + rows)).max())
+    return min(config.data.seq_length, -(-longest // config.row_unit) * config.row_unit)
+
+
+def _drawn_length(config: Config, first_sample_index: int) -> int:
     """Tokens per row of the global batch that starts at this g.
 
     `data.seq_length`; with probability `data.random_length_fraction` a random length instead, uniform over the

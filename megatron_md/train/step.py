@@ -72,7 +72,7 @@ def corrupt(config: Config, objective: Objective, batches: Sequence[CleanBatch])
     return [
         replace(
             objective.corrupt(replace(batch, is_maskable_BL=shift.scorable(batch.is_maskable_BL))),
-            cu_seqlens=batch.cu_seqlens if within_document else None,
+            cu_seqlens=batch.cu_seqlens if within_document else batch.seen_apart(),
             is_hidden_LL=is_hidden_LL,
         )
         for batch in batches

@@ -17,7 +17,7 @@ from megatron_md.data.stream import Prefetcher, RowStream, micro_batches
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.optimizer import learning_rate, set_hyperparameters
-from megatron_md.train.progress import Progress, row_length_at
+from megatron_md.train.progress import Progress
 from megatron_md.train.resilience import StopRequest
 from megatron_md.train.step import Stepper
 
@@ -70,7 +70,7 @@ class Trainer:
     poisoned: str | None = None
 
     def __post_init__(self) -> None:
-        self.progress = Progress.start(self.config)
+        self.progress = Progress.start(self.config, self.stream)
 
     def fit(self) -> None:
         """Train until `train.steps` steps are done or the run is asked to stop.
@@ -142,7 +142,7 @@ class Trainer:
         skipped, position = report.fault is not None, progress.batch_position(self.config)
         first = position.first_sample_index
         guard = progress.guard.after(report.loss, skipped=skipped, step=progress.step, first_row=first)
-        self.progress = replace(progress.after(self.config), guard=guard)
+        self.progress = replace(progress.after(self.config, self.stream), guard=guard)
         record = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -178,10 +178,10 @@ class Trainer:
                     self.config.train.micro_batch_size,
                     data_rank=self.world.data_rank,
                     data_size=self.world.data_size,
-                    length=row_length_at(self.config, progress.next_sample_index),
+                    length=progress.row_length(self.config, self.stream),
                 )
             except ShardError as error:  # other ranks read other documents
                 raise ShardError(f"rank {self.world.rank}: {error}") from error
             damaged = frozenset().union(*(batch.damaged for batch in rows))
             yield PreparedBatch(self.stepper.corrupt(rows), damaged)
-            progress = progress.after(self.config)
+            progress = progress.after(self.config, self.stream)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_md.data.corpus import documents
-from megatron_md.data.entries import Document, Entry, InputError, Rejection
+from megatron_md.data.entries import Document, Entry, InputError, Record, Rejection
 from megatron_md.data.readers import Reading
 
 TEXTS = ["fine", "also\nfine – ü", "x = 1\n\tindented"]
@@ -212,3 +212,67 @@ def test_hub_data_sets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         list(documents([f"{source}::test"]))
     with pytest.raises(ValueError, match=r"no column 'body' among text: say --text-key"):
         list(documents([source], reading=Reading(text_key="body")))
+
+
+TURNS = [{"role": "user", "content": "naïve"}, {"role": "assistant", "content": "yes"}]
+RECORDS = [{"messages": TURNS}, {"messages": TURNS[:1]}, {"messages": None}]
+
+
+def chat(path: Path | str) -> list[Entry]:
+    return list(documents([path], reading=Reading(is_chat=True)))
+
+
+def test_records_of_dialogues_come_whole(tmp_path: Path) -> None:
+    lines = b"".join(json.dumps({**record, "id": 3}).encode() + b"\n" for record in RECORDS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines + b"{\n3\n\xff\n"))
+    write_tar(tmp_path / "b.tar", [("x.jsonl", lines), ("y.json", lines.splitlines()[0]), ("z.txt", b"text")])
+    (tmp_path / "readme.md").write_text("no dialogue")
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    table = pyarrow.Table.from_pylist([{"id": number, **record} for number, record in enumerate(RECORDS * 50)])
+    parquet.write_table(table, tmp_path / "c.parquet", row_group_size=40)
+    whole = [{**record, "id": 3} for record in RECORDS]
+    assert chat(tmp_path) == [
+        *(Record(f"a.jsonl.gz#{number}", fields) for number, fields in enumerate(whole, start=1)),
+        Rejection("a.jsonl.gz#4", "malformed JSON"),
+        Rejection("a.jsonl.gz#5", "not a JSON object"),
+        Rejection("a.jsonl.gz#6", "not decodable"),
+        *(Record(f"b.tar/x.jsonl#{number}", fields) for number, fields in enumerate(whole, start=1)),
+        Record("b.tar/y.json", whole[0]),
+        Rejection("b.tar/z.txt", "not text", "txt"),
+        # Of a table only what is needed is read.
+        *(Record(f"c.parquet#{number}", fields) for number, fields in enumerate(RECORDS * 50, start=1)),
+    ]
+
+
+def test_columns_of_dialogues(tmp_path: Path) -> None:
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    pairs = [{"completion": "yes", "prompt": "naïve", "score": 0.5}]
+    parquet.write_table(pyarrow.Table.from_pylist(pairs), tmp_path / "a.parquet")
+    assert chat(tmp_path / "a.parquet") == [Record("a.parquet#1", {"prompt": "naïve", "completion": "yes"})]
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "x", "answer": "y"}]), tmp_path / "a.parquet")
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: no dialogues: its columns are prompt, answer, known are messages"
+    ):
+        chat(tmp_path / "a.parquet")
+    # Bytes that are no UTF-8 within a nested column.
+    bad = pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string())
+    nested = pyarrow.StructArray.from_arrays([pyarrow.array(["user", "user"]), bad], names=["role", "content"])
+    column = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1, 2]), nested)
+    parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "a.parquet")
+    assert chat(tmp_path / "a.parquet") == [
+        Record("a.parquet#1", {"messages": [{"role": "user", "content": "ok"}]}),
+        Rejection("a.parquet#2", "not decodable"),
+    ]
+
+
+def test_hub_data_sets_of_dialogues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "local").mkdir()
+    lines = [json.dumps({"id": 1, "messages": TURNS}), json.dumps({"id": 2, "messages": TURNS[:1]})]
+    (tmp_path / "local" / "train.jsonl").write_text("\n".join(lines))
+    source = f"datasets:{tmp_path / 'local'}"
+    assert [entry.fields for entry in chat(source) if isinstance(entry, Record)] == RECORDS[:2]
+    (tmp_path / "local" / "train.jsonl").write_text(json.dumps({"text": "x"}))
+    with pytest.raises(ValueError, match=r"local: no dialogues: its columns are text, known are messages"):
+        chat(source)

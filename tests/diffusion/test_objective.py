@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_md.batch import BatchPosition, CleanBatch, CorruptedBatch
 from megatron_md.config import ObjectiveConfig
+from megatron_md.diffusion._schedule_base import _registry as registered
 from megatron_md.diffusion.corruption import shift_right
 from megatron_md.diffusion.objective import Objective, build_objective, register_objective
+from megatron_md.diffusion.schedule import parse_schedule
 
 MASK, VOCAB = 96, 97
 SCHEDULES: list[Any] = [
@@ -246,3 +251,106 @@ def test_third_party_objectives_get_their_options() -> None:
     assert objective.strength == 2.0 and objective.eos_token_id == 0
     with pytest.raises(ValueError, match="missing a required argument: 'strength'"):
         build(name="test_objective")
+
+
+# Padded rows, each a dialogue: prompt, answer, padding. The same two dialogues and a third, packed into two rows.
+PADDED = CleanBatch(
+    np.arange(5, 21).reshape(2, 8),
+    np.array([[0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1]], dtype=bool),
+    np.arange(2),
+    BatchPosition(0, 2),
+    cu_seqlens=[np.array([0, 5, 8], dtype=np.int32), np.array([0, 8], dtype=np.int32)],
+)
+PACKED = replace(
+    PADDED,
+    is_maskable_BL=np.array([[0, 0, 1, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1, 1, 1]], dtype=bool),
+    cu_seqlens=[np.array([0, 5, 8], dtype=np.int32), np.array([0, 8], dtype=np.int32)],
+    counts_documents=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("batch", "normalise", "weight_of_place", "denominator"),
+    [
+        # LLaDA: sum over answers of (sum of CE / t) / answer length, divided by the number of answers.
+        (PADDED, "sequences", [[0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0], [0, *[1 / 7] * 7]], 2),
+        (PADDED, "maskable", [[0, 0, 1, 1, 1, 0, 0, 0], [0, *[1] * 7]], 10),
+        (PACKED, "sequences", [[0, 0, 1 / 3, 1 / 3, 1 / 3, 0, 0, 1], [0, *[1 / 7] * 7]], 3),
+        (PACKED, "maskable", [[0, 0, 1, 1, 1, 0, 0, 1], [0, *[1] * 7]], 11),
+    ],
+)
+def test_answers_count_once_or_by_their_tokens(
+    batch: CleanBatch, normalise: Any, weight_of_place: list[list[float]], denominator: int
+) -> None:
+    # At t = 0.5 (1 / t = 2) some answer tokens are masked; at t = 1 all are.
+    for rate, scale in (("point:0.5", 2.0), ("point:1", 1.0)):
+        corrupted = build(name="masked_diffusion_sft", mask_schedule=rate, normalise=normalise).corrupt(batch)
+        expected = scale * np.array(weight_of_place).reshape(-1)[corrupted.positions_M]
+        np.testing.assert_allclose(corrupted.weights_M, expected, rtol=1e-6)
+        assert corrupted.denominator == denominator
+    assert len(corrupted.positions_M) == batch.is_maskable_BL.sum()
+    causal = build(name="autoregressive", normalise=normalise).corrupt(batch)
+    np.testing.assert_allclose(causal.weights_M, np.array(weight_of_place).reshape(-1)[causal.positions_M], rtol=1e-6)
+    assert causal.denominator == denominator
+
+
+@pytest.mark.parametrize("weight", ["elbo", "none", "realised"])
+@pytest.mark.parametrize("normalise", ["maskable", "masked", "sequences"])
+def test_packed_dialogues_count_as_they_would_alone(weight: Any, normalise: Any) -> None:
+    """The loss of a uniform model, as that of any other, is a mean over dialogues however they share rows."""
+    schedule = "point:0.5"
+    objective = build(name="masked_diffusion_sft", mask_schedule=schedule, weight=weight, normalise=normalise)
+    packed = objective.corrupt(PACKED)
+    pieces = []  # each dialogue as a row of its own, with the masks that it has in the packed one
+    for row, cuts in enumerate(PACKED.cu_seqlens or []):
+        for begin, end in pairwise(cuts):
+            is_here_BL = np.zeros((2, 8), dtype=bool)
+            is_here_BL[row, begin:end] = PACKED.is_maskable_BL[row, begin:end]
+            part = replace(PACKED, is_maskable_BL=is_here_BL, counts_documents=False)
+            pieces.append(objective.corrupt(part))
+    positions = np.concatenate([piece.positions_M for piece in pieces])
+    np.testing.assert_array_equal(np.sort(positions), packed.positions_M)
+    weights = np.concatenate([piece.weights_M for piece in pieces])[np.argsort(positions)]
+    np.testing.assert_array_equal(packed.weights_M, weights)
+    assert packed.denominator == sum(piece.denominator for piece in pieces)
+
+
+SPECS: dict[str, Any] = {
+    "uniform": "uniform:0,1",
+    "beta": "beta:2,3",
+    "point": "point:1",
+    "knots": {"name": "knots", "points": [[0.1, 0.0], [0.3, 2.0], [1.0, 1.0]]},
+    "mixture": {
+        "name": "mixture",
+        "components": [{"weight": 0.5, "schedule": "uniform:0,1"}, {"weight": 0.5, "schedule": "point:0.9"}],
+    },
+    "curriculum": SCHEDULES[-1],
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(sorted(SPECS)),
+    st.sampled_from(["masked_diffusion", "masked_diffusion_sft"]),
+    st.integers(0, 2**62),
+    st.floats(0, 1),
+    st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, max_size=4),
+)
+def test_prompts_and_padding_are_never_masked(
+    schedule: str, name: str, first: int, progress: float, maskable: list[list[bool]]
+) -> None:
+    is_maskable_BL = np.array(maskable)
+    count = len(maskable)
+    tokens_BL = np.random.default_rng(first % 1000).integers(0, MASK, is_maskable_BL.shape)
+    position = BatchPosition(first, count, progress)
+    batch = CleanBatch(tokens_BL, is_maskable_BL, np.arange(first, first + count), position)
+    corrupted = build(name=name, mask_schedule=SPECS[schedule]).corrupt(batch)
+    np.testing.assert_array_equal(corrupted.tokens_BL[~is_maskable_BL], tokens_BL[~is_maskable_BL])
+    assert is_maskable_BL.reshape(-1)[corrupted.positions_M].all()
+    np.testing.assert_array_equal(np.flatnonzero(corrupted.tokens_BL == MASK), corrupted.positions_M)
+
+
+def test_that_is_all_registered_schedules() -> None:
+    assert {type(parse_schedule(spec)).__module__.split(".")[0] for spec in SPECS.values()} == {"megatron_md"}
+    own = [name for name in registered.names() if registered.get(name).__module__.startswith("megatron_md.")]
+    assert set(own) == set(SPECS)

@@ -155,13 +155,13 @@ def test_bad_choices_are_refused() -> None:
         Weighting(schedule, min_mask_rate=0.0)
 
 
-def peer_loss(case: dict[str, Any], is_maskable_BL: np.ndarray) -> tuple[np.ndarray, float]:
+def peer_loss(case: dict[str, Any], is_maskable_BL: np.ndarray, **keys: Any) -> tuple[np.ndarray, float]:
     """Our weighted losses at the masked positions of a peer's batch, and our loss."""
     inputs = case["inputs"]
     logits_BLV = torch.tensor(inputs["logits"], dtype=torch.float64)
     targets_BL = torch.tensor(inputs["x0"])
     nll_BL = -logits_BLV.log_softmax(-1).gather(2, targets_BL[..., None])[..., 0].numpy()
-    weighting = Weighting(parse_schedule("uniform:0.001,1"))
+    weighting = Weighting(parse_schedule("uniform:0.001,1"), **keys)
     t_B = weighting.schedule.sample(np.array(inputs["u_t"]))
     is_masked_BL = (np.array(inputs["u_mask"]) < t_B[:, None]) & is_maskable_BL
     masked_B, maskable_B = is_masked_BL.sum(axis=1), is_maskable_BL.sum(axis=1)
@@ -181,6 +181,14 @@ def test_fine_tuning_loss_of_automodel() -> None:
     case = vector("automodel_mdlm_loss")
     _, loss = peer_loss(case, np.array(case["inputs"]["loss_mask"], dtype=bool))
     assert loss == pytest.approx(case["expected"], abs=case["tol"])
+
+
+def test_fine_tuning_loss_of_llada_by_hand() -> None:
+    """Per answer, from the same peer's losses: (6.2322783 / 3 + (1.5095969 + 0.17020199) / 2) / 2 answers."""
+    case = vector("automodel_mdlm_loss")
+    is_answer_BL = np.array(case["inputs"]["loss_mask"], dtype=bool)
+    _, loss = peer_loss(case, is_answer_BL, normalise="sequences")
+    assert loss == pytest.approx(1.4586628, abs=1e-6)
 
 
 def test_weights_of_mdlm_and_dllm_are_importance_weights() -> None:
