@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -260,15 +262,19 @@ def test_tasks_are_put_as_dialogues_and_go_on_from_their_answers(trained: Path, 
     assert two["tasks"] == one["tasks"] and two["forward_passes"] == one["forward_passes"]
 
 
+def refusal(*words: str) -> str:
+    """On a rank: what the command says when it refuses."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        assert evaluate(*words) == 2
+    return errors.getvalue()
+
+
 @pytest.mark.distributed
-def test_answers_of_other_settings_are_refused(
-    trained: Path, tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_of_other_settings_are_refused(trained: Path, tasks: Path, tmp_path: Path) -> None:
     words = ["--tasks", "tiny_choice", "--include-path", str(tasks), "--draws", "8", "--state", str(tmp_path / "a")]
     assert run_ranks(evaluate, 1, str(trained / "run"), *words) == [0]
-    capfd.readouterr()
-    assert run_ranks(evaluate, 1, str(trained / "run"), *words, "--cfg", "1") == [2]
-    (line,) = capfd.readouterr().err.splitlines()
+    (told,) = run_ranks(refusal, 1, str(trained / "run"), *words, "--cfg", "1")
+    (line,) = told.splitlines()
     assert "a: holds answers of guidance 0.0, not 1.0; remove it to start anew, or name another file" in line
 
 
