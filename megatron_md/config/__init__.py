@@ -39,8 +39,8 @@ from megatron_md.config.training import (
 from megatron_md.messages import nearest
 
 __all__ = [
-    "BatchRampConfig", "CheckpointConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig",
-    "LRScheduleConfig", "LogConfig", "LoraConfig", "MegatronConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig",
+    "BatchRampConfig", "CheckpointConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig", "LRScheduleConfig",
+    "LogConfig", "LoraConfig", "MegatronConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig",
     "ParallelConfig", "ProfileConfig", "ResolvedConfig", "ResolvedModel", "SamplingConfig", "TrainConfig",
     "ValidationConfig", "as_dict", "config_from_mapping", "explain", "load_config", "load_resolved", "preset_names",
     "resolve", "to_yaml",

@@ -299,8 +299,9 @@ def build_model(
     excluded = (int(mask_token_id),) if exclude and mask_token_id is not None else ()
     stages = range(config.parallel.virtual_pipeline)
     chunks: list[torch.nn.Module] = [_build_chunk(config, core, device, causal, excluded, s).to(device) for s in stages]
-    for chunk in chunks if config.lora else ():
-        attach_adapters(chunk, config.lora, config.model)
+    if config.lora is not None:
+        for chunk in chunks:
+            attach_adapters(chunk, config.lora, config.model)
     if initialize:
         draw_weights(config, chunks)
     if core.bf16:

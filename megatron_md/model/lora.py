@@ -65,7 +65,7 @@ class Adapter(torch.nn.Module):
 
     def forward(self, input_LBI: torch.Tensor) -> torch.Tensor:
         """What to add to the layer's output, which it has the shape of."""
-        factors = [self.get_parameter(f"A_{part}") for part in self.parts]
+        factors: list[torch.Tensor] = [self.get_parameter(f"A_{part}") for part in self.parts]
         input_LBI = F.dropout(input_LBI, self.dropout, self.training)
         low_LBR = F.linear(input_LBI, torch.cat(factors) if len(factors) > 1 else factors[0])
         parts = (self._exchanged(low_LBR) * self.scale).chunk(len(self.parts), dim=-1)
