@@ -142,7 +142,7 @@ def test_flops_of_all_ranks_are_those_of_the_model(name: str, runs: dict[str, Ru
 def test_frozen_weights_cost_no_gradients_of_their_own(runs: dict[str, Run]) -> None:
     run = runs["adapters"]
     (stage,) = run.stages
-    layers, attention, head = forward_flops(run)
+    layers, _, head = forward_flops(run)
     model, tokens = run.config.model, run.config.train.global_batch_size * run.config.data.seq_length
     # Nothing before the first adapters needs a gradient.
     first = 2.0 * tokens * 3 * model.hidden**2
