@@ -32,8 +32,9 @@ _KINDS = {
     "layout": dict,
     "optimizer": list,
     "val_nelbo": float | None,
+    "base": dict | None,
 }
-_DEFAULTS: dict[str, Any] = {"identity": {}, "layout": {}, "optimizer": [], "val_nelbo": None}
+_DEFAULTS: dict[str, Any] = {"identity": {}, "layout": {}, "optimizer": [], "val_nelbo": None, "base": None}
 _WAY_OUT = "restore it, or remove the directory to go on from the one before"
 BAD_SUFFIX = ".bad"
 _WRITING, _REMOVING = ".writing_", ".removing_"
@@ -119,7 +120,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint records about itself: progress, layout, identity, optimizer, val_nelbo.
+    """What a checkpoint records about itself: progress, layout, identity, optimizer, val_nelbo, base.
 
     Raises:
         UserError: the directory is not a complete checkpoint of this format.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_md import run_files
+from megatron_md.checkpoint.base import recorded_base
 from megatron_md.checkpoint.directory import CONFIG_NAME, RECORD_NAME, latest_checkpoint, read_progress
 from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.integrity import read_manifest
@@ -67,7 +68,8 @@ def open_run(path: str | Path, placement: Placement = Placement(), *, world_size
         world_size: processes of the job; those of this one by default.
 
     Raises:
-        UserError: there is none (the message says what was looked for), or the model cannot be split so.
+        UserError: there is none (the message says what was looked for), the base of its adapters is not there or has
+            changed, or the model cannot be split so.
         CheckpointError: it has no manifest and is not trusted.
     """
     path = Path(path)
@@ -76,6 +78,7 @@ def open_run(path: str | Path, placement: Placement = Placement(), *, world_size
         raise UserError(_no_run(path))
     if not placement.trust:
         read_manifest(checkpoint)
+    recorded_base(checkpoint)
     config = load_resolved(checkpoint / CONFIG_NAME)
     config = replace(
         config,

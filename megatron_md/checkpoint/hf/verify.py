@@ -15,12 +15,13 @@ import psutil
 import torch
 
 from megatron_md import parallel, run_files
+from megatron_md.checkpoint.base import recorded_base
 from megatron_md.checkpoint.directory import find_checkpoint
 from megatron_md.checkpoint.hf.families import FAMILIES, Family
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
 from megatron_md.checkpoint.hf.tensors import moves
 from megatron_md.checkpoint.state import load_model
-from megatron_md.config import ResolvedConfig, ResolvedModel, load_resolved
+from megatron_md.config import ParallelConfig, ResolvedConfig, ResolvedModel, load_resolved
 from megatron_md.data.corpus import documents, texts
 from megatron_md.data.optional import optional_package
 from megatron_md.data.tokenizer import Tokenizer
@@ -72,7 +73,8 @@ def reference_logits(network: Any, tokens_BL: torch.Tensor, *, causal: bool) -> 
 def our_model(config: ResolvedConfig, checkpoint: Path, *, causal: bool) -> Any:
     """The model of a checkpoint, in evaluation mode, within a session."""
     chunks: list[Any] = build_model(config, torch.device("cpu"), causal=causal, mask_token_id=None, initialize=False)
-    load_model(chunks, checkpoint)
+    base = recorded_base(checkpoint)
+    load_model(chunks, checkpoint, base.path if base else None)
     return chunks[0].eval()
 
 
@@ -108,7 +110,8 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterato
         UserError: one of the two cannot be opened.
     """
     checkpoint = find_checkpoint(run_path)
-    saved = load_resolved(checkpoint / run_files.CONFIG)
+    # One process looks at it, whatever layout has trained it.
+    saved = replace(load_resolved(checkpoint / run_files.CONFIG), parallel=ParallelConfig(distributed_optimizer=False))
     with HuggingFaceFolder(folder_path) as folder:
         model = family.read_config(folder.config)
         parameters = sum(math.prod(tensor.shape) for tensor in folder.tensors.values())
