@@ -17,6 +17,7 @@ from megatron_md.errors import UserError
 from megatron_md.messages import tell
 from megatron_md.model.build import draw_weights
 from megatron_md.parallel import World
+from megatron_md.train import ema
 from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.callbacks.quarantine import Quarantine
 from megatron_md.train.progress import Progress
@@ -53,6 +54,7 @@ class Restore:
         elif loaded is None:
             draw_weights(self.config, trainer.stepper.chunks)
             trainer.optimizer.reload_model_params()  # its own fp32 parameters, taken from weights not drawn yet
+            ema.restart(trainer.optimizer)
         if loaded is None:
             return True
         self._continue_from(trainer, *loaded, returned)
