@@ -24,7 +24,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.transformer.module import Float16Module
 
+from megatron_md.checkpoint.directory import AVERAGE, Weights
 from megatron_md.checkpoint.safe_pickle import guarded
+from megatron_md.checkpoint.storage import TensorReader
 from megatron_md.model.build import state_dict_metadata
 from megatron_md.model.initialize import sharded_tensors
 from megatron_md.train.optimizer import optimizer_updates
@@ -240,14 +242,22 @@ def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
         assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
 
 
-def load_model(chunks: list[Any], checkpoint: Path) -> None:
+def load_model(chunks: list[Any], checkpoint: Path, weights: Weights = "model") -> None:
     """Load weights only, on any layout.
 
     Args:
         chunks: model chunks, with or without the data-parallel wrapper.
         checkpoint: a complete checkpoint directory.
+        weights: `ema` takes, in place of those that were trained, their average.
     """
-    load_model_state(chunks, read_state(wanted_state(chunks), checkpoint))
+    state = wanted_state(chunks)
+    if weights == "ema":
+        with guarded(checkpoint):
+            there = TensorReader(checkpoint).tensors
+        for value in nested_values(state):
+            if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and AVERAGE + value.key in there:
+                value.key = AVERAGE + value.key
+    load_model_state(chunks, read_state(state, checkpoint))
 
 
 def read_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

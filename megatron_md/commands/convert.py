@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
+from megatron_md.checkpoint.directory import Weights
 from megatron_md.checkpoint.hf.families import FAMILIES, Direction, check_asked
 from megatron_md.messages import progress, say
 
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="data type of the weights; as they are by default"
     )
+    parser.add_argument(
+        "--weights", choices=get_args(Weights), default="model", help="a run's weights, or their average (--to hf)"
+    )
     parser.add_argument("--add-mask-token", action="store_true", help="add <|mask|> to a causal model's vocabulary")
     parser.add_argument("--verify", action="store_true", help="compare the logits of both sides (needs transformers)")
     parser.add_argument("--dry-run", action="store_true", help="check the source, print the table, write nothing")
@@ -45,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
         UserError: bad input; nothing has been written then.
     """
     source, target = Path(args.source), None if args.dry_run else Path(args.target)
-    check_asked(source, target, args.family, args.to, add_mask_token=args.add_mask_token)
+    check_asked(source, target, args.family, args.to, add_mask_token=args.add_mask_token, weights=args.weights)
     from megatron_md.checkpoint.hf.convert import convert, open_conversion
     from megatron_md.checkpoint.hf.tensors import table
 
-    keys = {key: getattr(args, key) for key in ("family", "to", "dtype", "add_mask_token", "trust")}
+    keys = {key: getattr(args, key) for key in ("family", "to", "dtype", "add_mask_token", "trust", "weights")}
     if args.dry_run:
         with open_conversion(args.source, **keys) as conversion:
             _print_table(table(conversion.family, conversion.model))

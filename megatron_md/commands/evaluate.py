@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   megatron-md evaluate runs/demo --nelbo corpus/valid
   megatron-md evaluate runs/demo --nelbo corpus/valid --stderr 0.01 --json demo.json --plot ce_by_rate.png
   megatron-md evaluate runs/window --nelbo corpus/valid --against runs/uniform
+  megatron-md evaluate runs/tuned --nelbo corpus/valid --weights ema --against runs/tuned
   megatron-md evaluate runs/demo --nelbo wiki.test.tokens --detokenizer wikitext --words
   megatron-md evaluate runs/demo --tasks hellaswag,arc_easy --seeds 1,2,3 --json tasks.json
   megatron-md evaluate runs/demo --tasks gsm8k --length 512 --steps 512
@@ -144,7 +145,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace, *paths: str | None) -> list[SavedRun]:
     """Refuse what can be refused of runs before torch is imported."""
-    return [open_run(path, placement(args)) for path in paths if path is not None]
+    where = placement(args)
+    # --weights is said of RUN, whose average may be compared with its weights.
+    others = replace(where, weights="model")
+    return [open_run(path, others if number else where) for number, path in enumerate(paths) if path is not None]
 
 
 def _is_main() -> bool:
@@ -178,7 +182,7 @@ def _nelbo(args: argparse.Namespace) -> dict[str, Any] | None:
     reports = [table.report() for table in tables]
     figures: list[dict[str, Any]] = [
         {
-            "run": str(saved.checkpoint),
+            "run": saved.label,
             "step": saved.step,
             "data": redacted(args.nelbo),
             "estimator": asdict(table.estimator),
@@ -196,7 +200,7 @@ def _nelbo(args: argparse.Namespace) -> dict[str, Any] | None:
             f"token (negative: {result['run']} is better)"
         )
     if args.plot:
-        plot_ce_by_rate({str(saved.checkpoint): report for saved, report in zip(runs, reports, strict=True)}, args.plot)
+        plot_ce_by_rate({saved.label: report for saved, report in zip(runs, reports, strict=True)}, args.plot)
     return result
 
 

@@ -57,7 +57,7 @@ def _load(chunks: list[Any], run: SavedRun) -> None:
     """Read the weights; what megatron-core makes of files that nothing vouches for is the files' fault."""
     try:
         with guarded(run.checkpoint):
-            load_weights(chunks, run.checkpoint)
+            load_weights(chunks, run.checkpoint, run.weights)
     except (Exception, CheckpointException) as error:
         if not run.trust or isinstance(error, CheckpointError):
             raise

@@ -210,7 +210,7 @@ def evaluate_tasks(saved: SavedRun, options: TaskOptions) -> dict[str, Any] | No
         how = {**settings, **({"method": "autoregressive"} if model.causal else {})}
         del how["seed"]
         return {
-            "run": str(saved.checkpoint),
+            "run": saved.label,
             "step": saved.step,
             "seeds": list(options.seeds),
             "settings": {**how, "num_fewshot": options.num_fewshot, "limit": options.limit},

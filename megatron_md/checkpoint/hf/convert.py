@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from megatron_md import run_files
 from megatron_md.checkpoint.contract import model_identity
 from megatron_md.checkpoint.directory import (
+    AVERAGE,
     CONFIG_NAME,
     FORMAT_VERSION,
     RECORD_NAME,
+    Weights,
+    check_weights,
     checkpoint_name,
     find_checkpoint,
 )
@@ -226,7 +229,12 @@ class Export:
 
 @contextmanager
 def open_export(
-    source: Path, family: Family, *, dtype: torch.dtype | None = None, trust: bool = False
+    source: Path,
+    family: Family,
+    *,
+    dtype: torch.dtype | None = None,
+    trust: bool = False,
+    weights: Weights = "model",
 ) -> Iterator[Export]:
     """Verify and open a run directory (its newest checkpoint) or a checkpoint for export.
 
@@ -237,10 +245,12 @@ def open_export(
     """
     checkpoint = source if trust and (source / RECORD_NAME).is_file() else find_checkpoint(source)
     verify(checkpoint, trust=trust)
+    check_weights(checkpoint, weights)
     config = load_resolved(checkpoint / CONFIG_NAME)
     check_exportable(config, family)
     with guarded(checkpoint):
-        exporter = Exporter(TensorReader(checkpoint), family, config.model, dtype=dtype)
+        reader = TensorReader(checkpoint, instead=AVERAGE if weights == "ema" else "")
+        exporter = Exporter(reader, family, config.model, dtype=dtype)
         run = checkpoint.parent.parent
         yield Export(family, config.model, exporter, original.surroundings(run, config, family, exporter.tensors))
 
@@ -253,6 +263,7 @@ def open_conversion(
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
     trust: bool = False,
+    weights: Weights = "model",
 ) -> AbstractContextManager[Import | Export]:
     """Check a source of the family of this name, and open it for its conversion; for the arguments see `convert`.
 
@@ -263,7 +274,7 @@ def open_conversion(
     kind = check_asked(source, None, family, to, add_mask_token=add_mask_token)
     torch_dtype = DTYPES[dtype] if dtype else None
     if to == "hf":
-        return open_export(source, kind, dtype=torch_dtype, trust=trust)
+        return open_export(source, kind, dtype=torch_dtype, trust=trust, weights=weights)
     return open_import(source, kind, dtype=torch_dtype, add_mask_token=add_mask_token)
 
 
@@ -276,6 +287,7 @@ def convert(
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
     trust: bool = False,
+    weights: Weights = "model",
     verify: bool = False,
     progress: Callable[[int], AbstractContextManager[Advance]] = lambda parts: nullcontext(_pass),
     tell: Callable[[str], None] = print,
@@ -290,6 +302,7 @@ def convert(
         dtype: data type of the weights; as they are if None.
         add_mask_token: add a mask token to a causal model's vocabulary; towards `megatron` only.
         trust: open a checkpoint that has no manifest to verify it by.
+        weights: `ema` exports the average of the weights, in their data type; towards `hf` only.
         verify: compare the logits of both sides (needs transformers).
         progress: given the number of tensors, a context that yields what is called for each of them.
         tell: takes a line on what has been written, and those of the comparison.
@@ -301,8 +314,9 @@ def convert(
         UserError: bad input; nothing has been written then.
     """
     source, target = Path(source), Path(target)
-    kind = check_asked(source, target, family, to, add_mask_token=add_mask_token)
-    ready = open_conversion(source, family=family, to=to, dtype=dtype, add_mask_token=add_mask_token, trust=trust)
+    kind = check_asked(source, target, family, to, add_mask_token=add_mask_token, weights=weights)
+    keys: dict[str, Any] = {"family": family, "to": to, "dtype": dtype, "add_mask_token": add_mask_token}
+    ready = open_conversion(source, **keys, trust=trust, weights=weights)
     with ready as conversion, progress(conversion.parts) as advance:
         conversion.write(target, advance=advance)
     if to == "megatron":
@@ -312,7 +326,7 @@ def convert(
     if verify:
         from megatron_md.checkpoint.hf.verify import compare_logits  # megatron-core, which nothing else here needs
 
-        for line in compare_logits(*((target, source) if to == "hf" else (source, target)), kind):
+        for line in compare_logits(*((target, source) if to == "hf" else (source, target)), kind, weights):
             tell(line)
     return target
 

@@ -216,7 +216,15 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
-def check_asked(source: Path, target: Path | None, family: str, to: Direction, *, add_mask_token: bool) -> Family:
+def check_asked(
+    source: Path,
+    target: Path | None,
+    family: str,
+    to: Direction,
+    *,
+    add_mask_token: bool,
+    weights: Literal["model", "ema"] = "model",
+) -> Family:
     """The family of a conversion, which is refused as far as that can be told before torch is imported.
 
     Args:
@@ -225,6 +233,7 @@ def check_asked(source: Path, target: Path | None, family: str, to: Direction, *
         family: name of the family.
         to: the direction.
         add_mask_token: a mask token is asked for.
+        weights: a run's own, or their average.
 
     Raises:
         UserError: the conversion cannot be made.
@@ -232,6 +241,8 @@ def check_asked(source: Path, target: Path | None, family: str, to: Direction, *
     kind = family_named(family)
     if add_mask_token and to == "hf":
         raise UserError("--add-mask-token belongs to --to megatron")
+    if weights == "ema" and to == "megatron":
+        raise UserError("--weights ema belongs to --to hf: a folder of Hugging Face has one kind of weights")
     if target is not None and target.exists():
         raise UserError(f"{target}: exists already; choose another folder, or remove it")
     if not source.exists():
