@@ -251,8 +251,8 @@ def convert(
     source: PathLike,
     target: PathLike,
     *,
-    family: str,
-    to: Literal["megatron", "hf"],
+    family: str | None = None,
+    to: Literal["megatron", "hf", "peft"],
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     trust: bool = False,
     weights: Weights = "model",
@@ -262,8 +262,8 @@ def convert(
     Args:
         source: what to convert.
         target: folder to create.
-        family: llada, dream, llama, qwen2 or qwen3.
-        to: the direction.
+        family: llada, dream, llama, qwen2 or qwen3; none where a LoRA run becomes a run.
+        to: the direction; peft writes adapters alone, which are merged with their base otherwise.
         dtype: data type of the weights; as they are if None.
         trust: open a checkpoint that has no manifest to verify it by.
         weights: of a run that becomes a folder: its own, or their average (`ema`).

@@ -13,7 +13,7 @@ from megatron_md.config import loader as config_loader
 from megatron_md.messages import redacted
 
 # What a checkpoint must agree on to be resumed, besides `model_identity`.
-REFUSED = ("seed", "data.seq_length", "data.window_shards")
+REFUSED = ("seed", "data.seq_length", "data.window_shards", "lora.rank", "lora.alpha", "lora.targets")
 DEPENDS = {
     "data.train": "refused unless it is the same corpus",
     "data.tokenizer": "refused unless it is the same tokenizer",
@@ -35,7 +35,9 @@ def model_identity(config: ResolvedConfig) -> dict[str, Any]:
     return {f"model.{key}": value for key, value in content.items()}
 
 
-def resume_contract(config: ResolvedConfig, stream: dict[str, Any], *, tokenizer: str, causal: bool) -> dict[str, Any]:
+def resume_contract(
+    config: ResolvedConfig, stream: dict[str, Any], *, tokenizer: str, causal: bool, base: str | None = None
+) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must agree on: JSON values by name.
 
     Args:
@@ -43,8 +45,10 @@ def resume_contract(config: ResolvedConfig, stream: dict[str, Any], *, tokenizer
         stream: `RowStream.state` of the rows that the checkpoint has seen.
         tokenizer: hash of the tokenizer that the corpora were made with.
         causal: the objective's attention.
+        base: hash of the weights that adapters are trained on.
     """
-    return {**stream, **model_identity(config), "tokenizer": tokenizer, "objective is causal": causal}
+    adapters = {"lora": config.lora.identity() if config.lora else None, "lora.base": base}
+    return {**stream, **model_identity(config), "tokenizer": tokenizer, "objective is causal": causal, **adapters}
 
 
 def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any]]:

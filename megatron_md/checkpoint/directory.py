@@ -35,8 +35,9 @@ _KINDS = {
     "layout": dict,
     "optimizer": list,
     "val_nelbo": float | None,
+    "base": dict | None,
 }
-_DEFAULTS: dict[str, Any] = {"identity": {}, "layout": {}, "optimizer": [], "val_nelbo": None}
+_DEFAULTS: dict[str, Any] = {"identity": {}, "layout": {}, "optimizer": [], "val_nelbo": None, "base": None}
 _WAY_OUT = "restore it, or remove the directory to go on from the one before"
 BAD_SUFFIX = ".bad"
 _WRITING, _REMOVING = ".writing_", ".removing_"
@@ -122,7 +123,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint records about itself: progress, layout, identity, optimizer, val_nelbo.
+    """What a checkpoint records about itself: progress, layout, identity, optimizer, val_nelbo, base.
 
     Raises:
         UserError: the directory is not a complete checkpoint of this format.
@@ -145,7 +146,7 @@ def check_weights(checkpoint: Path, weights: Weights) -> None:
     """
     if weights == "ema" and "ema" not in read_record(checkpoint)["optimizer"]:
         raise UserError(
-            f"{checkpoint}: has no average of the weights, as train.ema_decay keeps it; take the weights (model) instead"
+            f"{checkpoint}: has no average of the weights (train.ema_decay keeps one); take the weights, model"
         )
 
 

@@ -174,6 +174,17 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     return records
 
 
+def weights_digest(directory: Path) -> str:
+    """One sha256 for the tensors of a checkpoint, from its manifest: the same wherever it lies, and converted anew.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
+    records = read_manifest(directory)
+    lines = [f"{name} {record.sha256}\n" for name, record in sorted(records.items()) if name.endswith(".distcp")]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def _manifest_text(records: Mapping[str, FileRecord]) -> str:
     files = {name: asdict(records[name]) for name in sorted(records)}
     return json.dumps({"format": MANIFEST_FORMAT, "files": files}, indent=1) + "\n"

@@ -21,6 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_md import run_files
 from megatron_md.checkpoint import directory as names
 from megatron_md.checkpoint import state as states
+from megatron_md.checkpoint.base import Base, refuse_adapters
 from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.writer import CheckpointWrite, SaveError, raise_together
 from megatron_md.errors import UserError
@@ -77,6 +78,7 @@ class CheckpointManager:
         resolved_config: str,
         identity: Callable[[int], dict[str, Any]] | None = None,
         texts: Mapping[str, Callable[[], str]] | None = None,
+        base: Base | None = None,
     ) -> None:
         """Take charge of RUN/checkpoints; nothing is written yet.
 
@@ -89,7 +91,9 @@ class CheckpointManager:
             identity: gives what a checkpoint at row g of the run must agree on to be resumed (JSON values by name):
                 corpus and weights up to there, seed, model shape.
             texts: what else to keep in every checkpoint: file names, and what gives their content when it is saved.
+            base: the checkpoint that the run's adapters belong to, if it trains adapters.
         """
+        self.base = base
         self.identity = identity or (lambda next_sample_index: {})
         self.texts = texts or {}
         self.directory = run_dir / run_files.CHECKPOINTS
@@ -154,6 +158,7 @@ class CheckpointManager:
                 "optimizer": states.state_names(optimizer),
                 "identity": self.identity(progress.next_sample_index),
                 "val_nelbo": val_nelbo if val_nelbo is not None and math.isfinite(val_nelbo) else None,
+                "base": self.base.record(self.directory) if self.base else None,
             }
             texts = {name: text() for name, text in self.texts.items()}
             texts |= {names.CONFIG_NAME: self.resolved_config, names.RECORD_NAME: json.dumps(record, indent=1)}
@@ -274,23 +279,25 @@ class CheckpointManager:
 
     @torch.no_grad()
     def load_model_only(self, chunks: list[Any], optimizer: MegatronOptimizer, checkpoint: Path) -> None:
-        """Verify a checkpoint of another run and take its weights as the start of this one.
+        """Verify a checkpoint of another run and take its weights as the start of this one, or as its adapters' base.
 
         Raises:
             CheckpointError: it is damaged.
-            UserError: its model has another shape, or another tokenizer.
+            UserError: its model has another shape, or another tokenizer, or it holds adapters only.
         """
         verify(checkpoint)
-        there = names.read_record(checkpoint)["identity"]
+        record = names.read_record(checkpoint)
+        refuse_adapters(checkpoint, record)
+        there = record["identity"]
         # A converted checkpoint may come without a tokenizer.
         shared = {key for key in there if key.startswith(("model.", "tokenizer"))}
         here = {key: value for key, value in self.identity(0).items() if key in shared}
         _refuse_differences(checkpoint, there, here)
         with settled_parameters(chunks):
-            states.load_model(chunks, checkpoint)
+            load = states.load_base if states.has_adapters(chunks) else states.load_model
+            load(chunks, checkpoint)
             # The optimizer's own fp32 parameters, which would undo the load at its first step.
             optimizer.reload_model_params()
-            ema.restart(optimizer)
 
 
 def _on_any_rank(flag: bool) -> bool:

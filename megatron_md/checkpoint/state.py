@@ -27,6 +27,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_md.checkpoint.directory import AVERAGE, Weights
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.storage import TensorReader
+from megatron_md.config.lora import is_adapter
 from megatron_md.model.build import state_dict_metadata
 from megatron_md.model.initialize import sharded_tensors
 from megatron_md.train.optimizer import optimizer_updates
@@ -140,7 +141,7 @@ def named_parameters(chunks: list[Any]) -> Iterator[tuple[str, torch.nn.Paramete
 def names_of_not_finite(chunks: list[Any], optimizer: MegatronOptimizer) -> list[str]:
     """This rank's weights and optimizer tensors in which a number is NaN or infinite."""
     names = {id(parameter): name for name, parameter in named_parameters(chunks)}
-    held = [(name, parameter.detach()) for name, parameter in named_parameters(chunks)]
+    held = [(name, parameter.detach()) for name, parameter in named_parameters(chunks) if parameter.requires_grad]
     for piece in optimizer_slices(optimizer):
         held += [(f"{kind} of {names[id(piece.parameter)]}", values) for kind, values in piece.tensors.items()]
     held = [(name, values) for name, values in held if values.numel() and values.is_floating_point()]
@@ -212,20 +213,27 @@ def unwrapped(chunk: Any) -> Any:
     return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
 
 
-def model_state(chunks: list[Any]) -> dict[str, Any]:
-    """Sharded state of the model chunks."""
+def has_adapters(chunks: list[Any]) -> bool:
+    """Whether these are frozen weights with adapters beside them."""
+    return any(is_adapter(name) for chunk in chunks for name, _ in chunk.named_parameters())
+
+
+def model_state(chunks: list[Any], *, of_base: bool = False) -> dict[str, Any]:
+    """Sharded state of the model chunks: of those with adapters the adapters alone, or all else (`of_base`)."""
+    is_whole = not has_adapters(chunks)
+    states = [unwrapped(chunk).sharded_state_dict(metadata=state_dict_metadata()) for chunk in chunks]
     return {
-        f"model{number}": unwrapped(chunk).sharded_state_dict(metadata=state_dict_metadata())
-        for number, chunk in enumerate(chunks)
+        f"model{number}": {name: value for name, value in state.items() if is_whole or is_adapter(name) is not of_base}
+        for number, state in enumerate(states)
     }
 
 
-def wanted_state(chunks: list[Any]) -> dict[str, Any]:
+def wanted_state(chunks: list[Any], *, of_base: bool = False) -> dict[str, Any]:
     """What is read of a checkpoint's `model_state`.
 
     All but the scales of fp8 arithmetic: what was converted, or written without Transformer Engine, has none.
     """
-    state = model_state(chunks)
+    state = model_state(chunks, of_base=of_base)
     return {
         key: {name: value for name, value in part.items() if not name.endswith("_extra_state")}
         for key, part in state.items()
@@ -238,18 +246,24 @@ def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
         network = unwrapped(chunk)
         # megatron-core's wrapper for bf16 does not say what was missing.
         network = network.module if isinstance(network, Float16Module) else network
-        missing, unexpected = network.load_state_dict(state[f"model{number}"], strict=False)
-        assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
+        part = state[f"model{number}"]
+        missing, unexpected = network.load_state_dict(part, strict=False)
+        kinds = {is_adapter(name) for name in part}  # adapters are loaded apart from their base
+        lost = [name for name in missing if not name.endswith("_extra_state") and is_adapter(name) in kinds]
+        assert not unexpected and not lost, (lost, unexpected)
 
 
-def load_model(chunks: list[Any], checkpoint: Path, weights: Weights = "model") -> None:
+def load_model(chunks: list[Any], checkpoint: Path, base: Path | None = None, *, weights: Weights = "model") -> None:
     """Load weights only, on any layout.
 
     Args:
         chunks: model chunks, with or without the data-parallel wrapper.
         checkpoint: a complete checkpoint directory.
+        base: the one with the weights that its adapters belong to, if it holds adapters.
         weights: `ema` takes, in place of those that were trained, their average.
     """
+    if base is not None:
+        load_base(chunks, base)
     state = wanted_state(chunks)
     if weights == "ema":
         with guarded(checkpoint):
@@ -258,6 +272,11 @@ def load_model(chunks: list[Any], checkpoint: Path, weights: Weights = "model") 
             if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and AVERAGE + value.key in there:
                 value.key = AVERAGE + value.key
     load_model_state(chunks, read_state(state, checkpoint))
+
+
+def load_base(chunks: list[Any], checkpoint: Path) -> None:
+    """Load the weights that adapters belong to."""
+    load_model_state(chunks, read_state(wanted_state(chunks, of_base=True), checkpoint))
 
 
 def read_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

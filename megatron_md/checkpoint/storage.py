@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
@@ -163,6 +163,20 @@ class _SlicePlanner(LoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Nothing is left to do: the item was written in place."""
+
+
+class Reader(Protocol):
+    """Gives the tensors of a checkpoint slice by slice.
+
+    Attributes:
+        tensors: shape and data type of each tensor by its name.
+    """
+
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """A slice of a tensor."""
+        ...
 
 
 class TensorReader:

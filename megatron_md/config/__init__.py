@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from megatron_md.config import loader as config_loader
 from megatron_md.config.loader import ConfigError
+from megatron_md.config.lora import LoraConfig
 from megatron_md.config.model import (
     CorpusConfig,
     DataConfig,
@@ -38,8 +39,8 @@ from megatron_md.config.training import (
 from megatron_md.messages import nearest
 
 __all__ = [
-    "BatchRampConfig", "CheckpointConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig",
-    "LRScheduleConfig", "LogConfig", "MegatronConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig",
+    "BatchRampConfig", "CheckpointConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig", "LRScheduleConfig",
+    "LogConfig", "LoraConfig", "MegatronConfig", "ModelConfig", "ObjectiveConfig", "OptimizerConfig",
     "ParallelConfig", "ProfileConfig", "ResolvedConfig", "ResolvedModel", "SamplingConfig", "TrainConfig",
     "ValidationConfig", "as_dict", "config_from_mapping", "explain", "load_config", "load_resolved", "preset_names",
     "resolve", "to_yaml",
@@ -58,6 +59,7 @@ class Config:
     parallel: Annotated[ParallelConfig, Doc("parallel layout")] = field(default_factory=ParallelConfig)
     data: Annotated[DataConfig, Doc("corpus and tokenizer")] = field(default_factory=DataConfig)
     objective: Annotated[ObjectiveConfig, Doc("training objective")] = field(default_factory=ObjectiveConfig)
+    lora: Annotated[LoraConfig | None, Doc("low-rank adapters; null trains all weights")] = None
     optimizer: Annotated[OptimizerConfig, Doc("AdamW and its learning rate")] = field(default_factory=OptimizerConfig)
     train: Annotated[TrainConfig, Doc("the loop")] = field(default_factory=TrainConfig)
     checkpoint: Annotated[CheckpointConfig, Doc("saving and resuming")] = field(default_factory=CheckpointConfig)
@@ -80,6 +82,7 @@ class Config:
         yield from self.parallel.problems(self)
         yield from self.data.problems(self)
         yield from self.objective.problems(self)
+        yield from self.lora.problems(self) if self.lora else ()
         yield from self.optimizer.problems()
         yield from self.train.problems(self)
         yield from self.checkpoint.problems(self)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_md.checkpoint.base import Base, recorded_base
 from megatron_md.checkpoint.directory import read_record
 from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.safe_pickle import guarded
@@ -41,23 +42,27 @@ def load_model(run: SavedRun, world: World, tokenizer: Tokenizer) -> Inference:
     """Verify the checkpoint, build the model and read its weights; every rank does this.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or cannot be verified and is not trusted.
+        CheckpointError: the checkpoint, or the base of its adapters, is damaged, or the checkpoint cannot be verified
+            and is not trusted.
     """
     verify(run.checkpoint, trust=run.trust)
+    base = recorded_base(run.checkpoint)
+    if base is not None:
+        verify(base.path)
     mask_token_id = tokenizer.mask_token_id
     causal = is_causal(run, mask_token_id=mask_token_id)
     chunks: list[Any] = build_model(
         run.config, world.device, causal=causal, mask_token_id=mask_token_id, initialize=False
     )
-    _load(chunks, run)
+    _load(chunks, run, base)
     return Inference(run.config, world, chunks, causal=causal, mask_token_id=mask_token_id)
 
 
-def _load(chunks: list[Any], run: SavedRun) -> None:
+def _load(chunks: list[Any], run: SavedRun, base: Base | None) -> None:
     """Read the weights; what megatron-core makes of files that nothing vouches for is the files' fault."""
     try:
         with guarded(run.checkpoint):
-            load_weights(chunks, run.checkpoint, run.weights)
+            load_weights(chunks, run.checkpoint, base.path if base else None, weights=run.weights)
     except (Exception, CheckpointException) as error:
         if not run.trust or isinstance(error, CheckpointError):
             raise

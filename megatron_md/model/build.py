@@ -21,9 +21,11 @@ from megatron.core.utils import unwrap_model
 
 from megatron_md import cpu
 from megatron_md.config import Config, ParallelConfig, ResolvedConfig
+from megatron_md.config.lora import is_adapter
 from megatron_md.errors import UserError
 from megatron_md.model.head import Prediction, PredictionLoss, masked_cross_entropy, select_hidden
 from megatron_md.model.initialize import initialize_weights
+from megatron_md.model.lora import attach_adapters
 from megatron_md.model.spec import block_spec, core_attention, use_transformer_engine
 
 
@@ -297,6 +299,9 @@ def build_model(
     excluded = (int(mask_token_id),) if exclude and mask_token_id is not None else ()
     stages = range(config.parallel.virtual_pipeline)
     chunks: list[torch.nn.Module] = [_build_chunk(config, core, device, causal, excluded, s).to(device) for s in stages]
+    if config.lora is not None:
+        for chunk in chunks:
+            attach_adapters(chunk, config.lora, config.model)
     if initialize:
         draw_weights(config, chunks)
     if core.bf16:
@@ -304,7 +309,7 @@ def build_model(
     return chunks
 
 
-def draw_weights(config: ResolvedConfig, chunks: list[Any]) -> None:
+def draw_weights(config: ResolvedConfig, chunks: list[Any], *, adapters_only: bool = False) -> None:
     """Fill this rank's model chunks, wrapped or not, from the run's seed."""
     depth = math.sqrt(2.0 * config.model.layers) if config.model.scaled_init else 1.0
     initialize_weights(
@@ -314,6 +319,7 @@ def draw_weights(config: ResolvedConfig, chunks: list[Any]) -> None:
         output_std=config.model.init_std / depth,
         vocab=config.model.vocab,
         metadata=state_dict_metadata(),
+        is_drawn=is_adapter if adapters_only else lambda name: True,
     )
 
 

@@ -79,10 +79,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         tp_group: Any,
         is_weight_shared: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs_grad = any(ctx.needs_input_grad[:2])
         nll_M = torch.empty(len(hidden_MH), dtype=torch.float32, device=hidden_MH.device)
-        grad_hidden = torch.empty_like(hidden_MH) if needs_grad else None
-        grad_weight = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device) if needs_grad else None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_MH) if needs_hidden else None
+        # A frozen weight has none.
+        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
         score = _score_in_few_passes if hidden_MH.is_cuda else _score_in_place
         for start in range(0, len(hidden_MH), chunk):
             part = slice(start, min(start + chunk, len(hidden_MH)))
@@ -91,16 +92,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             nll_M[part], grad_logits = score(
                 logits, weights_M[part], *_local(targets_M[part], first_token, logits), tp_group
             )
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight_VH, out=grad_hidden[part])
+            if grad_weight is None:
                 continue
-            torch.mm(grad_logits, weight_VH, out=grad_hidden[part])
             if weight_VH.dtype is torch.float32:
                 grad_weight.addmm_(grad_logits.t(), hidden)
             else:
                 grad_weight += grad_logits.t() @ hidden
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.weight, ctx.is_weight_shared = weight_VH, is_weight_shared
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight, ctx.is_weight_shared = weight_VH, is_weight_shared
         ctx.mark_non_differentiable(nll_M)
         return torch.dot(weights_M, nll_M), nll_M
 
@@ -108,8 +109,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # Each is used once, so it is scaled in place.
-        scaled = _handed_over(ctx.weight, grad_weight.mul_(grad_loss), ctx.is_weight_shared)
-        return grad_hidden.mul_(grad_loss), scaled, None, None, None, None, None, None, None
+        if grad_weight is not None:
+            grad_weight = _handed_over(ctx.weight, grad_weight.mul_(grad_loss), ctx.is_weight_shared)
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_loss)
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _handed_over(weight: torch.Tensor, grad: torch.Tensor, is_shared: bool) -> torch.Tensor | None:

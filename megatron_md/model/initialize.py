@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_md.config.lora import is_adapter, is_first_factor
 
 _VOCABULARY_TABLES = ("word_embeddings.weight", "output_layer.weight")
 _BLOCK = 1 << 20  # elements drawn at a time: keeps the float64 temporaries small
@@ -87,9 +89,18 @@ def _fill(shard: ShardedTensor, seed: int, std: float, pool: Executor) -> None:
 
 @torch.no_grad()
 def initialize_weights(
-    chunks: Sequence[Any], *, seed: int, std: float, output_std: float, vocab: int, metadata: dict[str, Any]
+    chunks: Sequence[Any],
+    *,
+    seed: int,
+    std: float,
+    output_std: float,
+    vocab: int,
+    metadata: dict[str, Any],
+    is_drawn: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Fill every matrix of the model with normal numbers, norms with 1, biases and the vocabulary's padding with 0.
+
+    Of an adapter, A has the variance of PEFT's uniform numbers, 1 / (3 in), and B is 0: it changes nothing yet.
 
     Args:
         chunks: this rank's model chunks.
@@ -98,6 +109,7 @@ def initialize_weights(
         output_std: of the projections that write into the residual stream (`linear_proj`, `linear_fc2`).
         vocab: tokens of the vocabulary without its padding.
         metadata: megatron-core's sharded-state-dict metadata.
+        is_drawn: by its name, whether a parameter is filled at all.
     """
     # numpy lets go of the interpreter lock; the cores of a node are shared out among its ranks.
     threads = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -105,16 +117,23 @@ def initialize_weights(
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                if parameter.dim() < 2:
+                if parameter.dim() < 2 and is_drawn(name):
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             shards = sharded_tensors(chunk.sharded_state_dict(metadata=metadata))
-            matrices = [shard for shard in shards if shard.data is not None and len(shard.data.shape) >= 2]
+            matrices = [
+                shard for shard in shards if shard.data is not None and shard.data.dim() >= 2 and is_drawn(shard.key)
+            ]
             owners = _shared_out([shard.data.numel() for shard in matrices], replicas.size())
             for shard, owner in zip(matrices, owners, strict=True):
                 if owner != replicas.rank():
                     continue
                 into_residual = shard.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-                _fill(shard, seed, output_std if into_residual else std, pool)
+                if not is_adapter(shard.key):
+                    _fill(shard, seed, output_std if into_residual else std, pool)
+                elif is_first_factor(shard.key):
+                    _fill(shard, seed, (3.0 * shard.global_shape[-1]) ** -0.5, pool)
+                else:
+                    shard.data.zero_()
                 if shard.key.endswith(_VOCABULARY_TABLES):
                     # Padding differs between layouts; zeros that never get a gradient leave the weights' norm alone.
                     shard.data[max(0, vocab - shard.global_offset[-2]) :].zero_()

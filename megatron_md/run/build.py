@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_md import parallel
+from megatron_md.checkpoint.base import open_base
 from megatron_md.checkpoint.contract import resume_contract
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checkpoint.saving import Checkpointing
@@ -65,6 +66,7 @@ def build(
     inference = Inference(config, world, chunks, causal=objective.causal, mask_token_id=manifest.mask_id)
     stream = open_stream(config.data, manifests, seed=config.seed)
 
+    base = open_base(Path(str(config.checkpoint.load))) if config.lora else None
     quarantine = Quarantine(directory, max_quarantined=config.data.max_quarantined)
     manager = CheckpointManager(
         directory,
@@ -73,9 +75,14 @@ def build(
         keep_best=config.checkpoint.keep_best,
         resolved_config=to_yaml(config),
         identity=lambda rows: resume_contract(
-            config, stream.state(rows), tokenizer=manifest.tokenizer_sha256, causal=objective.causal
+            config,
+            stream.state(rows),
+            tokenizer=manifest.tokenizer_sha256,
+            causal=objective.causal,
+            base=base.sha256 if base else None,
         ),
         texts={LEDGER_NAME: lambda: quarantine.ledger.text()},
+        base=base,
     )
     metrics = _metrics(config, world, directory)
     saving = Checkpointing(manager, config.checkpoint, metrics=metrics)

@@ -51,6 +51,13 @@ def parameter_count(model: ResolvedModel) -> int:
     return embeddings + positions + model.layers * (layer_matrices(model) + layer_vectors(model)) + model.hidden
 
 
+def trained_count(config: ResolvedConfig) -> int:
+    """Parameters of the whole model that are trained: its own, or those of its adapters."""
+    if config.lora is None:
+        return parameter_count(config.model)
+    return config.model.layers * config.lora.layer_parameters(config.model)
+
+
 def padded_vocab(config: ResolvedConfig) -> int:
     """Rows of the embedding: the vocabulary rounded up to `parallel.vocab_multiple * parallel.tensor`."""
     unit = config.parallel.vocab_multiple * config.parallel.tensor

@@ -9,14 +9,18 @@ from megatron_md.checkpoint import rollback
 from megatron_md.checkpoint.contract import config_changes
 from megatron_md.checkpoint.directory import checkpoint_name, find_checkpoint, named_checkpoints
 from megatron_md.checkpoint.hf import original
+from megatron_md.checkpoint.hf.peft import load_adapters
 from megatron_md.checkpoint.manager import CheckpointManager
 from megatron_md.checkpoint.saving import Checkpointing
-from megatron_md.config import ResolvedConfig
+from megatron_md.checkpoint.state import model_state
+from megatron_md.config import LoraConfig, ResolvedConfig
 from megatron_md.data.ledger import LEDGER_NAME, QuarantineLedger
 from megatron_md.errors import UserError
 from megatron_md.messages import tell
 from megatron_md.model.build import draw_weights
+from megatron_md.model.initialize import sharded_tensors
 from megatron_md.parallel import World
+from megatron_md.run import estimate
 from megatron_md.train import ema
 from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.callbacks.quarantine import Quarantine
@@ -43,19 +47,24 @@ class Restore:
         """Continue from the newest undamaged checkpoint, if there is one; False if the run is finished already.
 
         A run without a checkpoint starts from `checkpoint.load`, if that is set, else from weights that are drawn.
+        Adapters are put on the weights of `checkpoint.load` in either case.
 
         Raises:
             UserError: there are checkpoints and `checkpoint.resume` is never, or none of them can be read.
         """
         returned = rollback.finish(self.directory)
+        if self.config.lora is not None:
+            self._load_base(trainer)
         loaded = self._load_newest(trainer)
-        if loaded is None and self.config.checkpoint.load is not None:
+        if loaded is None and self.config.lora is not None:
+            self._start_adapters(trainer, self.config.lora)
+        elif loaded is None and self.config.checkpoint.load is not None:
             loaded = self._load_another(trainer, Path(self.config.checkpoint.load))
         elif loaded is None:
             draw_weights(self.config, trainer.stepper.chunks)
             trainer.optimizer.reload_model_params()  # its own fp32 parameters, taken from weights not drawn yet
-            ema.restart(trainer.optimizer)
         if loaded is None:
+            ema.restart(trainer.optimizer)
             return True
         self._continue_from(trainer, *loaded, returned)
         step = trainer.progress.step
@@ -101,12 +110,35 @@ class Restore:
             )
         return self.manager.load_newest(trainer.stepper.chunks, trainer.optimizer)
 
-    def _load_another(self, trainer: Trainer, source: Path) -> tuple[Path, Progress] | None:
-        """Take the weights of another run, or all of it."""
-        chunks, optimizer, checkpoint = trainer.stepper.chunks, trainer.optimizer, find_checkpoint(source)
+    def _load_base(self, trainer: Trainer) -> None:
+        """Take the weights that adapters are trained on; a resumed run needs them as well."""
+        assert self.manager.base is not None, "a run with adapters has one"
+        self.manager.load_model_only(trainer.stepper.chunks, trainer.optimizer, self.manager.base.path)
+
+    def _start_adapters(self, trainer: Trainer, keys: LoraConfig) -> None:
+        """Draw adapters that change nothing yet, or take those of a PEFT folder."""
+        assert self.manager.base is not None, "a run with adapters has one"
+        chunks, base = trainer.stepper.chunks, self.manager.base.path
+        self._hand_on(base)
+        if keys.load is None:
+            draw_weights(self.config, chunks, adapters_only=True)
+        else:
+            load_adapters(sharded_tensors(model_state(chunks)), Path(keys.load), self.config)
+        trainer.optimizer.reload_model_params()  # its own fp32 parameters
+        if self.world.is_main:
+            trained, whole = estimate.trained_count(self.config), estimate.parameter_count(self.config.model)
+            tell(f"{self.directory}: trains {trained:,} parameters of adapters on the {whole:,} of {base}")
+            append_event(self.directory, "weights_loaded", path=str(base), adapters=keys.load)
+
+    def _hand_on(self, checkpoint: Path) -> None:
         if self.world.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
             original.hand_on(checkpoint.parent.parent, self.directory)
+
+    def _load_another(self, trainer: Trainer, source: Path) -> tuple[Path, Progress] | None:
+        """Take the weights of another run, or all of it."""
+        chunks, optimizer, checkpoint = trainer.stepper.chunks, trainer.optimizer, find_checkpoint(source)
+        self._hand_on(checkpoint)
         if self.config.checkpoint.load_only is None:
             return checkpoint, self.manager.load(chunks, optimizer, checkpoint)
         self.manager.load_model_only(chunks, optimizer, checkpoint)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_md import run_files
+from megatron_md.checkpoint.base import recorded_base
 from megatron_md.checkpoint.directory import (
     CONFIG_NAME,
     RECORD_NAME,
@@ -83,8 +84,8 @@ def open_run(path: str | Path, placement: Placement = Placement(), *, world_size
         world_size: processes of the job; those of this one by default.
 
     Raises:
-        UserError: there is none (the message says what was looked for), or the model cannot be split so, or it has no
-            average of its weights.
+        UserError: there is none (the message says what was looked for), the base of its adapters is not there or has
+            changed, the model cannot be split so, or it has no average of its weights.
         CheckpointError: it has no manifest and is not trusted.
     """
     path = Path(path)
@@ -94,6 +95,7 @@ def open_run(path: str | Path, placement: Placement = Placement(), *, world_size
     if not placement.trust:
         read_manifest(checkpoint)
     check_weights(checkpoint, placement.weights)
+    recorded_base(checkpoint)
     config = load_resolved(checkpoint / CONFIG_NAME)
     config = replace(
         config,

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,32 +18,23 @@ import torch
 
 from megatron_md import run_files
 from megatron_md.checkpoint.contract import model_identity
-from megatron_md.checkpoint.directory import (
-    AVERAGE,
-    CONFIG_NAME,
-    FORMAT_VERSION,
-    RECORD_NAME,
-    Weights,
-    check_weights,
-    checkpoint_name,
-    find_checkpoint,
-)
+from megatron_md.checkpoint.directory import CONFIG_NAME, RECORD_NAME, Weights, check_weights, find_checkpoint
 from megatron_md.checkpoint.hf import original
 from megatron_md.checkpoint.hf.configs import LONGEST_ROW, MOST
-from megatron_md.checkpoint.hf.families import Direction, Family, check_asked, check_exportable
-from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, write_folder
-from megatron_md.checkpoint.hf.tensors import Exporter, check_folder, import_slices
-from megatron_md.checkpoint.integrity import seal, verify
+from megatron_md.checkpoint.hf.families import Direction, Family, check_asked, check_exportable, is_run
+from megatron_md.checkpoint.hf.folder import HuggingFaceFolder, write_folder
+from megatron_md.checkpoint.hf.peft import AdapterExport, open_adapter_export
+from megatron_md.checkpoint.hf.tensors import Exporter, check_folder, import_slices, table
+from megatron_md.checkpoint.integrity import verify
+from megatron_md.checkpoint.merged import Merge, open_merge, open_reader
+from megatron_md.checkpoint.new_run import Advance, counted, new_folder, write_run
 from megatron_md.checkpoint.safe_pickle import guarded
-from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors
-from megatron_md.config import DataConfig, ObjectiveConfig, ResolvedConfig, ResolvedModel, load_resolved, to_yaml
+from megatron_md.checkpoint.storage import Slice
+from megatron_md.config import DataConfig, ObjectiveConfig, ResolvedConfig, ResolvedModel, load_resolved
 from megatron_md.errors import UserError
-from megatron_md.files import sync, write_synced
 from megatron_md.json_file import LARGE, read_json, read_regular
-from megatron_md.train.progress import Progress
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Advance = Callable[[], None]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASK_TOKEN = "<|mask|>"
 
@@ -80,6 +70,10 @@ class Import:
         """How often `write` calls `advance`."""
         return len(self.slices)
 
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """As `tensors.table`."""
+        return table(self.family, self.model)
+
     def write(self, target: Path, *, advance: Advance = _pass) -> None:
         """Write a run directory with one checkpoint, at step 0, that any layout can load.
 
@@ -94,23 +88,8 @@ class Import:
         identity = {**model_identity(config), "objective is causal": self.family.causal}
         if self.tokenizer is not None:
             identity["tokenizer"] = hashlib.sha256(self.tokenizer).hexdigest()
-        record = {
-            "format": FORMAT_VERSION,
-            "progress": asdict(Progress.start(config)),
-            "layout": {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1},
-            "optimizer": [],
-            "identity": identity,
-            "val_nelbo": None,
-        }
-        with _new_folder(target) as partial:
-            checkpoint = partial / run_files.CHECKPOINTS / checkpoint_name(0)
-            checkpoint.mkdir(parents=True)
-            write_tensors(checkpoint, [replace(part, make=_counted(part.make, advance)) for part in self.slices])
-            write_synced(checkpoint / CONFIG_NAME, to_yaml(config))
-            write_synced(checkpoint / RECORD_NAME, json.dumps(record, indent=1))
-            seal(checkpoint)
-            (partial / run_files.CHECKPOINTS / run_files.LATEST).write_text(checkpoint.name)
-            (partial / run_files.CONFIG).write_text(to_yaml(config))
+        with new_folder(target) as partial:
+            write_run(partial, config, identity, counted(self.slices, advance))
             new = self.tokenizer if self.has_new_token else None
             original.keep(partial, self.folder, self.family, config=self.config, tokenizer=new)
             if self.tokenizer is not None:
@@ -206,6 +185,10 @@ class Export:
         """How often `write` calls `advance`."""
         return len(self.exporter.tensors)
 
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """As `tensors.table`."""
+        return table(self.family, self.model)
+
     def write(self, target: Path, *, advance: Advance = _pass) -> None:
         """Write the folder, calling `advance` for every tensor.
 
@@ -217,7 +200,7 @@ class Export:
             advance()
             return self.exporter.read(name)
 
-        with _new_folder(target) as partial:
+        with new_folder(target) as partial:
             write_folder(
                 partial,
                 config=self.beside.config,
@@ -238,7 +221,8 @@ def open_export(
 ) -> Iterator[Export]:
     """Verify and open a run directory (its newest checkpoint) or a checkpoint for export.
 
-    Where the run was converted from a folder with the same tensors, config, tokenizer and the cut into files are those.
+    Adapters are merged with the weights that they belong to. Where the run was converted from a folder with the same
+    tensors, config, tokenizer and the cut into files are those.
 
     Raises:
         UserError: no complete checkpoint, or a model that the family cannot express.
@@ -249,7 +233,7 @@ def open_export(
     config = load_resolved(checkpoint / CONFIG_NAME)
     check_exportable(config, family)
     with guarded(checkpoint):
-        reader = TensorReader(checkpoint, instead=AVERAGE if weights == "ema" else "")
+        reader = open_reader(checkpoint, config, dtype=dtype, weights=weights)
         exporter = Exporter(reader, family, config.model, dtype=dtype)
         run = checkpoint.parent.parent
         yield Export(family, config.model, exporter, original.surroundings(run, config, family, exporter.tensors))
@@ -258,13 +242,13 @@ def open_export(
 def open_conversion(
     source: str | Path,
     *,
-    family: str,
+    family: str | None,
     to: Direction,
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
     trust: bool = False,
     weights: Weights = "model",
-) -> AbstractContextManager[Import | Export]:
+) -> AbstractContextManager[Import | Export | AdapterExport | Merge]:
     """Check a source of the family of this name, and open it for its conversion; for the arguments see `convert`.
 
     Raises:
@@ -273,8 +257,13 @@ def open_conversion(
     source = Path(source)
     kind = check_asked(source, None, family, to, add_mask_token=add_mask_token)
     torch_dtype = DTYPES[dtype] if dtype else None
+    if to == "megatron" and is_run(source):
+        return open_merge(source, dtype=torch_dtype, weights=weights)
+    assert kind is not None, "checked"
     if to == "hf":
         return open_export(source, kind, dtype=torch_dtype, trust=trust, weights=weights)
+    if to == "peft":
+        return open_adapter_export(source, kind, dtype=torch_dtype, weights=weights)
     return open_import(source, kind, dtype=torch_dtype, add_mask_token=add_mask_token)
 
 
@@ -282,7 +271,7 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    family: str,
+    family: str | None,
     to: Direction,
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
@@ -294,15 +283,17 @@ def convert(
 ) -> Path:
     """Convert a Hugging Face folder into a run at step 0, or a run or checkpoint into a Hugging Face folder.
 
+    Adapters are merged with their weights either way; `peft` alone keeps them apart.
+
     Args:
         source: what to convert.
         target: new.
-        family: llada, dream, llama, qwen2 or qwen3.
-        to: the direction.
+        family: llada, dream, llama, qwen2 or qwen3; None merges the adapters of a run `to` megatron.
+        to: the direction; peft writes the adapters of a run alone.
         dtype: data type of the weights; as they are if None.
         add_mask_token: add a mask token to a causal model's vocabulary; towards `megatron` only.
         trust: open a checkpoint that has no manifest to verify it by.
-        weights: `ema` exports the average of the weights, in their data type; towards `hf` only.
+        weights: of a run, `ema` takes the average of the weights, in their data type.
         verify: compare the logits of both sides (needs transformers).
         progress: given the number of tensors, a context that yields what is called for each of them.
         tell: takes a line on what has been written, and those of the comparison.
@@ -315,54 +306,21 @@ def convert(
     """
     source, target = Path(source), Path(target)
     kind = check_asked(source, target, family, to, add_mask_token=add_mask_token, weights=weights)
+    if verify and (kind is None or to == "peft"):
+        raise UserError("--verify compares a run with a folder of whole weights; leave it out")
     keys: dict[str, Any] = {"family": family, "to": to, "dtype": dtype, "add_mask_token": add_mask_token}
     ready = open_conversion(source, **keys, trust=trust, weights=weights)
     with ready as conversion, progress(conversion.parts) as advance:
         conversion.write(target, advance=advance)
     if to == "megatron":
         tell(f"{target}: a run at step 0; train from it with checkpoint.load={target} checkpoint.load_only=model")
+    elif to == "peft":
+        tell(f"{target}: adapters for a {family} model, as PEFT reads them")
     else:
         tell(f"{target}: a {family} folder of Hugging Face")
-    if verify:
+    if verify and kind is not None:
         from megatron_md.checkpoint.hf.verify import compare_logits  # megatron-core, which nothing else here needs
 
         for line in compare_logits(*((target, source) if to == "hf" else (source, target)), kind, weights):
             tell(line)
     return target
-
-
-def _counted(make: Callable[[], torch.Tensor], advance: Advance) -> Callable[[], torch.Tensor]:
-    def counted() -> torch.Tensor:
-        advance()
-        return make()
-
-    return counted
-
-
-def _refuse_existing(target: Path) -> None:
-    if target.exists():
-        raise FolderError(f"{target}: exists already; choose another folder, or remove it")
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that gets its name when the block ends well, and is removed otherwise.
-
-    Raises:
-        FolderError: there is something of that name, or it cannot be written.
-    """
-    _refuse_existing(target)
-    partial = target.with_name(f".writing_{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        os.replace(partial, target)
-        sync(target.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise FolderError(f"{target}: cannot be written ({error.strerror or error})") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

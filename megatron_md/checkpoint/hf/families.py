@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_md import run_files
+from megatron_md.checkpoint.directory import RECORD_NAME, Weights
 from megatron_md.checkpoint.hf.configs import (
     read_llada,
     read_llama_like,
@@ -23,7 +25,7 @@ from megatron_md.config import Config, ResolvedModel
 from megatron_md.errors import UserError
 
 Layout = Literal["plain", "qkv", "gate_up"]
-Direction = Literal["megatron", "hf"]
+Direction = Literal["megatron", "hf", "peft"]
 
 
 @dataclass(frozen=True)
@@ -216,21 +218,26 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
+def is_run(source: Path) -> bool:
+    """Whether a source of a conversion is a run or a checkpoint, else a folder of Hugging Face."""
+    return (source / RECORD_NAME).is_file() or (source / run_files.CHECKPOINTS).is_dir()
+
+
 def check_asked(
     source: Path,
     target: Path | None,
-    family: str,
+    family: str | None,
     to: Direction,
     *,
     add_mask_token: bool,
-    weights: Literal["model", "ema"] = "model",
-) -> Family:
+    weights: Weights = "model",
+) -> Family | None:
     """The family of a conversion, which is refused as far as that can be told before torch is imported.
 
     Args:
         source: what to convert.
         target: what to write, if anything.
-        family: name of the family.
+        family: name of the family; a run that stays one (adapters merged with their weights) needs none.
         to: the direction.
         add_mask_token: a mask token is asked for.
         weights: a run's own, or their average.
@@ -238,15 +245,19 @@ def check_asked(
     Raises:
         UserError: the conversion cannot be made.
     """
-    kind = family_named(family)
-    if add_mask_token and to == "hf":
+    kind = family_named(family) if family is not None else None
+    if kind is None and not (to == "megatron" and is_run(source)):
+        raise UserError(f"--family is missing: {', '.join(FAMILIES)}")
+    if add_mask_token and to != "megatron":
         raise UserError("--add-mask-token belongs to --to megatron")
-    if weights == "ema" and to == "megatron":
-        raise UserError("--weights ema belongs to --to hf: a folder of Hugging Face has one kind of weights")
     if target is not None and target.exists():
         raise UserError(f"{target}: exists already; choose another folder, or remove it")
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
+    if weights == "ema" and not is_run(source):
+        raise UserError(
+            f"--weights ema is said of a run, and {source} is a folder of Hugging Face, with one kind of them"
+        )
     return kind
 
 

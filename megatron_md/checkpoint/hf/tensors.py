@@ -12,7 +12,7 @@ import torch
 
 from megatron_md.checkpoint.hf.families import Family, Rule, dimensions
 from megatron_md.checkpoint.hf.folder import FolderError, HuggingFaceFolder, StoredTensor
-from megatron_md.checkpoint.storage import Slice, TensorReader
+from megatron_md.checkpoint.storage import Reader, Slice
 from megatron_md.config import ResolvedModel
 from megatron_md.errors import UserError
 
@@ -173,7 +173,7 @@ class Exporter:
     """
 
     def __init__(
-        self, reader: TensorReader, family: Family, model: ResolvedModel, *, dtype: torch.dtype | None = None
+        self, reader: Reader, family: Family, model: ResolvedModel, *, dtype: torch.dtype | None = None
     ) -> None:
         """Plan an export.
 

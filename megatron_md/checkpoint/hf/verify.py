@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from megatron_md import parallel, run_files
+from megatron_md.checkpoint.base import recorded_base
 from megatron_md.checkpoint.directory import Weights, find_checkpoint
 from megatron_md.checkpoint.hf.families import FAMILIES, Family
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
@@ -72,7 +73,8 @@ def reference_logits(network: Any, tokens_BL: torch.Tensor, *, causal: bool) -> 
 def our_model(config: ResolvedConfig, checkpoint: Path, *, causal: bool, weights: Weights = "model") -> Any:
     """The model of a checkpoint, in evaluation mode, within a session."""
     chunks: list[Any] = build_model(config, torch.device("cpu"), causal=causal, mask_token_id=None, initialize=False)
-    load_model(chunks, checkpoint, weights)
+    base = recorded_base(checkpoint)
+    load_model(chunks, checkpoint, base.path if base else None, weights=weights)
     return chunks[0].eval()
 
 

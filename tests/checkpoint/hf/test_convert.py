@@ -163,7 +163,7 @@ def save_own(run_dir: Path) -> None:
     save_checkpoint(run_dir)
 
 
-WRITERS = ("megatron_md.checkpoint.hf.convert.seal", "megatron_md.checkpoint.hf.folder.write_synced")
+WRITERS = ("megatron_md.checkpoint.new_run.seal", "megatron_md.checkpoint.hf.folder.write_synced")
 
 
 def test_what_stops_a_conversion_leaves_nothing_that_looks_complete(
