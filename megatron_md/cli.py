@@ -30,6 +30,7 @@ COMMANDS = {
     "data": ("megatron_md.commands.data", "build, verify and show tokenised corpora"),
     "generate": ("megatron_md.commands.generate", "write text with a trained model"),
     "convert": ("megatron_md.commands.convert", "convert checkpoints between Hugging Face and Megatron"),
+    "merge": ("megatron_md.commands.merge", "write the mean of a run's checkpoints as a run"),
     "evaluate": (
         "megatron_md.commands.evaluate",
         "a run's likelihood, its answers to tasks, the quality of its samples",

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_md import run_files
 from megatron_md.checkpoint.base import recorded_base
-from megatron_md.checkpoint.directory import AVERAGE, CONFIG_NAME, Weights, check_weights, find_checkpoint, read_record
-from megatron_md.checkpoint.hf import original
+from megatron_md.checkpoint.directory import AVERAGE, CONFIG_NAME, Weights, check_weights, find_checkpoint
 from megatron_md.checkpoint.integrity import verify
-from megatron_md.checkpoint.new_run import Advance, counted, new_folder, write_run
+from megatron_md.checkpoint.new_run import Advance, write_successor
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.storage import Reader, Slice, TensorReader
 from megatron_md.config import LoraConfig, ResolvedConfig, load_resolved
@@ -160,24 +157,7 @@ class Merge:
         Raises:
             UserError: the target exists, or the disk is full.
         """
-        run, config = self.checkpoint.parent.parent, self.config
-        identity = read_record(self.checkpoint)["identity"]
-        kept = {key: value for key, value in identity.items() if key.startswith(("model.", "tokenizer", "objective"))}
-        tokenizer = run / run_files.TOKENIZER
-        own = str(target / tokenizer.name) if tokenizer.is_file() else config.data.tokenizer
-        config = replace(
-            config,
-            run_dir=str(target),
-            lora=None,
-            checkpoint=replace(config.checkpoint, load=None, load_only=None),
-            data=replace(config.data, tokenizer=own),
-        )
-        with new_folder(target) as folder:
-            write_run(folder, config, kept, counted(self.slices, advance))
-            original.hand_on(run, folder)
-            for name in (run_files.TOKENIZER, original.NAMES_OF_TOKENS):
-                if (run / name).is_file():
-                    shutil.copyfile(run / name, folder / name)
+        write_successor(target, self.checkpoint, self.config, self.slices, advance)
 
 
 @contextmanager

@@ -186,12 +186,13 @@ class TensorReader:
         tensors: shape and data type of each tensor by its name.
     """
 
-    def __init__(self, directory: Path, *, instead: str = "") -> None:
+    def __init__(self, directory: Path, *, instead: str = "", dtype: torch.dtype | None = None) -> None:
         """Open a checkpoint, whose `.metadata` must have been checked: PyTorch unpickles it.
 
         Args:
             directory: the checkpoint.
             instead: where there is a tensor whose name is this and then another's name, that one is read for the other.
+            dtype: to read tensors in; their own if None.
         """
         self._reader = FileSystemReader(directory)
         metadata = self._reader.read_metadata()
@@ -202,18 +203,18 @@ class TensorReader:
             if isinstance(entry, TensorStorageMetadata)
         }
         self._source = {name: instead + name if instead + name in self._stored else name for name in self._stored}
-        self.tensors = {name: (tuple(entry.size), entry.properties.dtype) for name, entry in self._stored.items()}
+        self.tensors = {
+            name: (tuple(entry.size), dtype or entry.properties.dtype) for name, entry in self._stored.items()
+        }
 
-    def read(
-        self, name: str, offset: Sequence[int], size: Sequence[int], dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        """A slice of a tensor, in the tensor's own data type or another one.
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """A slice of a tensor.
 
         Raises:
             KeyError: there is no tensor of this name.
         """
         source = self._source[name]
-        target = torch.empty(tuple(size), dtype=dtype or self.tensors[name][1])
+        target = torch.empty(tuple(size), dtype=self.tensors[name][1])
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
         items = create_read_items_for_chunk_list(source, self._stored[source], [chunk])
         assert sum(item.lengths.numel() for item in items) == target.numel(), f"{name}: stored with gaps"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
 from megatron_md.checkpoint.directory import Weights
 from megatron_md.checkpoint.hf.families import FAMILIES, Direction, check_asked
-from megatron_md.messages import progress, say
+from megatron_md.commands.stoppable import stoppable_progress
+from megatron_md.messages import say
 
 EXAMPLES = """examples:
   megatron-md convert LLaDA-8B-Base runs/llada-8b --family llada --to megatron
@@ -68,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         args.target,
         **keys,
         verify=args.verify,
-        progress=lambda parts: _progress(parts, title),
+        progress=lambda parts: stoppable_progress(parts, title),
         tell=say,
     )
     return 0
@@ -79,40 +77,3 @@ def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
         how = {"plain": "=", "qkv": "= by query group", "gate_up": "= stacked", "adapted": "+ alpha / rank x"}[layout]
         say(f"{ours} {shape}")
         say(f"    {how} {parts}")
-
-
-@contextmanager
-def _progress(steps: int, text: str) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal, nothing elsewhere; to be told of every tensor."""
-    with _stoppable() as stop_if_asked, progress(text, steps) as move:
-
-        def advance() -> None:
-            stop_if_asked()
-            move()
-
-        yield advance
-
-
-@contextmanager
-def _stoppable() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM take effect where the yielded function is called, the second one at once.
-
-    In the midst of a tensor, torch and safetensors would take the interrupt for a fault of their own.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    def stop_if_asked() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop_if_asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
