@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -54,13 +53,14 @@ class MergedReader:
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """A slice [1, rows, columns] of a stacked weight, or of anything else."""
         weight = self._base.read(name, offset, size)
+        dtype = self._dtype or weight.dtype
         if name not in self._linears:
-            return weight
+            return weight.to(dtype)
         assert size[0] == 1, "one layer at a time"
         change = self._change(self._linears[name], offset[0])
         _, row, column = offset
         part = change[row : row + size[1], column : column + size[2]]
-        return (weight.float() + part).to(self._dtype or weight.dtype)
+        return (weight.float() + part).to(dtype)
 
     def _change(self, linear: AdaptedLinear, layer: int) -> torch.Tensor:
         """What is added to a layer's fused weight, fp32 [out, in]."""
@@ -186,9 +186,5 @@ def _slices(reader: Reader, dtype: torch.dtype | None) -> Iterator[Slice]:
         for layer in layers:
             offset = tuple(0 for _ in shape) if layer is None else (layer, *(0 for _ in shape[1:]))
             size = shape if layer is None else (1, *shape[1:])
-            make = partial(_converted, reader, name, offset, size, dtype or stored)
+            make = partial(reader.read, name, offset, size)
             yield Slice(name, shape, offset, size, dtype or stored, make)
-
-
-def _converted(reader: Reader, name: str, offset: Any, size: Any, dtype: torch.dtype) -> torch.Tensor:
-    return reader.read(name, offset, size).to(dtype)

@@ -96,6 +96,8 @@ def _show_state(console: Console, found: Inspection) -> None:
         if newest is not None and newest.step == step and newest.tokens is not None:
             tokens = f", {newest.tokens:,} of {newest.total_tokens:,} tokens"
         _print(console, f"step {step}{total}{tokens}")
+    if newest is not None and newest.base is not None:
+        _print(console, f"holds adapters on the weights of {newest.base}")
     for key in ("error", "stopped_by"):
         if found.status.get(key):
             _print(console, f"{key.replace('_', ' ')}: {found.status[key]}")

@@ -58,7 +58,7 @@ def load_model(run: SavedRun, world: World, tokenizer: Tokenizer) -> Inference:
     return Inference(run.config, world, chunks, causal=causal, mask_token_id=mask_token_id)
 
 
-def _load(chunks: list[Any], run: SavedRun, base: Base | None) -> None:
+def _load(chunks: list[Any], run: SavedRun, base: Base | None = None) -> None:
     """Read the weights; what megatron-core makes of files that nothing vouches for is the files' fault."""
     try:
         with guarded(run.checkpoint):

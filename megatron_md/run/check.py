@@ -21,6 +21,7 @@ from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.messages import nearest
 from megatron_md.plugins import import_plugins
 from megatron_md.run.check_corpora import corpus_problems, missing_files
+from megatron_md.run.check_lora import lora_problems
 from megatron_md.train.sample_requests import sample_requests, sampler_config
 
 
@@ -66,7 +67,7 @@ def check_config(config: Config, world_size: int, *, corpora: bool = True, trust
     if corpora:
         lines += [*missing_files(config), *corpus_problems(config)]
     if corpora and not lines:
-        lines += _check_prompts(config)
+        lines += [*_check_prompts(config), *lora_problems(config)]
     if lines:
         raise ConfigError(lines)
     parallel = config.parallel

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_md.config import Config, ModelConfig, ResolvedConfig, ResolvedModel, to_yaml
+from megatron_md.config.lora import LINEARS
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.run.check import Layout
 from megatron_md.train.progress import Progress, batch_size_at
@@ -89,8 +90,8 @@ def training_flops_per_token(
 
     Forward: `layers * (2 * matrices + 4 L A) + fraction * 2 H V`, with the full L x L attention of a bidirectional
     model (half of it under the causal mask of the autoregressive baseline), no embedding look-up, the head at
-    predicted positions only. Backward is twice that. Attention within documents does less than what is counted here,
-    by how much the config cannot tell.
+    predicted positions only. Backward is twice that, or once where the weights are frozen; their adapters do all
+    three. Attention within documents does less than what is counted here, by how much the config cannot tell.
 
     Args:
         config: the run.
@@ -104,10 +105,13 @@ def training_flops_per_token(
     attention = 4.0 * config.data.seq_length * query
     if config.objective.name == "autoregressive":
         attention /= 2.0
-    layers = model.layers * (2.0 * layer_matrices(model) + attention)
     head = (predicted_fraction(config) if fraction is None else fraction) * 2.0 * model.hidden * vocab
-    again = {"none": 0.0, "selective": model.layers * attention, "full": layers}[config.train.recompute]
-    return 3.0 * (layers + head) + (again if recomputation else 0.0)
+    frozen = model.layers * 2.0 * layer_matrices(model) + head
+    trained = 2.0 * (config.lora.layer_parameters(model) * model.layers if config.lora else 0)
+    attended = model.layers * attention
+    again = {"none": 0.0, "selective": attended, "full": frozen - head + trained + attended}[config.train.recompute]
+    passes = 3.0 if config.lora is None else 2.0
+    return passes * frozen + 3.0 * (trained + attended) + (again if recomputation else 0.0)
 
 
 def layers_per_stage(config: Config) -> list[int]:
@@ -183,7 +187,8 @@ class _Activations:
         """What one layer keeps of one micro-batch.
 
         The inputs of both norms and what follows them (4H); q, k, v in one tensor (A + 2K), q and k rotated (A + K),
-        the attention's output (A) and its fp32 sums; gate, up and their product (3F).
+        the attention's output (A) and its fp32 sums; gate, up and their product (3F). A frozen matrix keeps no input,
+        its adapter does, and A x.
         """
         if recompute == "full":
             return self.own_hidden
@@ -192,7 +197,8 @@ class _Activations:
         # megatron-core copies queries of several groups; the copy is kept by whatever takes it as input.
         copied = query if model.heads > model.key_heads > parallel.tensor else 0
         inputs = query + key if model.qk_norm else copied
-        split = 2.0 * query + 2.0 * key + 3.0 * model.ffn
+        after_norms, products, low = self._inputs()
+        split = 2.0 * query + 2.0 * key + (2.0 + products) * model.ffn
         if recompute == "selective":
             split += inputs
         else:
@@ -201,7 +207,18 @@ class _Activations:
         sums = 4.0 * model.heads if recompute == "none" else 0.0
         sums += 4.0 * (model.heads + model.key_heads) if model.qk_norm else 0.0
         norms = 2 * 4.0 * self.rows * self.own_hidden / self.hidden
-        return 4 * self.own_hidden + norms + self.rows * (self.width * split + sums) / parallel.tensor
+        kept = (2 + after_norms) * self.own_hidden + self.width * self.rows * low
+        return kept + norms + self.rows * (self.width * split + sums) / parallel.tensor
+
+    def _inputs(self) -> tuple[int, int, float]:
+        """Of a layer's matrices: outputs of norms and products of gate and up that they keep, and widths of A x."""
+        lora = self.config.lora
+        if lora is None:
+            return 2, 1, 0.0
+        parts = {linear.name: len(linear.adapted(lora.targets)) for linear in LINEARS}
+        split = self.config.parallel.tensor if self.config.parallel.sequence_parallel else 1
+        low = lora.rank * (parts["qkv"] + parts["fc1"] + (parts["proj"] + parts["fc2"]) / split)
+        return (parts["qkv"] > 0) + (parts["fc1"] > 0), parts["fc2"], low
 
     def kept(self) -> float:
         """What all layers keep at the fullest moment of the pipeline schedule, and the norm after them."""
@@ -211,8 +228,8 @@ class _Activations:
         in_flight = warmup + 1 if chunks == 1 else 2 * warmup + (chunks - 1) * parallel.pipeline + 1
         in_flight = min(in_flight, self.layout.micro_batches * chunks)
         layers = layers_per_stage(self.config)[self.stage] / chunks * in_flight
-        # Under sequence parallelism rows are gathered in one buffer that stays.
-        gathered = self.hidden if parallel.sequence_parallel else 0.0
+        # Under sequence parallelism rows are gathered in one buffer that stays, for the gradients of weights.
+        gathered = self.hidden if parallel.sequence_parallel and self.config.lora is None else 0.0
         norm = 2 * self.own_hidden if self.is_last else 0.0
         # What has come from or goes to the neighbours.
         exchanged = (3 if chunks > 1 else 0 if self.is_first else 2) * self.own_hidden
@@ -222,14 +239,14 @@ class _Activations:
         """What the head takes at once on CUDA: its weight's gradient, summed in fp32, and the logits of a chunk.
 
         A chunk has logits and their gradient, and the last chunk's are still there when the next one's are made. In
-        bf16 there is a product that is added to the weight's gradient.
+        bf16 there is a product that is added to the weight's gradient. A frozen weight has no gradient.
         """
         objective, model, tensor = self.config.objective, self.config.model, self.config.parallel.tensor
         vocab = padded_vocab(self.config) / tensor
         positions = highest_fraction(self.config) * self.rows
         chunk = min(float(objective.head_chunk), positions)
         next_chunk = min(chunk, positions - chunk)
-        weight = vocab * model.hidden
+        weight = vocab * model.hidden if self.config.lora is None else 0.0
         product = 2 * weight if self.width == 2 else 0.0
         logits = self.width * vocab * max(2 * chunk + product / (self.width * vocab), 2 * chunk + next_chunk)
         return 4 * weight + logits + 2 * self.width * positions * model.hidden
@@ -252,13 +269,17 @@ def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:
     shards = layout.data * layout.context if config.parallel.distributed_optimizer else 1
 
     def of_stage(stage: int) -> Memory:
-        count = _stage_parameters(config, stage)
+        count = trained = _stage_parameters(config, stage)
+        if config.lora is not None:
+            per_layer = config.lora.layer_parameters(config.model, tensor=config.parallel.tensor)
+            trained = layers_per_stage(config)[stage] * per_layer
+            count += trained
         activations = _Activations(config, layout, stage)
         return Memory(
             parameters=count,
             weights=count * (2.0 if bf16 else 4.0),
-            gradients=count * gradient,
-            optimizer=count * ((12.0 if bf16 else 8.0) + average) / shards,
+            gradients=trained * gradient,
+            optimizer=trained * ((12.0 if bf16 else 8.0) + average) / shards,
             activations=activations.kept(),
             head=max(activations.head() if activations.is_last else 0.0, activations.backward()),
         )
@@ -291,7 +312,7 @@ def report(config: ResolvedConfig, layout: Layout) -> str:
         + (f" in {config.parallel.virtual_pipeline} chunks each" if config.parallel.virtual_pipeline > 1 else ""),
         "micro-batches": f"{layout.micro_batches} of {train.micro_batch_size} rows per rank and step",
         "vocabulary": f"{vocab:,}{padding}",
-        "parameters": f"{count:,}",
+        "parameters": f"{count:,}" + (f" frozen, {trained_count(config):,} in adapters" if config.lora else ""),
         "predicted share": f"{fraction:.4f} of the positions pass through the head (expected mask rate)",
         "FLOPs per token": f"{_scaled(executed, 'FLOP', 1000)} "
         f"executed ({attention}, head at predicted positions){recomputed}",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_md import run_files
+from megatron_md.checkpoint.base import recorded_base
 from megatron_md.checkpoint.contract import config_changes, effect, model_identity
 from megatron_md.checkpoint.directory import CONFIG_NAME, RECORD_NAME, is_bad, is_checkpoint_name
 from megatron_md.checkpoint.integrity import MANIFEST_NAME, verify, verify_listing
@@ -39,6 +40,7 @@ class _Record:
     format: int
     progress: _Progress
     layout: dict[str, int]
+    base: dict[str, str] | None = None
 
 
 @dataclass
@@ -56,6 +58,7 @@ class CheckpointSummary:
         bytes: size of its files.
         format: version of the directory's format.
         layout: parallel sizes that wrote it.
+        base: the checkpoint whose weights its adapters belong to, if it holds adapters.
         is_latest: `latest` names it.
         config_changes: keys in which RUN/config.yaml differs from its config: [there, now].
     """
@@ -70,6 +73,7 @@ class CheckpointSummary:
     bytes: int = 0
     format: int | None = None
     layout: dict[str, int] = field(default_factory=dict)
+    base: str | None = None
     is_latest: bool = False
     config_changes: Changes = field(default_factory=dict)
 
@@ -192,6 +196,9 @@ def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
         summary.step, summary.tokens = record.progress.step, record.progress.tokens
         summary.total_tokens = record.progress.total_tokens
         summary.saved, summary.format, summary.layout = path.stat().st_mtime, record.format, record.layout
+        if record.base is not None:
+            summary.base = record.base.get("path")
+            recorded_base(directory)
         if is_bad(directory):
             summary.state = "bad"
             summary.problem = "the run returned to it, and no update was accepted after that: never taken, nor removed"

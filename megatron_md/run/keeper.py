@@ -100,6 +100,7 @@ class Keeper:
             "step": step,
             "tokens": trainer.progress.tokens,
             "parameters": estimate.parameter_count(self.config.model),
+            "trained_parameters": estimate.trained_count(self.config),
             "tokens_per_second": self.metrics.tokens_per_second,
             "seconds": time.time() - start,
             **details,

@@ -44,6 +44,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "norms, biases, learned": (1, {"model": {"qk_norm": True, "position": "learned", "qkv_bias": True}}),
     "all rates, small chunks": (1, {"objective": {"mask_schedule": "uniform:0,1", "head_chunk": 256}}),
+    "adapters": (2, {"lora": {"rank": 32}, "parallel": SPLIT}),
     "8b": (8, EIGHT_B),
 }  # fmt: skip
 
@@ -59,7 +60,12 @@ def config_of(sections: dict[str, Any]) -> ResolvedConfig:
     if "preset" in sections.get("model", {}):
         base["model"] = {}
     content = {name: {**section, **sections.get(name, {})} for name, section in base.items()}
+    if "lora" in sections:
+        content |= {"lora": sections["lora"], "checkpoint": {"load": "runs/base", "load_only": "model"}}
     return resolve(config_from_mapping({**content, "train": {**content["train"], "device": "cuda"}}))
+
+
+OTHER_FLOPS = {"full recomputation", "selective", "adapters"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def forward_flops(run: Run) -> tuple[float, float, float]:
     return layers, attention, 2.0 * 0.5 * tokens * model.hidden * model.vocab
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if "recomputation" not in name and "selective" not in name])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if not OTHER_FLOPS & {*name.split(", ")}])
 def test_flops_of_all_ranks_are_those_of_the_model(name: str, runs: dict[str, Run]) -> None:
     run = runs[name]
     copies = run.layout.world // len(run.stages)
@@ -133,6 +139,20 @@ def test_flops_of_all_ranks_are_those_of_the_model(name: str, runs: dict[str, Ru
     tokens = run.config.train.global_batch_size * run.config.data.seq_length
     model_flops = training_flops_per_token(run.config, run.config.model.vocab) * tokens
     assert sum(found.values()) - 0.5 * attention == pytest.approx(model_flops)
+
+
+def test_frozen_weights_cost_no_gradients_of_their_own(runs: dict[str, Run]) -> None:
+    run = runs["adapters"]
+    (stage,) = run.stages
+    layers, _, head = forward_flops(run)
+    model, tokens = run.config.model, run.config.train.global_batch_size * run.config.data.seq_length
+    # Nothing before the first adapters needs a gradient.
+    first = 2.0 * tokens * 3 * model.hidden**2
+    adapters = 2.0 * tokens * (3 * model.layers * 32 * (9 * model.hidden + 3 * model.ffn + 2 * model.hidden))
+    assert run.layout.world * stage.flops("head") == pytest.approx(2 * head)
+    assert run.layout.world * stage.flops("layers") == pytest.approx(2 * layers - first + adapters, rel=0.01)
+    assert stage.memory["gradients"] == pytest.approx(stage.memory["optimizer"] / 3, rel=1e-2)
+    assert stage.memory["gradients"] < 0.1 * stage.memory["weights"]
 
 
 def test_recomputation_is_a_forward_pass_of_what_is_recomputed(runs: dict[str, Run]) -> None:
@@ -169,7 +189,7 @@ def test_gradients_are_reduced_and_weights_gathered_once_a_step(runs: dict[str, 
     assert gathered == pytest.approx(2 * stage.parameters, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "adapters"])
 def test_every_step_ends_with_an_update(name: str, runs: dict[str, Run]) -> None:
     run = runs[name]
     data = run.layout.data if run.config.parallel.distributed_optimizer else 1

@@ -242,7 +242,7 @@ def open_export(
 def open_conversion(
     source: str | Path,
     *,
-    family: str | None,
+    family: str | None = None,
     to: Direction,
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
@@ -271,7 +271,7 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    family: str | None,
+    family: str | None = None,
     to: Direction,
     dtype: Dtype | None = None,
     add_mask_token: bool = False,

@@ -21,7 +21,7 @@ from megatron_md.checkpoint.hf.families import FAMILIES, Family
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
 from megatron_md.checkpoint.hf.tensors import moves
 from megatron_md.checkpoint.state import load_model
-from megatron_md.config import ResolvedConfig, ResolvedModel, load_resolved
+from megatron_md.config import ParallelConfig, ResolvedConfig, ResolvedModel, load_resolved
 from megatron_md.data.corpus import documents, texts
 from megatron_md.data.optional import optional_package
 from megatron_md.data.tokenizer import Tokenizer
@@ -110,7 +110,8 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family, weights: W
         UserError: one of the two cannot be opened.
     """
     checkpoint = find_checkpoint(run_path)
-    saved = load_resolved(checkpoint / run_files.CONFIG)
+    # One process looks at it, whatever layout has trained it.
+    saved = replace(load_resolved(checkpoint / run_files.CONFIG), parallel=ParallelConfig(distributed_optimizer=False))
     with HuggingFaceFolder(folder_path) as folder:
         model = family.read_config(folder.config)
         parameters = sum(math.prod(tensor.shape) for tensor in folder.tensors.values())
