@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
+    from megatron_md.checkpoint.directory import Weights
     from megatron_md.data.shards import Manifest
     from megatron_md.data.tokenizer import Tokenizer
     from megatron_md.diffusion.nelbo import NelboReport
@@ -126,7 +127,13 @@ def train(config: PathLike | Mapping[str, Any], **keys: Any) -> Path:
 
 
 def evaluate(
-    run: PathLike, data: PathLike | Sequence[PathLike], *, device: Device = "auto", trust: bool = False, **options: Any
+    run: PathLike,
+    data: PathLike | Sequence[PathLike],
+    *,
+    device: Device = "auto",
+    trust: bool = False,
+    weights: Weights = "model",
+    **options: Any,
 ) -> NelboReport:
     """A bound on the likelihood of data under a run (the likelihood itself of a causal one), with its error.
 
@@ -135,6 +142,7 @@ def evaluate(
         data: a corpus, or text files.
         device: where to compute.
         trust: load a checkpoint that has no manifest, and import what its config says.
+        weights: the run's, or their average: `ema` (`train.ema_decay`).
         options: of `LikelihoodOptions`, such as `rows`, `passes`, `stderr` and `seed`.
 
     Raises:
@@ -145,7 +153,7 @@ def evaluate(
     """
     from megatron_md.run.saved import Placement, open_run
 
-    saved = open_run(run, Placement(device=device, trust=trust))
+    saved = open_run(run, Placement(device=device, trust=trust, weights=weights))
     from megatron_md.evaluate.likelihood import LikelihoodOptions, likelihoods
 
     (table,) = likelihoods([saved], [str(path) for path in _list(data)], LikelihoodOptions(**options))
@@ -169,6 +177,7 @@ def generate(
     batch_size: int = 8,
     device: Device = "auto",
     trust: bool = False,
+    weights: Weights = "model",
     **sampler: Any,
 ) -> Text | list[Text]:
     """Continue a prompt, or several.
@@ -181,6 +190,7 @@ def generate(
         batch_size: prompts of equal length that go together.
         device: where to compute.
         trust: load a checkpoint that has no manifest, and import what its config says.
+        weights: the run's, or their average: `ema` (`train.ema_decay`).
         sampler: of `SamplerConfig`, such as `steps`, `temperature`, `strategy` and `seed`.
 
     Returns:
@@ -195,7 +205,7 @@ def generate(
     """
     from megatron_md.run.saved import Placement, open_run
 
-    saved = open_run(run, Placement(device=device, trust=trust))
+    saved = open_run(run, Placement(device=device, trust=trust, weights=weights))
     from megatron_md.evaluate.prompts import Prompt
     from megatron_md.evaluate.texts import TextOptions, write_texts
 
@@ -205,13 +215,16 @@ def generate(
 
 
 @contextmanager
-def load(run: PathLike, *, device: Device = "auto", trust: bool = False) -> Iterator[tuple[Inference, Tokenizer]]:
+def load(
+    run: PathLike, *, device: Device = "auto", trust: bool = False, weights: Weights = "model"
+) -> Iterator[tuple[Inference, Tokenizer]]:
     """A run's model, which gives logits, and its tokenizer, for as long as the block lasts; one at a time.
 
     Args:
         run: run directory or checkpoint.
         device: where to compute.
         trust: load a checkpoint that has no manifest, and import what its config says.
+        weights: the run's, or their average: `ema` (`train.ema_decay`).
 
     Raises:
         UserError: bad input, with the way out.
@@ -224,7 +237,7 @@ def load(run: PathLike, *, device: Device = "auto", trust: bool = False) -> Iter
     """
     from megatron_md.run.saved import Placement, open_run
 
-    saved = open_run(run, Placement(device=device, trust=trust))
+    saved = open_run(run, Placement(device=device, trust=trust, weights=weights))
     from megatron_md import parallel
     from megatron_md.data.tokenizer import Tokenizer
     from megatron_md.evaluate.load import load_model
@@ -242,6 +255,7 @@ def convert(
     to: Literal["megatron", "hf", "peft"],
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     trust: bool = False,
+    weights: Weights = "model",
 ) -> Path:
     """Convert a Hugging Face folder into a run at step 0, or a run or checkpoint into a Hugging Face folder.
 
@@ -252,6 +266,7 @@ def convert(
         to: the direction; peft writes adapters alone, which are merged with their base otherwise.
         dtype: data type of the weights; as they are if None.
         trust: open a checkpoint that has no manifest to verify it by.
+        weights: of a run that becomes a folder: its own, or their average (`ema`).
 
     Returns:
         The target.
@@ -264,7 +279,8 @@ def convert(
     """
     from megatron_md.checkpoint.hf import convert as conversion
 
-    return conversion.convert(source, target, family=family, to=to, dtype=dtype, trust=trust, tell=lambda line: None)
+    keys: dict[str, Any] = {"family": family, "to": to, "dtype": dtype}
+    return conversion.convert(source, target, **keys, trust=trust, weights=weights, tell=lambda line: None)
 
 
 def compare(run_a: PathLike, run_b: PathLike, *, rtol: float = 1e-5) -> dict[str, Difference]:

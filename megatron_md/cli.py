@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": ("megatron_md.commands.generate", "write text with a trained model"),
     "chat": ("megatron_md.commands.chat", "talk with a trained model"),
     "convert": ("megatron_md.commands.convert", "convert checkpoints between Hugging Face and Megatron"),
+    "merge": ("megatron_md.commands.merge", "write the mean of a run's checkpoints as a run"),
     "evaluate": (
         "megatron_md.commands.evaluate",
         "a run's likelihood, its answers to tasks, the quality of its samples",

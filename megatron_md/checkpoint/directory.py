@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_md import run_files
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
@@ -23,6 +23,9 @@ from megatron_md.json_file import as_record, read_json
 from megatron_md.train.bad_numbers import GuardState
 from megatron_md.train.progress import Progress
 
+Weights = Literal["model", "ema"]
+# How the names of the tensors begin that the optimizer keeps of a weight, whose own name follows.
+AVERAGE, FP32_WEIGHTS = "optimizer.state.ema.", "optimizer.state.fp32_param."
 FORMAT_VERSION = 2
 RECORD_NAME, CONFIG_NAME = "progress.json", run_files.CONFIG
 _KINDS = {
@@ -133,6 +136,18 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     if record["format"] != FORMAT_VERSION:
         raise UserError(f"{path}: format {record['format']} is not {FORMAT_VERSION}, which this version reads")
     return record
+
+
+def check_weights(checkpoint: Path, weights: Weights) -> None:
+    """Check that a checkpoint has the weights that are asked for.
+
+    Raises:
+        UserError: it has no average of them.
+    """
+    if weights == "ema" and "ema" not in read_record(checkpoint)["optimizer"]:
+        raise UserError(
+            f"{checkpoint}: has no average of the weights (train.ema_decay keeps one); take the weights, model"
+        )
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -25,11 +25,14 @@ from megatron_md.checkpoint.base import Base, refuse_adapters
 from megatron_md.checkpoint.integrity import CheckpointError, verify
 from megatron_md.checkpoint.writer import CheckpointWrite, SaveError, raise_together
 from megatron_md.errors import UserError
+from megatron_md.messages import tell
 from megatron_md.model.build import settled_parameters
 from megatron_md.together import on_main, together
+from megatron_md.train import ema
 from megatron_md.train.bad_numbers import BadNumbersError
 from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.logs import logger
+from megatron_md.train.optimizer import allocate_optimizer, set_optimizer_updates
 from megatron_md.train.progress import Progress
 
 
@@ -259,19 +262,19 @@ class CheckpointManager:
         progress = names.read_progress(checkpoint)
         record = names.read_record(checkpoint)
         _refuse_differences(checkpoint, record["identity"], self.identity(progress.next_sample_index))
-        states.allocate_optimizer(optimizer)
+        allocate_optimizer(optimizer)
         needed = states.state_names(optimizer)
-        if record["optimizer"] != needed:
-            raise UserError(
-                f"{checkpoint}: its optimizer state is {record['optimizer']}, this run's is {needed}: put "
-                "train.precision and megatron.optimizer back to what it was trained with"
-            )
+        _refuse_other_optimizer(checkpoint, record["optimizer"], needed)
         with settled_parameters(chunks):
             state = states.wanted_state(chunks)
-            state["optimizer"] = states.optimizer_state(optimizer, state)
+            state["optimizer"] = states.optimizer_state(optimizer, state, only=record["optimizer"])
             loaded = states.read_state(state, checkpoint)
             states.load_model_state(chunks, loaded)
-            states.set_optimizer_updates(optimizer, loaded["optimizer"]["updates"])
+            set_optimizer_updates(optimizer, loaded["optimizer"]["updates"])
+        if ema.NAME not in record["optimizer"]:
+            ema.restart(optimizer)
+        if dist.get_rank() == 0:
+            _tell_of_average(checkpoint, record["optimizer"], needed)
         return progress
 
     @torch.no_grad()
@@ -314,6 +317,27 @@ def _refuse_poison(chunks: list[Any], optimizer: MegatronOptimizer, step: int) -
     raise PoisonedError(
         f"weights or optimizer state are not finite after step {step} ({', '.join(lines[:3])}; {count} tensors in all)"
     )
+
+
+def _refuse_other_optimizer(checkpoint: Path, there: list[str], here: list[str]) -> None:
+    if not there:
+        raise UserError(
+            f"{checkpoint}: holds weights and no optimizer state: start another run from it with checkpoint.load and "
+            "checkpoint.load_only=model"
+        )
+    # A run may begin to average its weights, or stop doing so.
+    if {*there} - {ema.NAME} != {*here} - {ema.NAME}:
+        raise UserError(
+            f"{checkpoint}: its optimizer state is {there}, this run's is {here}: put "
+            "train.precision and megatron.optimizer back to what it was trained with"
+        )
+
+
+def _tell_of_average(checkpoint: Path, there: list[str], here: list[str]) -> None:
+    if ema.NAME in here and ema.NAME not in there:
+        tell(f"{checkpoint}: has no average of the weights: the run's (train.ema_decay) begins with its weights")
+    if ema.NAME in there and ema.NAME not in here:
+        tell(f"{checkpoint}: its average of the weights is not taken along: train.ema_decay is null")
 
 
 def _refuse_differences(checkpoint: Path, there: dict[str, Any], here: dict[str, Any]) -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from megatron_md import run_files
 from megatron_md.checkpoint.base import recorded_base
-from megatron_md.checkpoint.directory import CONFIG_NAME, find_checkpoint, read_record
-from megatron_md.checkpoint.hf import original
+from megatron_md.checkpoint.directory import AVERAGE, CONFIG_NAME, Weights, check_weights, find_checkpoint
 from megatron_md.checkpoint.integrity import verify
-from megatron_md.checkpoint.new_run import Advance, counted, new_folder, write_run
+from megatron_md.checkpoint.new_run import Advance, write_successor
 from megatron_md.checkpoint.safe_pickle import guarded
 from megatron_md.checkpoint.storage import Reader, Slice, TensorReader
 from megatron_md.config import LoraConfig, ResolvedConfig, load_resolved
@@ -103,13 +100,16 @@ def check_adapters(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], conf
             raise UserError(f"the checkpoint has no {name} of shape {list(shape)}, which its config says it has")
 
 
-def open_reader(checkpoint: Path, config: ResolvedConfig, *, dtype: torch.dtype | None = None) -> Reader:
+def open_reader(
+    checkpoint: Path, config: ResolvedConfig, *, dtype: torch.dtype | None = None, weights: Weights = "model"
+) -> Reader:
     """The whole weights of a verified checkpoint, its adapters merged with their base if it holds adapters.
 
     Raises:
         UserError: the base is not where it was, has changed or is damaged.
     """
-    own, base = TensorReader(checkpoint), recorded_base(checkpoint)
+    own = TensorReader(checkpoint, instead=AVERAGE if weights == "ema" else "")
+    base = recorded_base(checkpoint)
     if base is None:
         return own
     verify(base.path)
@@ -157,28 +157,11 @@ class Merge:
         Raises:
             UserError: the target exists, or the disk is full.
         """
-        run, config = self.checkpoint.parent.parent, self.config
-        identity = read_record(self.checkpoint)["identity"]
-        kept = {key: value for key, value in identity.items() if key.startswith(("model.", "tokenizer", "objective"))}
-        tokenizer = run / run_files.TOKENIZER
-        own = str(target / tokenizer.name) if tokenizer.is_file() else config.data.tokenizer
-        config = replace(
-            config,
-            run_dir=str(target),
-            lora=None,
-            checkpoint=replace(config.checkpoint, load=None, load_only=None),
-            data=replace(config.data, tokenizer=own),
-        )
-        with new_folder(target) as folder:
-            write_run(folder, config, kept, counted(self.slices, advance))
-            original.hand_on(run, folder)
-            for name in (run_files.TOKENIZER, original.NAMES_OF_TOKENS):
-                if (run / name).is_file():
-                    shutil.copyfile(run / name, folder / name)
+        write_successor(target, self.checkpoint, self.config, self.slices, advance)
 
 
 @contextmanager
-def open_merge(source: Path, *, dtype: torch.dtype | None = None) -> Iterator[Merge]:
+def open_merge(source: Path, *, dtype: torch.dtype | None = None, weights: Weights = "model") -> Iterator[Merge]:
     """Verify and open a LoRA run (its newest checkpoint) or a checkpoint of one, to be merged with its base.
 
     Raises:
@@ -186,11 +169,12 @@ def open_merge(source: Path, *, dtype: torch.dtype | None = None) -> Iterator[Me
     """
     checkpoint = find_checkpoint(source)
     verify(checkpoint)
+    check_weights(checkpoint, weights)
     config = load_resolved(checkpoint / CONFIG_NAME)
     if config.lora is None:
         raise UserError(f"{source}: a run with whole weights already; --to megatron takes folders of Hugging Face")
     with guarded(checkpoint):
-        reader = open_reader(checkpoint, config, dtype=dtype)
+        reader = open_reader(checkpoint, config, dtype=dtype, weights=weights)
         yield Merge(checkpoint, config, list(_slices(reader, dtype)))
 
 

@@ -27,7 +27,7 @@ from megatron_md.together import together
 NAMED = 3
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 256  # of the table whose rows and columns are summed up
-_MULTIPLIERS = {"exp_avg": 3, "exp_avg_sq": 5, "fp32_param": 7}  # odd, so that no difference can vanish
+_MULTIPLIERS = {"exp_avg": 3, "exp_avg_sq": 5, "fp32_param": 7, "ema": 9}  # odd, so that no difference can vanish
 
 
 class ReplicaError(RunFailedError):

@@ -9,7 +9,7 @@ that it covers. No communication, no copy; a reader on another layout asks for i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.transformer.module import Float16Module
 
+from megatron_md.checkpoint.directory import AVERAGE, Weights
 from megatron_md.checkpoint.safe_pickle import guarded
+from megatron_md.checkpoint.storage import TensorReader
 from megatron_md.config.lora import is_adapter
 from megatron_md.model.build import state_dict_metadata
 from megatron_md.model.initialize import sharded_tensors
+from megatron_md.train.optimizer import optimizer_updates
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -67,8 +70,8 @@ class OptimizerSlice:
     Attributes:
         parameter: of the model, as this rank holds it.
         start: first element of the range.
-        tensors: flat tensors of the range by name: `exp_avg`, `exp_avg_sq`, and `fp32_param` where the model's own
-            parameter has another dtype.
+        tensors: flat tensors of the range by name: `exp_avg`, `exp_avg_sq`, `ema` where an average of the weights is
+            kept, and `fp32_param` where the model's own parameter has another dtype.
         shared: every data-parallel rank holds the same range.
     """
 
@@ -180,12 +183,15 @@ def _pieces(name: str, piece: OptimizerSlice, shard: ShardedTensor) -> Iterator[
         position += count
 
 
-def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
+def optimizer_state(
+    optimizer: MegatronOptimizer, model: dict[str, Any], *, only: Collection[str] | None = None
+) -> dict[str, Any]:
     """The optimizer's state as sharded tensors; loading into them fills the optimizer in place.
 
     Args:
         optimizer: of this rank.
         model: `model_state` of the same chunks.
+        only: names of the tensors per parameter; all if None.
     """
     found: dict[int, Any] = {}
     for value in nested_values(model):
@@ -196,31 +202,10 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict
         for piece in optimizer_slices(optimizer)
         for shard in sharded_tensors({"": found[id(piece.parameter)]})
         for name in piece.tensors
+        if only is None or name in only
         for tensor in _pieces(name, piece, shard)
     ]
     return {"updates": optimizer_updates(optimizer), "state": {str(i): shard for i, shard in enumerate(shards)}}
-
-
-def optimizer_updates(optimizer: MegatronOptimizer) -> int:
-    """Updates that the optimizer counts for its bias correction; skipped steps are not among them."""
-    return max((int(group.get("step", 0)) for group in optimizer.param_groups if group["params"]), default=0)
-
-
-def allocate_optimizer(optimizer: MegatronOptimizer) -> None:
-    """Make the optimizer's tensors exist before its first step, where its kind would make them only then."""
-    for part in optimizer.chained_optimizers:
-        if getattr(part, "is_stub_optimizer", False) or len(part.optimizer.state):
-            continue
-        if isinstance(part, DistributedOptimizer):
-            part.load_state_dict(part.state_dict())
-        else:
-            part.init_state_fn(part.optimizer, part.config)
-
-
-def set_optimizer_updates(optimizer: MegatronOptimizer, updates: int) -> None:
-    """Set the count of updates after the tensors have been loaded."""
-    for group in optimizer.param_groups:
-        group["step"] = updates
 
 
 def unwrapped(chunk: Any) -> Any:
@@ -268,17 +253,25 @@ def load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
         assert not unexpected and not lost, (lost, unexpected)
 
 
-def load_model(chunks: list[Any], checkpoint: Path, base: Path | None = None) -> None:
+def load_model(chunks: list[Any], checkpoint: Path, base: Path | None = None, *, weights: Weights = "model") -> None:
     """Load weights only, on any layout.
 
     Args:
         chunks: model chunks, with or without the data-parallel wrapper.
         checkpoint: a complete checkpoint directory.
         base: the one with the weights that its adapters belong to, if it holds adapters.
+        weights: `ema` takes, in place of those that were trained, their average.
     """
     if base is not None:
         load_base(chunks, base)
-    load_model_state(chunks, read_state(wanted_state(chunks), checkpoint))
+    state = wanted_state(chunks)
+    if weights == "ema":
+        with guarded(checkpoint):
+            there = TensorReader(checkpoint).tensors
+        for value in nested_values(state):
+            if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and AVERAGE + value.key in there:
+                value.key = AVERAGE + value.key
+    load_model_state(chunks, read_state(state, checkpoint))
 
 
 def load_base(chunks: list[Any], checkpoint: Path) -> None:

@@ -186,8 +186,14 @@ class TensorReader:
         tensors: shape and data type of each tensor by its name.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Open a checkpoint, whose `.metadata` must have been checked: PyTorch unpickles it."""
+    def __init__(self, directory: Path, *, instead: str = "", dtype: torch.dtype | None = None) -> None:
+        """Open a checkpoint, whose `.metadata` must have been checked: PyTorch unpickles it.
+
+        Args:
+            directory: the checkpoint.
+            instead: where there is a tensor whose name is this and then another's name, that one is read for the other.
+            dtype: to read tensors in; their own if None.
+        """
         self._reader = FileSystemReader(directory)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -196,7 +202,10 @@ class TensorReader:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self.tensors = {name: (tuple(entry.size), entry.properties.dtype) for name, entry in self._stored.items()}
+        self._source = {name: instead + name if instead + name in self._stored else name for name in self._stored}
+        self.tensors = {
+            name: (tuple(entry.size), dtype or entry.properties.dtype) for name, entry in self._stored.items()
+        }
 
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """A slice of a tensor.
@@ -204,10 +213,10 @@ class TensorReader:
         Raises:
             KeyError: there is no tensor of this name.
         """
-        entry = self._stored[name]
-        target = torch.empty(tuple(size), dtype=entry.properties.dtype)
+        source = self._source[name]
+        target = torch.empty(tuple(size), dtype=self.tensors[name][1])
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
-        items = create_read_items_for_chunk_list(name, entry, [chunk])
+        items = create_read_items_for_chunk_list(source, self._stored[source], [chunk])
         assert sum(item.lengths.numel() for item in items) == target.numel(), f"{name}: stored with gaps"
         self._reader.read_data(LoadPlan(items), _SlicePlanner(target)).wait()
         return target

@@ -31,6 +31,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor", type=positive, metavar="N", help="tensor-parallel size (all processes)")
     parser.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline-parallel size (1)")
     parser.add_argument(
+        "--weights", choices=("model", "ema"), default="model", help="RUN's weights, or their average (train.ema_decay)"
+    )
+    parser.add_argument(
         "--trust", action="store_true", help="load a checkpoint that has no manifest, and import what RUN's config says"
     )
 
@@ -39,7 +42,7 @@ def placement(args: argparse.Namespace) -> Placement:
     """What was said to `add_model_arguments` of where to load the model."""
     from megatron_md.run.saved import Placement  # imports packages that `doctor` may find missing
 
-    return Placement(args.tensor, args.pipeline, args.device, args.trust)
+    return Placement(args.tensor, args.pipeline, args.device, args.trust, args.weights)
 
 
 def check_folder_of(path: Path | None, name: str = "") -> None:

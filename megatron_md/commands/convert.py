@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
+from megatron_md.checkpoint.directory import Weights
 from megatron_md.checkpoint.hf.families import FAMILIES, Direction, check_asked
-from megatron_md.messages import progress, say
+from megatron_md.commands.stoppable import stoppable_progress
+from megatron_md.messages import say
 
 EXAMPLES = """examples:
   megatron-md convert LLaDA-8B-Base runs/llada-8b --family llada --to megatron
@@ -37,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), help="data type of the weights; as they are by default"
     )
+    parser.add_argument(
+        "--weights", choices=get_args(Weights), default="model", help="a run's weights, or their average"
+    )
     parser.add_argument("--add-mask-token", action="store_true", help="add <|mask|> to a causal model's vocabulary")
     parser.add_argument("--verify", action="store_true", help="compare the logits of both sides (needs transformers)")
     parser.add_argument("--dry-run", action="store_true", help="check the source, print the table, write nothing")
@@ -50,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
         UserError: bad input; nothing has been written then.
     """
     source, target = Path(args.source), None if args.dry_run else Path(args.target)
-    check_asked(source, target, args.family, args.to, add_mask_token=args.add_mask_token)
+    check_asked(source, target, args.family, args.to, add_mask_token=args.add_mask_token, weights=args.weights)
     from megatron_md.checkpoint.hf.convert import convert, open_conversion
 
-    keys = {key: getattr(args, key) for key in ("family", "to", "dtype", "add_mask_token", "trust")}
+    keys = {key: getattr(args, key) for key in ("family", "to", "dtype", "add_mask_token", "trust", "weights")}
     if args.dry_run:
         with open_conversion(args.source, **keys) as conversion:
             _print_table(conversion.table())
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         args.target,
         **keys,
         verify=args.verify,
-        progress=lambda parts: _progress(parts, title),
+        progress=lambda parts: stoppable_progress(parts, title),
         tell=say,
     )
     return 0
@@ -75,40 +77,3 @@ def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
         how = {"plain": "=", "qkv": "= by query group", "gate_up": "= stacked", "adapted": "+ alpha / rank x"}[layout]
         say(f"{ours} {shape}")
         say(f"    {how} {parts}")
-
-
-@contextmanager
-def _progress(steps: int, text: str) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal, nothing elsewhere; to be told of every tensor."""
-    with _stoppable() as stop_if_asked, progress(text, steps) as move:
-
-        def advance() -> None:
-            stop_if_asked()
-            move()
-
-        yield advance
-
-
-@contextmanager
-def _stoppable() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM take effect where the yielded function is called, the second one at once.
-
-    In the midst of a tensor, torch and safetensors would take the interrupt for a fault of their own.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    def stop_if_asked() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop_if_asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

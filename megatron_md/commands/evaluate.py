@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   megatron-md evaluate runs/demo --nelbo corpus/valid
   megatron-md evaluate runs/demo --nelbo corpus/valid --stderr 0.01 --json demo.json --plot ce_by_rate.png
   megatron-md evaluate runs/window --nelbo corpus/valid --against runs/uniform
+  megatron-md evaluate runs/tuned --nelbo corpus/valid --weights ema --against runs/tuned
   megatron-md evaluate runs/demo --nelbo wiki.test.tokens --detokenizer wikitext --words
   megatron-md evaluate runs/demo --tasks hellaswag,arc_easy --seeds 1,2,3 --json tasks.json
   megatron-md evaluate runs/demo --tasks gsm8k --length 512 --steps 512 --state answers.jsonl
@@ -84,7 +85,7 @@ def _nelbo(args: argparse.Namespace, runs: list[SavedRun]) -> dict[str, Any] | N
     reports = [table.report() for table in tables]
     figures: list[dict[str, Any]] = [
         {
-            "run": str(saved.checkpoint),
+            "run": saved.label,
             "step": saved.step,
             "data": redacted(args.nelbo),
             "estimator": asdict(table.estimator),
@@ -102,7 +103,7 @@ def _nelbo(args: argparse.Namespace, runs: list[SavedRun]) -> dict[str, Any] | N
             f"token (negative: {result['run']} is better)"
         )
     if args.plot:
-        plot_ce_by_rate({str(saved.checkpoint): report for saved, report in zip(runs, reports, strict=True)}, args.plot)
+        plot_ce_by_rate({saved.label: report for saved, report in zip(runs, reports, strict=True)}, args.plot)
     return result
 
 

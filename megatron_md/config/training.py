@@ -133,6 +133,15 @@ class TrainConfig:
             "steps after which ranks compare what several of them hold, as before each save; null: then only; 0: never"
         ),
     ] = None
+    ema_decay: Annotated[
+        float | None,
+        Field(
+            gt=0.0,
+            lt=1.0,
+            description="keep an average of the trained weights, of which min(ema_decay, (1+n)/(10+n)) stays at update "
+            "n; null: none",
+        ),
+    ] = None
     gc_every: Annotated[
         NonNegativeInt,
         Doc(
@@ -162,6 +171,9 @@ class TrainConfig:
             yield f"train.batch_ramp.steps {ramp.steps} is more than train.steps {self.steps}: the ramp would not end"
         if factor and factor <= 1.0:
             yield f"train.spike_factor {factor:g} would leave out ordinary updates: it must be above 1, or 0 for none"
+        for name in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
+            if self.ema_decay is not None and run.megatron.optimizer.get(name):
+                yield f"train.ema_decay does not go with megatron.optimizer.{name}: leave one of them out"
 
     def _fp8_problems(self, run: Config) -> Iterator[str]:
         """What the kernels cannot split: they take matrices whose sides are multiples of 16."""
@@ -227,6 +239,14 @@ class ValidationConfig:
     sequences: Annotated[NonNegativeInt, Doc("validation rows; 0 turns validation off")] = 256
     seed: Annotated[Seed, Doc("seed of the validation masks")] = 4321
     rate_bins: Annotated[Listed, Doc("bins of the mask rate in val_ce_by_rate")] = 10
+    weights: Annotated[
+        Literal["model", "ema"], Doc("what is validated (and kept as best): the weights, or their average")
+    ] = "model"
+
+    def problems(self, run: Config) -> Iterator[str]:
+        """What these keys contradict in the run, a line for each."""
+        if self.weights == "ema" and run.train.ema_decay is None:
+            yield "validation.weights ema needs an average of the weights: set train.ema_decay, such as 0.999"
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def evaluate_generative(
         denoiser = load_model(saved, world, tokenizer)
         judging = Judge(judge, judge_words, load_model(judge, world, judge_words))
         text = _text_quality(reference, judging, tokenizer) if reference else None
-        run, judged_by = str(saved.checkpoint), str(judge.checkpoint)
+        run, judged_by = saved.label, judge.label
         report = GenerativeReport(run, judged_by, options.samples, length, options.strategy, options.seed, text)
         if world.is_main:
             on_progress(report)

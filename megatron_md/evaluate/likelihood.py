@@ -89,7 +89,7 @@ def _table(
     scorer = load_model(replace(saved, config=replace(saved.config, train=train)), world, tokenizer)
     name: EstimatorName = "autoregressive" if scorer.causal else options.estimator
     estimator = Estimator(name, seed=options.seed, right_shift=scorer.causal and scorer.right_shift)
-    text = str(saved.checkpoint)
+    text = saved.label
     with progress(text, visible=world.is_main) as move:
 
         def on_progress(table: NelboTable) -> None:

@@ -62,7 +62,7 @@ def _load(chunks: list[Any], run: SavedRun, base: Base | None = None) -> None:
     """Read the weights; what megatron-core makes of files that nothing vouches for is the files' fault."""
     try:
         with guarded(run.checkpoint):
-            load_weights(chunks, run.checkpoint, base.path if base else None)
+            load_weights(chunks, run.checkpoint, base.path if base else None, weights=run.weights)
     except (Exception, CheckpointException) as error:
         if not run.trust or isinstance(error, CheckpointError):
             raise

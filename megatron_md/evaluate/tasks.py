@@ -169,7 +169,7 @@ def evaluate_tasks(saved: SavedRun, options: TaskOptions) -> dict[str, Any] | No
         how |= {"num_fewshot": options.num_fewshot, "limit": options.limit}
         how |= {"apply_chat_template": options.chat, "fewshot_as_multiturn": options.multiturn}
         return {
-            "run": str(saved.checkpoint),
+            "run": saved.label,
             "step": saved.step,
             "seeds": list(options.seeds),
             "settings": how,

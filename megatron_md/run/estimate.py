@@ -265,6 +265,7 @@ def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:
     """What the fullest rank allocates, without the CUDA context, NCCL's buffers and fragmentation."""
     bf16 = config.train.uses_bf16("cpu")  # fp32 where the device is left open
     gradient = 4.0 if not bf16 or config.megatron.ddp.get("grad_reduce_in_fp32", True) else 2.0
+    average = 4.0 if config.train.ema_decay is not None else 0.0
     shards = layout.data * layout.context if config.parallel.distributed_optimizer else 1
 
     def of_stage(stage: int) -> Memory:
@@ -278,7 +279,7 @@ def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:
             parameters=count,
             weights=count * (2.0 if bf16 else 4.0),
             gradients=trained * gradient,
-            optimizer=trained * (12.0 if bf16 else 8.0) / shards,
+            optimizer=trained * ((12.0 if bf16 else 8.0) + average) / shards,
             activations=activations.kept(),
             head=max(activations.head() if activations.is_last else 0.0, activations.backward()),
         )

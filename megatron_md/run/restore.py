@@ -21,6 +21,7 @@ from megatron_md.model.build import draw_weights
 from megatron_md.model.initialize import sharded_tensors
 from megatron_md.parallel import World
 from megatron_md.run import estimate
+from megatron_md.train import ema
 from megatron_md.train.callbacks.metrics import append_event
 from megatron_md.train.callbacks.quarantine import Quarantine
 from megatron_md.train.progress import Progress
@@ -63,6 +64,7 @@ class Restore:
             draw_weights(self.config, trainer.stepper.chunks)
             trainer.optimizer.reload_model_params()  # its own fp32 parameters, taken from weights not drawn yet
         if loaded is None:
+            ema.restart(trainer.optimizer)
             return True
         self._continue_from(trainer, *loaded, returned)
         step = trainer.progress.step

@@ -9,7 +9,14 @@ from typing import Literal
 
 from megatron_md import run_files
 from megatron_md.checkpoint.base import recorded_base
-from megatron_md.checkpoint.directory import CONFIG_NAME, RECORD_NAME, latest_checkpoint, read_progress
+from megatron_md.checkpoint.directory import (
+    CONFIG_NAME,
+    RECORD_NAME,
+    Weights,
+    check_weights,
+    latest_checkpoint,
+    read_progress,
+)
 from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.integrity import read_manifest
 from megatron_md.config import ParallelConfig, ResolvedConfig, load_resolved
@@ -28,12 +35,14 @@ class Placement:
         pipeline: pipeline-parallel size.
         device: where to compute.
         trust: see `SavedRun`.
+        weights: see `SavedRun`.
     """
 
     tensor: int | None = None
     pipeline: int = 1
     device: Device = "auto"
     trust: bool = False
+    weights: Weights = "model"
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class SavedRun:
         step: optimizer steps that it has seen.
         tokenizer: file of its tokenizer.
         trust: load it even if it has no manifest, and import what its config lists under `imports`.
+        weights: the model's, or in place of those that were trained their average (`train.ema_decay`).
     """
 
     path: Path
@@ -55,6 +65,12 @@ class SavedRun:
     step: int
     tokenizer: Path
     trust: bool = False
+    weights: Weights = "model"
+
+    @property
+    def label(self) -> str:
+        """What it is called in reports."""
+        return str(self.checkpoint) if self.weights == "model" else f"{self.checkpoint} ({self.weights})"
 
 
 def open_run(path: str | Path, placement: Placement = Placement(), *, world_size: int | None = None) -> SavedRun:
@@ -69,7 +85,7 @@ def open_run(path: str | Path, placement: Placement = Placement(), *, world_size
 
     Raises:
         UserError: there is none (the message says what was looked for), the base of its adapters is not there or has
-            changed, or the model cannot be split so.
+            changed, the model cannot be split so, or it has no average of its weights.
         CheckpointError: it has no manifest and is not trusted.
     """
     path = Path(path)
@@ -78,6 +94,7 @@ def open_run(path: str | Path, placement: Placement = Placement(), *, world_size
         raise UserError(_no_run(path))
     if not placement.trust:
         read_manifest(checkpoint)
+    check_weights(checkpoint, placement.weights)
     recorded_base(checkpoint)
     config = load_resolved(checkpoint / CONFIG_NAME)
     config = replace(
@@ -90,7 +107,8 @@ def open_run(path: str | Path, placement: Placement = Placement(), *, world_size
     tokenizer = next((file for file in copies if file.is_file()), None)
     if tokenizer is None:
         raise UserError(f"{path}: its tokenizer is not there (looked for {copies[0]} and {copies[1]})")
-    return SavedRun(path, checkpoint, config, read_progress(checkpoint).step, tokenizer, placement.trust)
+    step = read_progress(checkpoint).step
+    return SavedRun(path, checkpoint, config, step, tokenizer, placement.trust, placement.weights)
 
 
 def _no_run(path: Path) -> str:

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.optim.adamw import adamw
 
 from megatron_md.config import Config
 from megatron_md.config import OptimizerConfig as OptimizerKeys
 from megatron_md.model.build import apply_overrides
+from megatron_md.train import ema
 
 
 class AdamW(torch.optim.Optimizer):
@@ -157,6 +159,9 @@ def build_optimizer(config: Config, chunks: list[Any]) -> MegatronOptimizer:
     for part in optimizer.chained_optimizers:
         if type(part.optimizer) is torch.optim.AdamW:
             part.optimizer = AdamW.in_place_of(part.optimizer)
+    if config.train.ema_decay is not None:
+        allocate_optimizer(optimizer)
+        ema.keep(optimizer)
     return optimizer
 
 
@@ -165,3 +170,25 @@ def set_hyperparameters(optimizer: MegatronOptimizer, *, lr: float, weight_decay
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def optimizer_updates(optimizer: MegatronOptimizer) -> int:
+    """Updates that the optimizer counts for its bias correction; skipped steps are not among them."""
+    return max((int(group.get("step", 0)) for group in optimizer.param_groups if group["params"]), default=0)
+
+
+def allocate_optimizer(optimizer: MegatronOptimizer) -> None:
+    """Make the optimizer's tensors exist before its first step, where its kind would make them only then."""
+    for part in optimizer.chained_optimizers:
+        if getattr(part, "is_stub_optimizer", False) or len(part.optimizer.state):
+            continue
+        if isinstance(part, DistributedOptimizer):
+            part.load_state_dict(part.state_dict())
+        else:
+            part.init_state_fn(part.optimizer, part.config)
+
+
+def set_optimizer_updates(optimizer: MegatronOptimizer, updates: int) -> None:
+    """Set the count of updates after the tensors have been loaded."""
+    for group in optimizer.param_groups:
+        group["step"] = updates

@@ -30,7 +30,9 @@ from megatron_md.errors import UserError
 from megatron_md.model.attention import additive_mask, packed_documents
 from megatron_md.model.head import Prediction, PredictionLoss
 from megatron_md.parallel import World
+from megatron_md.train import ema
 from megatron_md.train.bad_numbers import not_finite
+from megatron_md.train.optimizer import optimizer_updates
 from megatron_md.train.row_slice import RowSlice
 
 
@@ -214,6 +216,8 @@ class Stepper(ForwardPass):
                 if parameters:
                     clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
+        if self.config.train.ema_decay is not None:
+            ema.update(self.optimizer, self.config.train.ema_decay, optimizer_updates(self.optimizer))
 
     def _agreed(
         self, batches: Sequence[CorruptedBatch], outputs: list[PredictionLoss], votes: Sequence[float]

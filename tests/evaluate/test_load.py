@@ -1,49 +1,84 @@
-"""A run with adapters is evaluated and written with like any other, on its base; and like the merged run."""
+"""Opening a run for evaluation: what a foreign one may not do, and what causal objectives are told by."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import megatron_md as md
-from megatron_md.cli import main
-from megatron_md.config import LoraConfig
-from tests.ranks import run_ranks
-from tests.train.test_trainer import pretrain
-from tests.trained_run import run_config
+from megatron_md.checkpoint.directory import FORMAT_VERSION
+from megatron_md.checkpoint.integrity import CheckpointError, seal
+from megatron_md.config import config_from_mapping, to_yaml
+from megatron_md.evaluate.load import is_causal
+from megatron_md.run.saved import Placement, SavedRun, open_run
+
+PLUGIN = """
+from pathlib import Path
+from megatron_md.diffusion.objective import Autoregressive, register_objective
+Path(__file__).with_name("planted").touch()
+
+@register_objective("leftward")
+class Leftward(Autoregressive):
+    name = "leftward"
+"""
 
 
-def looked_at(runs: list[Path], data: Path) -> list[tuple[float, list[int]]]:
-    """On a rank: likelihood bound and a text of each run."""
-    found = []
-    for run in runs:
-        report = md.evaluate(run, data, rows=4, passes=2, seed=1)
-        found.append((report.nelbo, list(md.generate(run, "def ", length=8, steps=4).tokens)))
-    return found
+def checkpoint(tmp_path: Path, *, identity: dict[str, Any], **sections: Any) -> Path:
+    path = tmp_path / "run" / "checkpoints" / "step_00000001"
+    path.mkdir(parents=True)
+    progress = {"step": 1, "next_sample_index": 8, "tokens": 8, "total_tokens": 80}
+    (path / "progress.json").write_text(
+        json.dumps({"format": FORMAT_VERSION, "progress": progress, "identity": identity})
+    )
+    (path / "config.yaml").write_text(
+        to_yaml(config_from_mapping({"model": {"preset": "tiny", "vocab": 300}, **sections}))
+    )
+    (tmp_path / "run" / "tokenizer.model").touch()
+    (tmp_path / "foreign_plugin.py").write_text(PLUGIN)
+    return path
 
 
-@pytest.mark.distributed
-def test_adapters_are_evaluated_with_their_base(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = str(trained / "run")
-    keys = {"optimizer": {"lr": 0.05}, "checkpoint": {"load": base, "load_only": "model"}}
-    config = replace(run_config(trained, "lora", **keys), lora=LoraConfig(rank=4))
-    assert run_ranks(pretrain, 1, config) == [0]
-    assert main(["convert", str(trained / "lora"), str(trained / "merged"), "--to", "megatron"]) == 0
-    runs = [trained / name for name in ("lora", "merged", "run")]
-    (adapted, merged, before) = run_ranks(looked_at, 1, runs, trained / "valid")[0]
-    assert adapted[0] == pytest.approx(merged[0], rel=1e-6) and adapted[1] == merged[1]
-    assert adapted[0] != pytest.approx(before[0], rel=1e-4)
-    summary = json.loads((trained / "lora" / "summary.json").read_text())
-    assert summary["trained_parameters"] < summary["parameters"] and summary["val_nelbo"] > 0
-    capsys.readouterr()
-    assert main(["inspect", str(trained / "lora"), "--verify"]) == 0
-    assert "holds adapters on the weights of" in capsys.readouterr().out
-    words = ["convert", str(trained / "lora"), str(trained / "never")]
-    assert main([*words, "--to", "hf"]) == 2 and "--family is missing" in capsys.readouterr().err
-    assert main([*words, "--to", "peft", "--family", "llada", "--dry-run"]) == 0
-    assert "base_model.model.model.transformer.blocks.0.q_proj.lora_A.weight" in capsys.readouterr().out
-    assert main([*words, "--to", "megatron", "--dry-run"]) == 0
-    assert "+ alpha / rank x B_q A_q, B_k A_k, B_v A_v" in capsys.readouterr().out
+def saved(path: Path, *, trust: bool = False) -> SavedRun:
+    return open_run(path, Placement(trust=trust))
+
+
+def test_unsealed_checkpoint_needs_trust(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, identity={})
+    with pytest.raises(CheckpointError, match="--trust"):
+        saved(path)
+    assert saved(path, trust=True).step == 1
+    seal(path)
+    assert saved(path).step == 1
+
+
+@pytest.mark.parametrize(("name", "expected"), [("autoregressive", True), ("masked_diffusion", False)])
+def test_causal_is_what_the_objective_says(name: str, expected: bool, tmp_path: Path) -> None:
+    run = saved(checkpoint(tmp_path, identity={}, objective={"name": name}), trust=True)
+    assert is_causal(run, mask_token_id=3) is expected
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_record_tells_without_importing_anything(
+    recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys: dict[str, Any] = {"objective": {"name": "leftward"}, "imports": ["foreign_plugin"]}
+    path = checkpoint(tmp_path, identity={"objective is causal": recorded}, **keys)
+    seal(path)
+    assert is_causal(saved(path), mask_token_id=3) is recorded
+    assert not (tmp_path / "planted").exists()
+
+
+def test_imports_of_a_foreign_run_need_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = checkpoint(tmp_path, identity={}, objective={"name": "leftward"}, imports=["foreign_plugin"])
+    seal(path)
+    with pytest.raises(CheckpointError, match=r"imports foreign_plugin.*--trust"):
+        is_causal(saved(path), mask_token_id=3)
+    assert not (tmp_path / "planted").exists()
+    assert is_causal(saved(path, trust=True), mask_token_id=3) is True
+    assert (tmp_path / "planted").exists()

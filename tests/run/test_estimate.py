@@ -108,9 +108,14 @@ def test_layers_per_stage() -> None:
     assert layers_per_stage(config_of("8b", parallel={"pipeline": 3, "last_stage_layers": 10})) == [11, 11, 10]
 
 
-@pytest.mark.parametrize(("precision", "fixed", "sharded"), [("bf16", 6, 12), ("fp32", 8, 8)])
-def test_memory_of_weights_gradients_and_optimizer(precision: str, fixed: int, sharded: int) -> None:
-    train = {"precision": precision, "global_batch_size": 8, "micro_batch_size": 1}
+@pytest.mark.parametrize(
+    ("precision", "ema_decay", "fixed", "sharded"),
+    [("bf16", None, 6, 12), ("fp32", None, 8, 8), ("bf16", 0.999, 6, 16), ("fp32", 0.999, 8, 12)],
+)
+def test_memory_of_weights_gradients_and_optimizer(
+    precision: str, ema_decay: float | None, fixed: int, sharded: int
+) -> None:
+    train = {"precision": precision, "ema_decay": ema_decay, "global_batch_size": 8, "micro_batch_size": 1}
     for distributed, shards in ((True, 8), (False, 1)):
         config = config_of("8b", parallel={"distributed_optimizer": distributed}, train=train)
         memory = memory_per_rank(config, check_config(config, 8, corpora=False))

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from megatron_md import run_files
 from megatron_md.checkpoint.contract import model_identity
-from megatron_md.checkpoint.directory import CONFIG_NAME, RECORD_NAME, find_checkpoint
+from megatron_md.checkpoint.directory import CONFIG_NAME, RECORD_NAME, Weights, check_weights, find_checkpoint
 from megatron_md.checkpoint.hf import original
 from megatron_md.checkpoint.hf.configs import LONGEST_ROW, MOST
 from megatron_md.checkpoint.hf.families import Direction, Family, check_asked, check_exportable, is_run
@@ -212,7 +212,12 @@ class Export:
 
 @contextmanager
 def open_export(
-    source: Path, family: Family, *, dtype: torch.dtype | None = None, trust: bool = False
+    source: Path,
+    family: Family,
+    *,
+    dtype: torch.dtype | None = None,
+    trust: bool = False,
+    weights: Weights = "model",
 ) -> Iterator[Export]:
     """Verify and open a run directory (its newest checkpoint) or a checkpoint for export.
 
@@ -224,10 +229,12 @@ def open_export(
     """
     checkpoint = source if trust and (source / RECORD_NAME).is_file() else find_checkpoint(source)
     verify(checkpoint, trust=trust)
+    check_weights(checkpoint, weights)
     config = load_resolved(checkpoint / CONFIG_NAME)
     check_exportable(config, family)
     with guarded(checkpoint):
-        exporter = Exporter(open_reader(checkpoint, config, dtype=dtype), family, config.model, dtype=dtype)
+        reader = open_reader(checkpoint, config, dtype=dtype, weights=weights)
+        exporter = Exporter(reader, family, config.model, dtype=dtype)
         run = checkpoint.parent.parent
         yield Export(family, config.model, exporter, original.surroundings(run, config, family, exporter.tensors))
 
@@ -240,6 +247,7 @@ def open_conversion(
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
     trust: bool = False,
+    weights: Weights = "model",
 ) -> AbstractContextManager[Import | Export | AdapterExport | Merge]:
     """Check a source of the family of this name, and open it for its conversion; for the arguments see `convert`.
 
@@ -250,12 +258,12 @@ def open_conversion(
     kind = check_asked(source, None, family, to, add_mask_token=add_mask_token)
     torch_dtype = DTYPES[dtype] if dtype else None
     if to == "megatron" and is_run(source):
-        return open_merge(source, dtype=torch_dtype)
+        return open_merge(source, dtype=torch_dtype, weights=weights)
     assert kind is not None, "checked"
     if to == "hf":
-        return open_export(source, kind, dtype=torch_dtype, trust=trust)
+        return open_export(source, kind, dtype=torch_dtype, trust=trust, weights=weights)
     if to == "peft":
-        return open_adapter_export(source, kind, dtype=torch_dtype)
+        return open_adapter_export(source, kind, dtype=torch_dtype, weights=weights)
     return open_import(source, kind, dtype=torch_dtype, add_mask_token=add_mask_token)
 
 
@@ -268,6 +276,7 @@ def convert(
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
     trust: bool = False,
+    weights: Weights = "model",
     verify: bool = False,
     progress: Callable[[int], AbstractContextManager[Advance]] = lambda parts: nullcontext(_pass),
     tell: Callable[[str], None] = print,
@@ -284,6 +293,7 @@ def convert(
         dtype: data type of the weights; as they are if None.
         add_mask_token: add a mask token to a causal model's vocabulary; towards `megatron` only.
         trust: open a checkpoint that has no manifest to verify it by.
+        weights: of a run, `ema` takes the average of the weights, in their data type.
         verify: compare the logits of both sides (needs transformers).
         progress: given the number of tensors, a context that yields what is called for each of them.
         tell: takes a line on what has been written, and those of the comparison.
@@ -295,10 +305,11 @@ def convert(
         UserError: bad input; nothing has been written then.
     """
     source, target = Path(source), Path(target)
-    kind = check_asked(source, target, family, to, add_mask_token=add_mask_token)
+    kind = check_asked(source, target, family, to, add_mask_token=add_mask_token, weights=weights)
     if verify and (kind is None or to == "peft"):
         raise UserError("--verify compares a run with a folder of whole weights; leave it out")
-    ready = open_conversion(source, family=family, to=to, dtype=dtype, add_mask_token=add_mask_token, trust=trust)
+    keys: dict[str, Any] = {"family": family, "to": to, "dtype": dtype, "add_mask_token": add_mask_token}
+    ready = open_conversion(source, **keys, trust=trust, weights=weights)
     with ready as conversion, progress(conversion.parts) as advance:
         conversion.write(target, advance=advance)
     if to == "megatron":
@@ -310,6 +321,6 @@ def convert(
     if verify and kind is not None:
         from megatron_md.checkpoint.hf.verify import compare_logits  # megatron-core, which nothing else here needs
 
-        for line in compare_logits(*((target, source) if to == "hf" else (source, target)), kind):
+        for line in compare_logits(*((target, source) if to == "hf" else (source, target)), kind, weights):
             tell(line)
     return target

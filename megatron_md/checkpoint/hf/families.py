@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_md import run_files
-from megatron_md.checkpoint.directory import RECORD_NAME
+from megatron_md.checkpoint.directory import RECORD_NAME, Weights
 from megatron_md.checkpoint.hf.configs import (
     read_llada,
     read_llama_like,
@@ -224,7 +224,13 @@ def is_run(source: Path) -> bool:
 
 
 def check_asked(
-    source: Path, target: Path | None, family: str | None, to: Direction, *, add_mask_token: bool
+    source: Path,
+    target: Path | None,
+    family: str | None,
+    to: Direction,
+    *,
+    add_mask_token: bool,
+    weights: Weights = "model",
 ) -> Family | None:
     """The family of a conversion, which is refused as far as that can be told before torch is imported.
 
@@ -234,6 +240,7 @@ def check_asked(
         family: name of the family; a run that stays one (adapters merged with their weights) needs none.
         to: the direction.
         add_mask_token: a mask token is asked for.
+        weights: a run's own, or their average.
 
     Raises:
         UserError: the conversion cannot be made.
@@ -247,6 +254,10 @@ def check_asked(
         raise UserError(f"{target}: exists already; choose another folder, or remove it")
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
+    if weights == "ema" and not is_run(source):
+        raise UserError(
+            f"--weights ema is said of a run, and {source} is a folder of Hugging Face, with one kind of them"
+        )
     return kind
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_md.checkpoint.directory import CONFIG_NAME, find_checkpoint
+from megatron_md.checkpoint.directory import AVERAGE, CONFIG_NAME, Weights, check_weights, find_checkpoint
 from megatron_md.checkpoint.hf.families import FAMILIES, Family, check_exportable
 from megatron_md.checkpoint.hf.peft_config import CONFIG_NAME as PEFT_CONFIG
 from megatron_md.checkpoint.hf.peft_config import WEIGHTS_NAME, modules, written
@@ -97,7 +97,9 @@ class AdapterExport:
 
 
 @contextmanager
-def open_adapter_export(source: Path, family: Family, *, dtype: torch.dtype | None = None) -> Iterator[AdapterExport]:
+def open_adapter_export(
+    source: Path, family: Family, *, dtype: torch.dtype | None = None, weights: Weights = "model"
+) -> Iterator[AdapterExport]:
     """Verify and open a LoRA run (its newest checkpoint) or a checkpoint of one.
 
     Raises:
@@ -105,12 +107,13 @@ def open_adapter_export(source: Path, family: Family, *, dtype: torch.dtype | No
     """
     checkpoint = find_checkpoint(source)
     verify(checkpoint)
+    check_weights(checkpoint, weights)
     config = load_resolved(checkpoint / CONFIG_NAME)
     if config.lora is None:
         raise UserError(f"{checkpoint}: holds whole weights, no adapters; export them with --to hf")
     check_exportable(config, family)
     with guarded(checkpoint):
-        reader = TensorReader(checkpoint)
+        reader = TensorReader(checkpoint, instead=AVERAGE if weights == "ema" else "")
         check_adapters(reader.tensors, config)
         yield AdapterExport(family, config, reader, dtype)
 

@@ -16,7 +16,7 @@ import torch
 
 from megatron_md import parallel, run_files
 from megatron_md.checkpoint.base import recorded_base
-from megatron_md.checkpoint.directory import find_checkpoint
+from megatron_md.checkpoint.directory import Weights, find_checkpoint
 from megatron_md.checkpoint.hf.families import FAMILIES, Family
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
 from megatron_md.checkpoint.hf.tensors import moves
@@ -70,11 +70,11 @@ def reference_logits(network: Any, tokens_BL: torch.Tensor, *, causal: bool) -> 
     return logits.float()
 
 
-def our_model(config: ResolvedConfig, checkpoint: Path, *, causal: bool) -> Any:
+def our_model(config: ResolvedConfig, checkpoint: Path, *, causal: bool, weights: Weights = "model") -> Any:
     """The model of a checkpoint, in evaluation mode, within a session."""
     chunks: list[Any] = build_model(config, torch.device("cpu"), causal=causal, mask_token_id=None, initialize=False)
     base = recorded_base(checkpoint)
-    load_model(chunks, checkpoint, base.path if base else None)
+    load_model(chunks, checkpoint, base.path if base else None, weights=weights)
     return chunks[0].eval()
 
 
@@ -103,7 +103,7 @@ def inputs(model: ResolvedModel, tokenizer: Path | None) -> dict[str, torch.Tens
     return found
 
 
-def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterator[str]:
+def compare_logits(folder_path: Path, run_path: Path, family: Family, weights: Weights = "model") -> Iterator[str]:
     """Lines with the largest difference of the logits, for fp32 and bf16, each attention and each of `inputs`.
 
     Raises:
@@ -131,7 +131,7 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family) -> Iterato
                     network = reference_model(folder, family, dtype)
                     expected = {name: reference_logits(network, rows[name], causal=causal) for name in rows}
                     del network
-                    network = our_model(config, checkpoint, causal=causal)
+                    network = our_model(config, checkpoint, causal=causal, weights=weights)
                     attention = "causal" if causal else "bidirectional"
                     for name, tokens_BL in rows.items():
                         logits_BLV = our_logits(network, tokens_BL)[..., : model.vocab]

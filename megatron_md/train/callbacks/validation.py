@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 from megatron_md.config import Config
 from megatron_md.diffusion.estimators import Estimator, EstimatorName
 from megatron_md.diffusion.nelbo import NelboTable, evaluate_nelbo
 from megatron_md.diffusion.scoring import ScoredRows, Scorer
+from megatron_md.train import ema
 from megatron_md.train.callback import Callback, Record, StepResult
 from megatron_md.train.trainer import Trainer
 
@@ -41,7 +43,9 @@ class Validation(Callback):
         """Validate where it is due and add the figures to the record."""
         step = trainer.progress.step
         if step == self.last_step or (self.keys.every_steps and step % self.keys.every_steps == 0):
-            self.newest = self.validate()
+            uses_average = self.keys.weights == "ema"
+            with ema.in_model(trainer.optimizer, trainer.stepper.chunks) if uses_average else nullcontext():
+                self.newest = self.validate()
             result.record.update(self.newest)
 
     def validate(self) -> Record:
