@@ -34,6 +34,9 @@ WITH_NAMES = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 ELSEWHERE = dict.fromkeys(("make demo", "make test"), ".ci/run")
 PINNED_INSTALL = re.compile(r"pip install --no-deps( [\w.-]+==[\w.]+)+")
 
+# Commands that change no file another one reads: what stands in several documents is run once.
+ONCE = ("megatron-md simulate ", "megatron-md parity validate", "megatron-md window ")
+
 # What is added to a command so that it takes seconds: the last word of an option wins, as does the last override.
 SMALLER = {
     "tokenizer train": ["--vocab", "330"],
@@ -87,11 +90,13 @@ class Runner:
         folder: where the files are that the documentation takes for given, at the same paths.
         steps: optimizer steps that each config has been trained for; the next command on it goes two further.
         launchers: kinds of launcher that have been started for real.
+        done: commands of `ONCE` that have been run.
     """
 
     folder: Path
     steps: dict[str, int] = field(default_factory=dict)
     launchers: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
 
     def run(self, command: str) -> None:
         """Run a command, or check it as far as one machine can.
@@ -99,6 +104,10 @@ class Runner:
         Raises:
             AssertionError: it failed, or nobody knows how to run it.
         """
+        if command in self.done:
+            return
+        if command.startswith(ONCE):
+            self.done.add(command)
         if command in ELSEWHERE:
             file = ELSEWHERE[command]
             assert command in (ROOT / file).read_text(), f"{file} does not run {command!r}"
@@ -148,8 +157,12 @@ class Runner:
 
     def _torchrun(self, words: list[str]) -> None:
         assert words[2:4] == ["-m", "megatron_md"] and words[4] in ("train", "parity"), words
-        self.launchers.add("torchrun")
         smaller = self._shorter(words[5:]) if words[4] == "train" else SMALLER["parity validate"]
+        if "torchrun" in self.launchers:
+            count = int(words[words.index("--nproc-per-node") + 1])
+            assert run_ranks(main_in, count, self.folder, [*words[4:], *smaller]) == [0] * count, words
+            return
+        self.launchers.add("torchrun")
         self._start([sys.executable, "-m", "torch.distributed.run", *words, *smaller])
 
     def _shorter(self, words: list[str]) -> list[str]:

@@ -94,6 +94,7 @@ class Config:
         yield from self.optimizer.problems()
         yield from self.train.problems(self)
         yield from self.checkpoint.problems(self)
+        yield from self.validation.problems(self)
         yield from self.sampling.problems(self)
         yield from self.log.problems()
 

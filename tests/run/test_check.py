@@ -222,6 +222,18 @@ def test_checkpoint_keys_must_make_sense_together(tmp_path: Path) -> None:
     assert not problems(config_of(tmp_path, checkpoint={"load": str(tmp_path), "load_only": "model", "keep_best": 1}))
 
 
+def test_an_average_of_the_weights_is_there_to_be_validated(tmp_path: Path) -> None:
+    (line,) = problems(config_of(tmp_path, validation={"weights": "ema"}))
+    assert line.startswith("validation.weights ema needs an average of the weights: set train.ema_decay")
+    assert not problems(config_of(tmp_path, train={"ema_decay": 0.99}, validation={"weights": "ema"}))
+    for field in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
+        (line,) = problems(config_of(tmp_path, train={"ema_decay": 0.99}, megatron={"optimizer": {field: True}}))
+        assert f"train.ema_decay does not go with megatron.optimizer.{field}" in line
+    for decay in (0.0, 1.0):
+        with pytest.raises(ConfigError, match=r"train.ema_decay"):
+            config_of(tmp_path, train={"ema_decay": decay})
+
+
 def test_plugin_module_is_imported_before_its_schedule_is_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,11 @@ def own(run: Any, kind: str | None) -> Tensors:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("size", "layout", "precision"),
-    [(1, ONE, "fp32"), (2, SHARDED, "bf16"), pytest.param(2, ONE, "bf16", marks=pytest.mark.slow)],
+    [
+        (2, SHARDED, "bf16"),
+        pytest.param(1, ONE, "fp32", marks=pytest.mark.slow),
+        pytest.param(2, ONE, "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_the_average_is_the_weighted_sum_of_all_weights_so_far(
     size: int, layout: dict[str, Any], precision: str
@@ -191,8 +195,8 @@ def not_looked_at(config: Config) -> Curve:
 @pytest.mark.parametrize(
     ("size", "layout", "precision"),
     [
-        (1, ONE, "fp32"),
         (2, OVERLAP, "bf16"),
+        pytest.param(1, ONE, "fp32", marks=pytest.mark.slow),
         pytest.param(2, {**PIPELINE2, **OVERLAP}, "fp32", marks=pytest.mark.slow),
         pytest.param(2, SHARDED, "fp32", marks=pytest.mark.slow),
         pytest.param(2, TENSOR2, "bf16", marks=pytest.mark.slow),
@@ -224,6 +228,7 @@ def test_a_killed_run_validates_the_average_as_one_that_was_not(tmp_path: Path, 
     assert [a["val_nelbo"] != c["val_nelbo"] for a, c in records if "val_nelbo" in a] == [True] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_average_returns_with_the_weights(tmp_path: Path, corpora: dict[str, str]) -> None:
     from tests.train.test_bad_numbers import pretrain_with, pretrain_without_rows, rolling, same_tensors
