@@ -97,7 +97,8 @@ def test_another_layout_goes_on_as_if_it_had_been_there_from_the_start(
         assert run_ranks(padded_buckets, size, configs[0])[0] >= 2
     curve = two_legs((size, configs[0]), (then, configs[1]), tmp_path)
     whole = run_ranks(leg, then, configs[1], Path("/nonexistent"), 0, 6, False)[0]
-    np.testing.assert_allclose(curve, whole, rtol=1e-6)
+    # Sums of gradients in another order differ in their last bit, which rounds some bf16 weights the other way.
+    np.testing.assert_allclose(curve, whole, rtol=1e-6 if precision == "fp32" else 5e-4)
 
 
 def padded_buckets(config: Config) -> int:
