@@ -139,9 +139,9 @@ def judge_apart(runs: Path, corpus: Path, name: str, window: str) -> None:
 
 def judge(runs: Path, corpus: Path, name: str, window: str) -> None:
     """Exact match of generated answers, accuracy among four answers, and nats of the right one, by task."""
-    from megatron_md.data.chat_template import ChatTemplate, Message
-
     import megatron_md as md
+    from megatron_md.data.chat_template import ChatTemplate
+    from megatron_md.data.entries import Message
     from megatron_md.diffusion.conditional import ConditionalEstimator
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods
 
