@@ -169,13 +169,14 @@ class Runner:
         """Overrides that make a run small, two steps further than the last one in the same directory."""
         place = next((word for word in words if word.startswith("run_dir=")), words[0])
         self.steps[place] = self.steps.get(place, 0) + 2
-        return [*SMALLER["train"], f"train.steps={self.steps[place]}"]
+        return [*SMALLER["train"], "train.epochs=null", f"train.steps={self.steps[place]}"]
 
     def _submit(self, words: list[str]) -> None:
         """A batch script cannot run here: its syntax is checked, and its config with the words that it passes on."""
         script = next(number for number, word in enumerate(words) if not word.startswith("-"))
         subprocess.run(["bash", "-n", str(ROOT / words[script])], check=True)
-        (config,) = re.findall(r"^config=(\S+)$", (ROOT / words[script]).read_text(), re.MULTILINE)
+        text = (ROOT / words[script]).read_text()
+        (config,) = re.findall(r'^config="?(?:\$\{CONFIG:-)?([\w./]+)', text, re.MULTILINE)
         self._train([config, *words[script + 1 :], "--dry-run", "--world-size", "64"])
 
     def _start(self, words: list[str]) -> None:

@@ -27,6 +27,7 @@ WORLDS = {
     "8b/tp1": [64],
     "8b/pipeline": [64],
     "continue_llada_8b": [8, 64],
+    "sft/llada_8b": [8, 64],
 }
 EXAMPLES = sorted(path for path in ROOT.glob("examples/**/*.yaml") if path.parent.name != "parity")
 

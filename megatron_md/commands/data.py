@@ -112,8 +112,8 @@ def _add_chat(build: argparse.ArgumentParser) -> None:
     chat.add_argument(
         "--turns",
         choices=get_args(Turns),
-        help="all: one document of a dialogue, all the assistant's turns being answers (the default); "
-        "split: one for each of them, what comes before it being its prompt",
+        help="split: one document of each of the assistant's turns, what comes before it being its prompt (the "
+        "default); all: one of a dialogue, in which answers are learnt with later turns in sight",
     )
     chat.add_argument("--max-tokens", type=int, metavar="N", help="longest document; else all are taken")
     chat.add_argument(

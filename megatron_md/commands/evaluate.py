@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.commands.arguments import check_folder_of, placement
@@ -43,8 +43,11 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.json, args.plot, args.state):
         check_folder_of(path)
     # Refuse what can be refused of runs before torch is imported.
-    paths = {"run": args.run_path, "against": args.against, "judge": args.judge}
-    runs = {part: open_run(path, placement(args)) for part, path in paths.items() if path is not None}
+    where = placement(args)
+    runs = {"run": open_run(args.run_path, where)}
+    for part, path in {"against": args.against, "judge": args.judge}.items():
+        if path is not None:  # --weights is said of RUN, whose average may be compared with its weights
+            runs[part] = open_run(path, replace(where, weights="model"))
     result = {"nelbo": _nelbo, "tasks": _tasks, "generative": _generative}[mode](args, list(runs.values()))
     if result is not None and args.json:
         from megatron_md.evaluate.card import card, write_card

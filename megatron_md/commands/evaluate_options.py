@@ -164,5 +164,5 @@ def _one(values: list[Any] | None, name: str) -> Any:
 
 def settings_of(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     """Every option of a mode, for the evaluation's card."""
-    names = [mode, *DEFAULTS[mode], "micro_batch_size", "device", "trust"]
+    names = [mode, *DEFAULTS[mode], "micro_batch_size", "device", "trust", "weights"]
     return {name: getattr(args, name) for name in names}

@@ -52,15 +52,16 @@ class ChatSettings:
 
     Attributes:
         template: how they are written.
-        turns: `all` makes one document of a dialogue, in which every turn of the assistant is an answer; `split` one
-            for each of these turns, with everything before it as its prompt.
+        turns: `split` makes one document of each of the assistant's turns, with everything before it as its prompt;
+            `all` one of a dialogue, in which all these turns are answers. Attention sees both ways, so that under
+            `all` an answer is learnt with what comes after it in sight.
         max_tokens: longest document; None: any.
         truncate: what becomes of longer ones. `reject` leaves them out; `left` drops the earliest turns, but not the
             system message, until the rest fits; `right` cuts off what is beyond, be it the end of an answer.
     """
 
     template: ChatTemplate
-    turns: Turns = "all"
+    turns: Turns = "split"
     max_tokens: int | None = None
     truncate: Truncate = "reject"
 

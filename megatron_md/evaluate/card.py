@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_md import __version__
+from megatron_md.checkpoint.directory import read_record
 from megatron_md.checkpoint.integrity import MANIFEST_NAME
 from megatron_md.files import replace_file
 from megatron_md.installed import version
@@ -28,13 +29,14 @@ def identity_of(saved: SavedRun) -> dict[str, Any]:
     """What tells a run's weights from all others: its step, and the sha256 of its checkpoint's manifest.
 
     The manifest holds the sha256 of all other files, which are verified against it before they are opened. It is None
-    of a checkpoint that has no manifest.
+    of a checkpoint that has no manifest. `base` is what adapters were trained upon.
     """
     manifest = saved.checkpoint / MANIFEST_NAME
     return {
         "step": saved.step,
         "checkpoint_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None,
-        "weights": getattr(saved, "weights", "model"),
+        "weights": saved.weights,
+        "base": read_record(saved.checkpoint)["base"],
         "tokenizer_sha256": hashlib.sha256(saved.tokenizer.read_bytes()).hexdigest(),
     }
 

@@ -62,6 +62,7 @@ def answers(run: Path, folder: Path) -> list[str]:
     return [first, second, answer_to(run, folder, [{"role": "system", "content": "be brief"}, user("def f(")])]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_pipe_gets_plain_answers_to_what_was_said_so_far(talker: Path, tmp_path: Path) -> None:
     ((first, second, third),) = run_ranks(answers, 1, talker, tmp_path)

@@ -48,7 +48,7 @@ def looked_at(looks: list[Look], data: Path) -> list[tuple[float, list[int]]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["average", "adapters"])
+@pytest.mark.parametrize("name", ["average", pytest.param("adapters", marks=pytest.mark.slow)])
 def test_the_average_is_what_its_merge_and_its_export_are(name: str, runs: Path, tmp_path: Path) -> None:
     words = [str(runs / name), "--weights", "ema"]
     assert main(["merge", *words, "--last", "1", "--output", str(tmp_path / "merged")]) == 0

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 import megatron_md as md
+from megatron_md.checkpoint.base import recorded_base
 from megatron_md.cli import main
 from megatron_md.config import LoraConfig
+from megatron_md.evaluate.card import identity_of
+from megatron_md.run.saved import Placement, open_run
 from tests.ranks import run_ranks
 from tests.train.test_trainer import pretrain
 from tests.trained_run import run_config
@@ -38,6 +41,9 @@ def test_adapters_are_evaluated_with_their_base(trained: Path, capsys: pytest.Ca
     assert adapted[0] != pytest.approx(before[0], rel=1e-4)
     summary = json.loads((trained / "lora" / "summary.json").read_text())
     assert summary["trained_parameters"] < summary["parameters"] and summary["val_nelbo"] > 0
+    saved = open_run(trained / "lora", Placement(device="cpu"))
+    base_of_it = recorded_base(saved.checkpoint)
+    assert base_of_it is not None and identity_of(saved)["base"]["sha256"] == base_of_it.sha256
     capsys.readouterr()
     assert main(["inspect", str(trained / "lora"), "--verify"]) == 0
     assert "holds adapters on the weights of" in capsys.readouterr().out

@@ -28,6 +28,7 @@ def test_a_card_says_which_weights_settings_and_versions(trained: Path, tmp_path
         "step": 2,
         "checkpoint_sha256": hashlib.sha256(manifest).hexdigest(),
         "weights": "model",
+        "base": None,
         "tokenizer_sha256": hashlib.sha256((trained / "run/tokenizer.model").read_bytes()).hexdigest(),
     }
     versions = content["versions"]

@@ -36,7 +36,7 @@ LARGE = ("context2xtensor2+sequence", "pipeline2xdata2-overlap", "tensor2+sequen
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["tensor2+sequence", "pipeline2", *slow(*NAMES, *LARGE)])
+@pytest.mark.parametrize("name", ["tensor2+sequence", *slow("pipeline2", *NAMES, *LARGE)])
 def test_layouts_reproduce_one_process(name: str) -> None:
     size, layout = LAYOUTS[name]
     assert_same(run_ranks(train, size, adapted(parallel=layout), STEPS), reference())
@@ -139,6 +139,7 @@ def test_dropout_follows_from_seed_and_step() -> None:
     assert first == again == third != other
 
 
+@pytest.mark.slow
 def test_dropout_keeps_tensor_parallel_ranks_alike() -> None:
     config = adapted(keys=replace(KEYS, dropout=0.5), parallel={"tensor": 2})
     one, two = run_ranks(compared, 2, config)

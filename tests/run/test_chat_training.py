@@ -74,7 +74,7 @@ SLOW = pytest.mark.slow
         pytest.param("padded", 2, {"context": 2}, 2, marks=SLOW),
         pytest.param("padded", 4, {"context": 2, "tensor": 2}, 1, marks=SLOW),
         pytest.param("padded", 4, {"pipeline": 2}, 2, marks=SLOW),
-        ("packed", 2, {}, 2),
+        pytest.param("packed", 2, {}, 2, marks=SLOW),
         pytest.param("packed", 2, SEQUENCE, 2, marks=SLOW),
         pytest.param("packed", 2, INTERLEAVED, 2, marks=SLOW),
         pytest.param("packed", 2, {"context": 2}, 4, marks=SLOW),
@@ -101,8 +101,9 @@ def test_short_batches_are_served_short(reference: dict[str, np.ndarray[Any, Any
     assert tokens["padded"][-1] <= 8 * 32 * STEPS and (np.diff(tokens["padded"]) % (8 * 8) == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("keys", [{"eos_padding": "one"}, pytest.param({"eos_cap": 3}, marks=SLOW)])
+@pytest.mark.parametrize("keys", [{"eos_padding": "one"}, {"eos_cap": 3}])
 def test_padding_changes_nothing(tmp_path: Path, corpora: dict[str, str], keys: dict[str, Any]) -> None:
     """Neither loss nor gradient nor the validation NELBO depend on how far the rows are filled up."""
     found = []

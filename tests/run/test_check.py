@@ -386,11 +386,11 @@ def test_mixtures_are_checked_corpus_by_corpus(corpus: Path, tmp_path: Path) -> 
 
 
 def test_random_lengths_need_room(tmp_path: Path) -> None:
-    sections = {"data": {"random_length_fraction": 0.1, "seq_length": 6}, "parallel": {"tensor": 4}}
-    model = {"heads": 4, "kv_heads": 4, "hidden": 64, "ffn": 64}
-    assert not problems(config_of(tmp_path, model=model, **sections), 4)
+    sections: dict[str, Any] = {"data": {"random_length_fraction": 0.1, "seq_length": 6}, "parallel": {"tensor": 4}}
+    sections["model"] = {"heads": 4, "kv_heads": 4, "hidden": 64, "ffn": 64}
+    assert not problems(config_of(tmp_path, **sections), 4)
     sections["data"]["seq_length"] = 2
-    (line,) = problems(config_of(tmp_path, model=model, **sections), 4)
+    (line,) = problems(config_of(tmp_path, **sections), 4)
     assert line.startswith("data.random_length_fraction needs data.seq_length of at least 4")
 
 

@@ -224,7 +224,7 @@ def test_the_run_after_a_rollback_is_the_run_without_those_rows(tmp_path: Path, 
 
 def pretrain_without_rows(config: Config, jumps: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     start = Progress.start
-    Progress.start = classmethod(lambda cls, config: start(config).with_jumps(jumps))  # type: ignore[method-assign, assignment]
+    Progress.start = classmethod(lambda cls, *args: start(*args).with_jumps(jumps))  # type: ignore[method-assign, assignment]
     return pretrain_with(config, {})
 
 

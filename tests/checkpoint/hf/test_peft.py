@@ -113,6 +113,7 @@ def reloaded(config: ResolvedConfig, peft: str | None) -> torch.Tensor:
         return Inference(config, world, chunks, causal=False, mask_token_id=3)(torch.arange(4, 36).reshape(2, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_an_export_comes_back_on_another_layout(folder: Path) -> None:
     (expected,) = run_ranks(reloaded, 1, adapted_config(folder), None)
