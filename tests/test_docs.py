@@ -54,6 +54,7 @@ SMALLER = {
     "generate --chat": ["--length", "16", "--steps", "4"],
     "chat": ["--length", "16", "--steps", "4"],
     "evaluate --nelbo": ["--rows", "4"],
+    "merge runs/chat": ["--last", "1"],
     "evaluate --generative": ["--samples", "4", "--length", "16", "--steps", "4"],
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The study of windows in fine-tuning: instructions have one right answer, nothing judged is trained, all seeds shown."""
+"""The study of windows in fine-tuning: one right answer each, nothing judged is trained, all seeds are shown."""
 
 from __future__ import annotations
 
