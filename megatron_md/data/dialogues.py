@@ -151,6 +151,8 @@ def _messages(turns: Any, role_key: str, text_key: str) -> list[Message]:
             raise _UnfitError("unknown role", repr(name)[:80])
         if turn.get("tool_calls"):
             raise _UnfitError("tool calls", "only text can be learnt: write the calls into the content")
+        if text_key not in turn:
+            raise _UnfitError("malformed dialogue", f"a turn without {text_key}")
         messages.append(Message(role, _text(text)))
     return messages
 

@@ -79,6 +79,11 @@ def test_split_is_one_row_per_answer() -> None:
         ({"prompt": None, "completion": "x"}, "malformed dialogue", "its turns are no list of objects"),
         ({"messages": [{"role": "user", "content": 3}]}, "malformed dialogue", "the content of a turn is no text"),
         (
+            {"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]},
+            "malformed dialogue",
+            "a turn without content",
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "malformed dialogue",
             "the content of a turn is no text",
