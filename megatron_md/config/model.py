@@ -274,7 +274,10 @@ class ObjectiveConfig:
     )
     mask_schedule: Annotated[
         str | dict[str, Any],
-        Doc("law of the mask rate t: uniform:lo,hi | beta:a,b | point:t | a mapping for mixture, knots, curriculum"),
+        Doc(
+            "law of the mask rate t: uniform:lo,hi | beta:a,b | truncated_normal:mode,std | "
+            "logit_normal:location,scale | point:t | a preset's name | a mapping for mixture, knots, curriculum, anneal"
+        ),
     ] = "uniform:0,1"
     weight: Annotated[
         Literal["elbo", "none", "realised"], Doc("weight of a row: 1/t, constant, or maskable/masked")

@@ -1,8 +1,9 @@
-"""Mask schedules made of others: a weighted sum of them, or one after another over the run."""
+"""Mask schedules made of others: a weighted sum of them, one after another over the run, one that becomes another."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,7 @@ from megatron_md.diffusion._schedule_base import (
     first_true,
     number,
     parse_schedule,
+    quote,
     register_schedule,
 )
 from megatron_md.errors import UserError
@@ -108,9 +110,37 @@ class Mixture(_Composite):
         return f"mixture({' + '.join(terms)})"
 
 
+class Staged(MaskSchedule):
+    """A schedule that is another one at each progress."""
+
+    @abstractmethod
+    def stage(self, progress: float) -> MaskSchedule:
+        """The schedule that holds at `progress`."""
+
+    def density(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
+        """The current stage's density."""
+        return self.stage(progress).density(t, progress)
+
+    def cdf(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
+        """The current stage's CDF."""
+        return self.stage(progress).cdf(t, progress)
+
+    def inverse_cdf(self, u: FloatArray, progress: float = 0.0) -> FloatArray:
+        """The current stage's inverse CDF."""
+        return self.stage(progress).inverse_cdf(u, progress)
+
+    def expectation(self, function: Callable[[FloatArray], FloatArray], progress: float = 0.0) -> float:
+        """The current stage's expectation."""
+        return self.stage(progress).expectation(function, progress)
+
+    def mean(self, progress: float = 0.0) -> float:
+        """The current stage's mean."""
+        return self.stage(progress).mean(progress)
+
+
 @register_schedule("curriculum")
 @dataclass(frozen=True)
-class Curriculum(_Composite):
+class Curriculum(_Composite, Staged):
     """One schedule after another: stage i holds while progress < untils[i].
 
     Attributes:
@@ -135,26 +165,6 @@ class Curriculum(_Composite):
         index = int(np.searchsorted(self.untils, progress, side="right"))
         return self.stages[min(index, len(self.stages) - 1)]
 
-    def density(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
-        """The current stage's density."""
-        return self.stage(progress).density(t, progress)
-
-    def cdf(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
-        """The current stage's CDF."""
-        return self.stage(progress).cdf(t, progress)
-
-    def inverse_cdf(self, u: FloatArray, progress: float = 0.0) -> FloatArray:
-        """The current stage's inverse CDF."""
-        return self.stage(progress).inverse_cdf(u, progress)
-
-    def expectation(self, function: Callable[[FloatArray], FloatArray], progress: float = 0.0) -> float:
-        """The current stage's expectation."""
-        return self.stage(progress).expectation(function, progress)
-
-    def mean(self, progress: float = 0.0) -> float:
-        """The current stage's mean."""
-        return self.stage(progress).mean(progress)
-
     def has_full_support(self) -> bool:
         """Whether every stage's support is full."""
         return all(stage.has_full_support() for stage in self.stages)
@@ -162,6 +172,57 @@ class Curriculum(_Composite):
     def __str__(self) -> str:
         terms = (f"{stage} until {until:g}" for stage, until in zip(self.stages, self.untils, strict=True))
         return f"curriculum({', '.join(terms)})"
+
+
+@register_schedule("anneal")
+@dataclass(frozen=True)
+class Anneal(Staged):
+    """One schedule that becomes another: the mixture (1 - w) first + w last, w rising linearly from 0 to 1.
+
+    Attributes:
+        first: the schedule up to progress `begin`.
+        last: the schedule from progress `end` on.
+        begin: progress at which it begins to change.
+        end: progress at which it has changed.
+    """
+
+    first: MaskSchedule
+    last: MaskSchedule
+    begin: float
+    end: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.begin < self.end <= 1.0:
+            raise UserError(f"over must be [begin, end] with 0 <= begin < end <= 1, got [{self.begin:g}, {self.end:g}]")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> Self:
+        """Build from `from`, `to` and `over: [begin, end]`, or `over: end` for [0, end]."""
+        check_keys(options, required=["from", "to", "over"])
+        over = options["over"] if isinstance(options["over"], Sequence) else [0.0, options["over"]]
+        if isinstance(over, str) or len(over) != 2:
+            raise UserError(f"over must be [begin, end], got {quote(options['over'])}")
+        begin, end = (number(edge, "over") for edge in over)
+        return cls(parse_schedule(options["from"]), parse_schedule(options["to"]), begin, end)
+
+    @classmethod
+    def from_text(cls, arguments: str) -> Self:
+        """Refused: it is a mapping."""
+        raise UserError("is written as a mapping: {name: anneal, from: ..., to: ..., over: [0.7, 1]}")
+
+    def stage(self, progress: float) -> MaskSchedule:
+        """The schedule that holds at `progress`."""
+        weight = (progress - self.begin) / (self.end - self.begin)
+        if weight <= 0.0:
+            return self.first
+        return self.last if weight >= 1.0 else Mixture((self.first, self.last), (1.0 - weight, weight))
+
+    def has_full_support(self) -> bool:
+        """Whether it is full at the start and at the end, hence between them."""
+        return all(self.stage(progress).has_full_support() for progress in (0.0, 1.0))
+
+    def __str__(self) -> str:
+        return f"anneal({self.first} to {self.last} over {self.begin:g} to {self.end:g})"
 
 
 def _mappings(value: object, key: str, required: list[str]) -> list[Mapping[str, Any]]:

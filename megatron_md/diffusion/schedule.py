@@ -1,8 +1,9 @@
 """Mask schedules: the distribution of the mask rate t in training, and how it changes over the run.
 
-`uniform:lo,hi`, `beta:a,b`, `point:t`, `knots` (a piecewise-linear density, inline or from a file), `mixture` and
-`curriculum` (one schedule after another over the run). `parse_schedule` reads them from a config, and
-`register_schedule` adds a third party's. numpy only, so that a config can be checked without torch.
+`uniform:lo,hi`, `beta:a,b`, `truncated_normal:mode,std`, `logit_normal:location,scale`, `point:t`, `knots` (a
+piecewise-linear density, inline or from a file), `mixture`, and over the run `curriculum` (one schedule after another)
+and `anneal` (one becomes another little by little). `parse_schedule` reads them from a config, also by the names of
+`PRESETS`, and `register_schedule` adds a third party's. numpy only, so that a config can be checked without torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_md.diffusion._composite_schedules import Curriculum, Mixture
+from megatron_md.diffusion._composite_schedules import Anneal, Curriculum, Mixture, Staged
+from megatron_md.diffusion._normal_schedules import LogitNormal, TruncatedNormal
 from megatron_md.diffusion._schedule_base import (
     FloatArray,
     MaskSchedule,
@@ -31,13 +33,17 @@ from megatron_md.errors import UserError
 from megatron_md.json_file import parse_json, read_regular
 
 __all__ = [
+    "Anneal",
     "Beta",
     "Curriculum",
     "FloatArray",
     "Knots",
+    "LogitNormal",
     "MaskSchedule",
     "Mixture",
     "Point",
+    "Staged",
+    "TruncatedNormal",
     "Uniform",
     "parse_schedule",
     "register_schedule",

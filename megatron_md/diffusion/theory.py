@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from megatron_md.diffusion._schedule_base import first_true
 from megatron_md.diffusion.incomplete_beta import log_beta
-from megatron_md.diffusion.schedule import Beta, Curriculum, FloatArray, MaskSchedule, Mixture, Uniform
+from megatron_md.diffusion.schedule import Beta, FloatArray, MaskSchedule, Mixture, Staged, Uniform
 from megatron_md.errors import UserError
 
 BoolArray = npt.NDArray[np.bool_]
@@ -38,7 +38,7 @@ def moment(schedule: MaskSchedule, a: int, b: int, progress: float = 0.0) -> flo
         b: power of 1 - t, >= 0.
         progress: share of the run's tokens seen so far, for a curriculum.
     """
-    if isinstance(schedule, Curriculum):
+    if isinstance(schedule, Staged):
         return moment(schedule.stage(progress), a, b, progress)
     if isinstance(schedule, Mixture):
         parts = (moment(component, a, b, progress) for component in schedule.components)

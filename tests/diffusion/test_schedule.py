@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_md.diffusion.schedule import FloatArray, MaskSchedule, parse_schedule, register_schedule
+from megatron_md.diffusion.schedule_presets import PRESETS
 
+DOCS = Path(__file__).parents[2] / "docs"
 MIXTURE: dict[str, Any] = {
     "name": "mixture",
     "components": [
@@ -23,7 +26,11 @@ CURRICULUM: dict[str, Any] = {
     "name": "curriculum",
     "stages": [{"until": 0.3, "schedule": "uniform:0.2,0.4"}, {"until": 1.0, "schedule": MIXTURE}],
 }
-CONTINUOUS = ["uniform:0,1", "uniform:0.45,0.55", "beta:2,5", "beta:0.5,0.7", "beta:1,1", MIXTURE, KNOTS, CURRICULUM]
+ANNEAL: dict[str, Any] = {"name": "anneal", "from": "uniform:0.2,0.4", "to": "uniform:0,1", "over": [0.5, 1.0]}
+NORMAL = ["truncated_normal:0.5,0.1", "truncated_normal:0.05,0.3", "truncated_normal:1,40"]
+LOGIT_NORMAL = ["logit_normal:0,1", "logit_normal:-1,0.4", "logit_normal:0.5,2"]
+CONTINUOUS = ["uniform:0,1", "uniform:0.45,0.55", "beta:2,5", "beta:0.5,0.7", "beta:1,1", MIXTURE, KNOTS, CURRICULUM,
+              ANNEAL, *NORMAL, *LOGIT_NORMAL]  # fmt: skip
 U = (np.arange(4000) + 0.5) / 4000
 
 
@@ -97,6 +104,48 @@ def test_mixture_jumps_over_gaps() -> None:
     np.testing.assert_allclose(mixture.inverse_cdf(np.array([0.0, 0.25, 0.5, 0.75, 1.0])), [0.1, 0.15, 0.2, 0.85, 0.9])
 
 
+def test_a_bell_has_its_closed_forms() -> None:
+    normal, z = parse_schedule("truncated_normal:0.5,0.1"), (U - 0.5) / 0.1
+    share = math.erf(5 / math.sqrt(2))  # of a normal distribution within five standard deviations
+    np.testing.assert_allclose(
+        normal.density(U), np.exp(-z * z / 2) / (0.1 * math.sqrt(2 * math.pi) * share), rtol=1e-12
+    )
+    assert normal.mean() == pytest.approx(0.5, abs=1e-12)
+    # A normal distribution that is wide beside [0, 1] is uniform on it.
+    np.testing.assert_allclose(parse_schedule("truncated_normal:0.3,1000").inverse_cdf(U), U, atol=1e-6)
+    # The mean of a normal distribution cut at its mode is sqrt(2 / pi) standard deviations from it.
+    tail = parse_schedule("truncated_normal:0,0.01").expectation(lambda t: t)
+    assert tail == pytest.approx(0.01 * math.sqrt(2 / math.pi), rel=1e-5)
+    logit = parse_schedule("logit_normal:-1,0.4")
+    t = logit.inverse_cdf(np.array([0.5, 0.8413447460685429]))
+    np.testing.assert_allclose(np.log(t / (1 - t)), [-1.0, -0.6], atol=1e-12)
+    assert parse_schedule("logit_normal:0,2").mean() == pytest.approx(0.5, abs=1e-12)
+    np.testing.assert_array_equal(logit.density(np.array([0.0, 1.0])), 0.0)
+    for spec in (*NORMAL, *LOGIT_NORMAL):
+        ends = parse_schedule(spec).sample(np.array([0.0, np.nextafter(1.0, 0.0)]))
+        assert 0.0 <= ends[0] < ends[1] <= 1.0
+
+
+def test_an_anneal_is_a_mixture_whose_weights_move() -> None:
+    anneal, first, last = (parse_schedule(spec) for spec in (ANNEAL, ANNEAL["from"], ANNEAL["to"]))
+    for progress in (0.0, 0.3, 0.5):
+        np.testing.assert_array_equal(anneal.sample(U, progress), first.sample(U))
+    np.testing.assert_array_equal(anneal.sample(U, 1.0), last.sample(U))
+    np.testing.assert_allclose(anneal.density(U, 0.6), 0.8 * first.density(U) + 0.2 * last.density(U))
+    assert [anneal.mean(progress) for progress in (0.5, 0.75, 1.0)] == pytest.approx([0.3, 0.4, 0.5])
+    whole = parse_schedule({**ANNEAL, "over": 1})
+    assert whole.mean(0.5) == pytest.approx(0.4) and not whole.has_full_support()
+    assert parse_schedule({**ANNEAL, "from": "beta:1,1"}).has_full_support()
+
+
+def test_presets_are_the_schedules_that_they_name() -> None:
+    for name, preset in PRESETS.items():
+        assert str(parse_schedule(name)) == str(parse_schedule({"name": name})) == preset.schedule
+        assert f"| `{name}` | `{preset.schedule}` | {preset.source} |" in (DOCS / "objective.md").read_text()
+    finish = parse_schedule({"name": "anneal", "from": "paper", "to": "llada", "over": [0.7, 1]})
+    assert str(finish) == "anneal(uniform:0.45,0.55 to uniform:0,1 over 0.7 to 1)"
+
+
 def test_curriculum_changes_at_its_edges() -> None:
     curriculum = parse_schedule(CURRICULUM)
     assert curriculum.mean(0.0) == curriculum.mean(0.2999) == pytest.approx(0.3)
@@ -139,6 +188,9 @@ def test_knots_from_files(tmp_path: Path) -> None:
         (MIXTURE, True),
         (CURRICULUM, False),
         (KNOTS, False),
+        (ANNEAL, False),
+        ("truncated_normal:0.5,0.2", True),
+        ("logit_normal:0,1", False),
         ({"name": "knots", "points": [[0, 0.1], [1, 2]]}, True),
     ],
     ids=str,
@@ -186,6 +238,17 @@ def test_full_support(spec: Any, is_full: bool) -> None:
             },
             "must be positive and increase",
         ),
+        ({**ANNEAL, "over": [0.8, 0.5]}, r"over must be \[begin, end\] with 0 <= begin < end <= 1"),
+        ({**ANNEAL, "over": "0.5,1"}, r"over must be \[begin, end\], got '0.5,1'"),
+        ({**ANNEAL, "over": [0.5, "x"]}, "over must be a finite number, got 'x'"),
+        ({**ANNEAL, "too": 1}, "unknown key 'too'; did you mean 'to'"),
+        ("anneal:0,1", "is written as a mapping"),
+        ("truncated_normal:1.5,0.1", r"mode must lie in \[0, 1\], got 1.5"),
+        ("truncated_normal:0.5,0", "std must lie in"),
+        ("logit_normal:0,-1", "scale must lie in"),
+        ("paper:1", "is the name of uniform:0.45,0.55, and takes nothing else"),
+        ({"name": "paper", "lo": 0}, "is the name of uniform:0.45,0.55"),
+        ("lada", "did you mean 'llada'"),
         (7, "must be text like"),
     ],
     ids=str,

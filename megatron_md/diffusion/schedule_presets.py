@@ -1,0 +1,24 @@
+"""Mask schedules that have a name of their own, with where they come from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Preset(NamedTuple):
+    """A schedule as a config would spell it, and its source."""
+
+    schedule: str
+    source: str
+
+
+PRESETS = {
+    "llada": Preset("uniform:0,1", "all mask rates: LLaDA, arXiv 2502.09992, and most others"),
+    "paper": Preset("uniform:0.45,0.55", "pretraining, and fine-tuning for likelihood: arXiv 2601.22450"),
+    "paper-generation": Preset("uniform:0.5,1", "fine-tuning for generation: arXiv 2601.22450"),
+    "llada2-sft": Preset("uniform:0.3,0.8", "dFactory's default for fine-tuning LLaDA2.0; no ablation is published"),
+    "bell": Preset(
+        "logit_normal:0,1",
+        "arXiv 2605.13026 argues for a bell; this one is that of Stable Diffusion 3 (arXiv 2403.03206), not theirs",
+    ),
+}
