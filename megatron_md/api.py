@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     from megatron_md.checkpoint.directory import Weights
+    from megatron_md.data.dialogues import ChatSettings
     from megatron_md.data.shards import Manifest
     from megatron_md.data.tokenizer import Tokenizer
     from megatron_md.diffusion.nelbo import NelboReport
@@ -58,8 +59,9 @@ def build_data(
     tokenizer: PathLike,
     split: Split = "all",
     workers: int = 1,
+    chat: ChatSettings | None = None,
 ) -> Manifest:
-    """Tokenise text into a corpus of shards.
+    """Tokenise text, or dialogues, into a corpus of shards.
 
     Args:
         inputs: files, folders of them, or what else `megatron-md data build --input` takes.
@@ -67,6 +69,8 @@ def build_data(
         tokenizer: SentencePiece model or `tokenizer.json`.
         split: documents to write, by a hash of their names.
         workers: processes that tokenise.
+        chat: read dialogues, and mark their answers: `ChatSettings(ChatTemplate.of(Tokenizer(path), "llada"))`, from
+            `megatron_md.data.dialogues`, `.chat_template` and `.tokenizer`.
 
     Raises:
         UserError: an input cannot be read.
@@ -76,12 +80,9 @@ def build_data(
     True
     >>> valid = md.build_data("books/", "corpus/valid", tokenizer="corpus/tokenizer.model", split="valid")
     """
-    from megatron_md.data.builder import build_shards
-    from megatron_md.data.corpus import documents
+    from megatron_md.data.builder import build_corpus
 
-    names = [Path(path).name for path in _list(inputs)]
-    corpus = documents(_list(inputs), split)
-    return build_shards(corpus, tokenizer, output, workers=workers, source={"inputs": names, "split": split})
+    return build_corpus(_list(inputs), tokenizer, output, split=split, workers=workers, chat=chat)
 
 
 def train(config: PathLike | Mapping[str, Any], **keys: Any) -> Path:

@@ -17,6 +17,11 @@ import torch
 import yaml
 
 import megatron_md as md
+from megatron_md.cli import main
+from megatron_md.data.chat_template import ChatTemplate
+from megatron_md.data.dialogues import ChatSettings
+from megatron_md.data.shards import load_manifest
+from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.errors import UserError
 from megatron_md.train.resilience import SIGNALS
 from tests.data.small_corpus import made_up_code
@@ -64,6 +69,16 @@ def test_the_examples_of_all_functions_run_in_one_process(tmp_path: Path) -> Non
         (tmp_path / "books" / f"{number}.txt").write_text(made_up_code(number), encoding="utf-8")
     (tmp_path / "books.yaml").write_text(yaml.safe_dump(CONFIG))
     assert run_ranks(run_examples, 1, tmp_path) == [""]
+
+
+def test_dialogues_are_built_as_by_the_command(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    lines = tmp_path / "dialogues.jsonl"
+    lines.write_text('{"prompt": "def alpha(", "completion": "self):"}\n' * 3)
+    chat = ChatSettings(ChatTemplate.of(tokenizer, "plain"))
+    found = md.build_data(lines, tmp_path / "api", tokenizer=tokenizer.path, chat=chat)
+    words = ["--chat", "--template", "plain", "--input", str(lines), "--tokenizer", str(tokenizer.path)]
+    assert main(["data", "build", *words, "--output", str(tmp_path / "command")]) == 0
+    assert found.sha256 == load_manifest(tmp_path / "command").sha256 and found.kind == "chat"
 
 
 def test_the_package_is_imported_without_torch_and_called_after_its_parts() -> None:
