@@ -149,7 +149,9 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [{"distributed_optimizer": True}, {"tensor": 2}, {"pipeline": 2}])
+@pytest.mark.parametrize(
+    "layout", [{"distributed_optimizer": True}, pytest.param({"tensor": 2}, marks=pytest.mark.slow), {"pipeline": 2}]
+)
 def test_a_planted_nan_equals_an_update_left_out(
     layout: dict[str, Any], tmp_path: Path, corpora: dict[str, str]
 ) -> None:
@@ -197,7 +199,9 @@ def rolling(run_dir: Path, corpora: dict[str, str], **train: Any) -> Config:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [{"distributed_optimizer": True}, {"tensor": 2}])
+@pytest.mark.parametrize(
+    "layout", [{"distributed_optimizer": True}, pytest.param({"tensor": 2}, marks=pytest.mark.slow)]
+)
 def test_after_several_bad_steps_the_run_returns_and_leaves_the_rows_out(
     layout: dict[str, Any], tmp_path: Path, corpora: dict[str, str]
 ) -> None:

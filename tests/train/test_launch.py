@@ -198,9 +198,10 @@ def lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, 10])
 def test_kill_minus_nine_changes_nothing(kills: int, config_file: Path, tmp_path: Path) -> None:
     generator = random.Random(kills)
     words = [f"train.steps={20 * kills}", "checkpoint.every_steps=4", "train.max_skipped=0"]

@@ -254,7 +254,7 @@ def shifted_losses(config: Config) -> list[Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["masked_diffusion", "autoregressive"])
+@pytest.mark.parametrize("name", ["masked_diffusion", *slow("autoregressive")])
 def test_right_shift_reads_the_output_one_to_the_left(name: str) -> None:
     config = variant(CONFIG, objective={"name": name, "right_shift": True})
     (pairs,) = run_ranks(shifted_losses, 1, config)
