@@ -177,7 +177,7 @@ class Runner:
         script = next(number for number, word in enumerate(words) if not word.startswith("-"))
         subprocess.run(["bash", "-n", str(ROOT / words[script])], check=True)
         text = (ROOT / words[script]).read_text()
-        (config,) = re.findall(r'^config="?(?:\$\{CONFIG:-)?([\w./]+)', text, re.MULTILINE)
+        (config,) = re.findall(r'^config="?(?:\$\{MEGATRON_MD_CONFIG:-)?([\w./]+)', text, re.MULTILINE)
         self._train([config, *words[script + 1 :], "--dry-run", "--world-size", "64"])
 
     def _start(self, words: list[str]) -> None:

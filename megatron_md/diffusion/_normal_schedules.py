@@ -13,25 +13,16 @@ import numpy as np
 from megatron_md.diffusion._schedule_base import FloatArray, MaskSchedule, register_schedule
 from megatron_md.errors import UserError
 
-_STANDARD = NormalDist()
 _LEAST, _MOST = math.ulp(0.0), math.nextafter(1.0, 0.0)  # where the quantile is finite
+_MIDPOINTS = (np.arange(1 << 15) + 0.5) / (1 << 15)
 
-
-def _each(function: Callable[[float], float], values: FloatArray) -> FloatArray:
-    return np.asarray(np.frompyfunc(function, 1, 1)(np.asarray(values, dtype=np.float64)), dtype=np.float64)
+# P(Z <= z), exact in the lower tail, which `NormalDist.cdf` loses; and its inverse.
+_cumulative = np.vectorize(lambda z: 0.5 * math.erfc(-z / math.sqrt(2.0)), otypes=[np.float64])
+_quantile = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
 
 
 def _density(z: FloatArray) -> FloatArray:
     return np.asarray(np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi))
-
-
-def _below(z: float) -> float:
-    """P(Z <= z), exact in the lower tail, which `NormalDist.cdf` loses."""
-    return 0.5 * math.erfc(-z / math.sqrt(2.0))
-
-
-def _quantile(p: float) -> float:
-    return _STANDARD.inv_cdf(min(max(p, _LEAST), _MOST))
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
@@ -39,9 +30,21 @@ def _check(name: str, value: float, low: float, high: float) -> None:
         raise UserError(f"{name} must lie in [{low:g}, {high:g}], got {value:g}")
 
 
+class _Bell(MaskSchedule):
+    """Quantiles take a call of Python each: expectations, which every step may ask for, share one grid of them."""
+
+    @cached_property
+    def _grid(self) -> FloatArray:
+        return self.inverse_cdf(_MIDPOINTS)
+
+    def expectation(self, function: Callable[[FloatArray], FloatArray], progress: float = 0.0) -> float:
+        """E[function(t)], by the midpoint rule in u = F(t)."""
+        return float(np.mean(function(self._grid)))
+
+
 @register_schedule("truncated_normal")
 @dataclass(frozen=True)
-class TruncatedNormal(MaskSchedule):
+class TruncatedNormal(_Bell):
     """t normal about `mode` with standard deviation `std`, given that it lies in [0, 1]."""
 
     mode: float
@@ -54,7 +57,8 @@ class TruncatedNormal(MaskSchedule):
     @cached_property
     def _ends(self) -> tuple[float, float]:
         """Phi at t = 0 and at t = 1."""
-        return _below(-self.mode / self.std), _below((1.0 - self.mode) / self.std)
+        low, high = _cumulative(self._z(np.array([0.0, 1.0])))
+        return float(low), float(high)
 
     def _z(self, t: FloatArray) -> FloatArray:
         return np.asarray((np.asarray(t, dtype=np.float64) - self.mode) / self.std)
@@ -67,13 +71,13 @@ class TruncatedNormal(MaskSchedule):
     def cdf(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
         """Equal to (Phi(z) - Phi(z_0)) / (Phi(z_1) - Phi(z_0))."""
         low, high = self._ends
-        return np.clip((_each(_below, self._z(np.clip(t, 0.0, 1.0))) - low) / (high - low), 0.0, 1.0)
+        return np.asarray(np.clip((_cumulative(self._z(np.clip(t, 0.0, 1.0))) - low) / (high - low), 0.0, 1.0))
 
     def inverse_cdf(self, u: FloatArray, progress: float = 0.0) -> FloatArray:
         """The quantile of the normal distribution at Phi(z_0) + u (Phi(z_1) - Phi(z_0))."""
         low, high = self._ends
-        z = _each(_quantile, low + (high - low) * np.asarray(u, dtype=np.float64))
-        return np.clip(self.mode + self.std * z, 0.0, 1.0)
+        z = _quantile(np.clip(low + (high - low) * np.asarray(u, dtype=np.float64), _LEAST, _MOST))
+        return np.asarray(np.clip(self.mode + self.std * z, 0.0, 1.0))
 
     def __str__(self) -> str:
         return f"truncated_normal:{self.mode:g},{self.std:g}"
@@ -81,7 +85,7 @@ class TruncatedNormal(MaskSchedule):
 
 @register_schedule("logit_normal")
 @dataclass(frozen=True)
-class LogitNormal(MaskSchedule):
+class LogitNormal(_Bell):
     """t whose log-odds log(t / (1 - t)) are normal with mean `location` and standard deviation `scale`."""
 
     location: float
@@ -105,11 +109,11 @@ class LogitNormal(MaskSchedule):
 
     def cdf(self, t: FloatArray, progress: float = 0.0) -> FloatArray:
         """Equal to Phi(z)."""
-        return _each(_below, self._z(t))
+        return np.asarray(_cumulative(self._z(t)))
 
     def inverse_cdf(self, u: FloatArray, progress: float = 0.0) -> FloatArray:
         """The sigmoid of the quantile of the log-odds."""
-        odds = np.exp(-(self.location + self.scale * _each(_quantile, u)))
+        odds = np.exp(-(self.location + self.scale * _quantile(np.clip(u, _LEAST, _MOST))))
         return np.asarray(1.0 / (1.0 + odds))
 
     def __str__(self) -> str:

@@ -2,9 +2,9 @@
 
 A schedule is written `name:number,number` (`uniform:0.45,0.55`, `beta:2,3`, `point:0.5`, `knots:FILE`) or, when it is
 made of others, as a mapping (`{name: mixture, components: [{weight: 0.8, schedule: "uniform:0,1"}, ...]}`); those of
-`PRESETS` have a name alone (`paper`). Third parties add theirs with `@register_schedule("name")` on a subclass of
-`MaskSchedule`, in a module that the config lists under `imports`. numpy only, so that a config can be checked without
-torch.
+`schedule_presets` have a name alone (`paper`). Third parties add theirs with `@register_schedule("name")` on a
+subclass of `MaskSchedule`, in a module that the config lists under `imports`. numpy only, so that a config can be
+checked without torch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_md.diffusion.registry import Registry
-from megatron_md.diffusion.schedule_presets import PRESETS
 from megatron_md.errors import UserError
 from megatron_md.messages import nearest
 
@@ -96,7 +95,17 @@ class MaskSchedule(ABC):
         return cls(**{key: number(value, key) for key, value in options.items()})
 
 
-_registry: Registry[type[MaskSchedule]] = Registry("mask schedule", tuple(PRESETS))
+class ScheduleReader(Protocol):
+    """What a name is registered for: a class of schedules, or whatever else makes one of what a config says."""
+
+    def from_text(self, arguments: str, /) -> MaskSchedule:
+        """The schedule that is written `name:arguments`."""
+
+    def from_mapping(self, options: Mapping[str, Any], /) -> MaskSchedule:
+        """The schedule that is written as a mapping, without its `name`."""
+
+
+_registry: Registry[ScheduleReader] = Registry("mask schedule")
 register_schedule = _registry.register
 
 
@@ -109,26 +118,15 @@ def parse_schedule(spec: str | Mapping[str, Any]) -> MaskSchedule:
     try:
         if isinstance(spec, str):
             name, _, arguments = spec.partition(":")
-            if name.strip() in PRESETS:
-                return _preset(name.strip(), arguments.strip())
             return _registry.get(name.strip()).from_text(arguments.strip())
         if isinstance(spec, Mapping):
             if not isinstance(spec.get("name"), str):
                 raise UserError("a mapping needs a `name`")
             options = {key: value for key, value in spec.items() if key != "name"}
-            if spec["name"] in PRESETS:
-                return _preset(spec["name"], options)
             return _registry.get(spec["name"]).from_mapping(options)
     except ValueError as error:
         raise UserError(f"mask_schedule {quote(spec)}: {error}") from None
     raise UserError(f"mask_schedule must be text like uniform:0.45,0.55 or a mapping, got {quote(spec)}")
-
-
-def _preset(name: str, arguments: object) -> MaskSchedule:
-    preset = PRESETS[name].schedule
-    if arguments:
-        raise UserError(f"is the name of {preset}, and takes nothing else: write that out instead")
-    return parse_schedule(preset)
 
 
 def first_true(holds: Callable[[FloatArray], npt.NDArray[np.bool_]], low: FloatArray, high: FloatArray) -> FloatArray:

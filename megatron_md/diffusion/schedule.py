@@ -29,10 +29,12 @@ from megatron_md.diffusion._schedule_base import (
     register_schedule,
 )
 from megatron_md.diffusion.incomplete_beta import beta_density, incomplete_beta, inverse_incomplete_beta
+from megatron_md.diffusion.schedule_presets import PRESETS
 from megatron_md.errors import UserError
 from megatron_md.json_file import parse_json, read_regular
 
 __all__ = [
+    "PRESETS",
     "Anneal",
     "Beta",
     "Curriculum",

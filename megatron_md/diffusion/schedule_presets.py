@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_md.diffusion._schedule_base import MaskSchedule, parse_schedule, register_schedule
+from megatron_md.errors import UserError
 
 
-class Preset(NamedTuple):
+@dataclass(frozen=True)
+class Preset:
     """A schedule as a config would spell it, and its source."""
 
     schedule: str
     source: str
+
+    def from_text(self, arguments: str) -> MaskSchedule:
+        """The schedule; its name stands alone."""
+        return self._alone(arguments)
+
+    def from_mapping(self, options: Mapping[str, Any]) -> MaskSchedule:
+        """The schedule; its name stands alone."""
+        return self._alone(options)
+
+    def _alone(self, more: object) -> MaskSchedule:
+        if more:
+            raise UserError(f"is the name of {self.schedule}, and takes nothing else: write that out instead")
+        return parse_schedule(self.schedule)
 
 
 PRESETS = {
@@ -22,3 +41,5 @@ PRESETS = {
         "arXiv 2605.13026 argues for a bell; this one is that of Stable Diffusion 3 (arXiv 2403.03206), not theirs",
     ),
 }
+for _name, _preset in PRESETS.items():
+    register_schedule(_name)(_preset)

@@ -16,8 +16,7 @@ from megatron_md.config import ObjectiveConfig
 from megatron_md.diffusion._schedule_base import _registry as registered
 from megatron_md.diffusion.corruption import shift_right
 from megatron_md.diffusion.objective import Objective, build_objective, register_objective
-from megatron_md.diffusion.schedule import parse_schedule
-from megatron_md.diffusion.schedule_presets import PRESETS
+from megatron_md.diffusion.schedule import PRESETS, parse_schedule
 
 MASK, VOCAB = 96, 97
 SCHEDULES: list[Any] = [

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_md.diffusion.schedule import FloatArray, MaskSchedule, parse_schedule, register_schedule
-from megatron_md.diffusion.schedule_presets import PRESETS
+from megatron_md.diffusion.schedule import PRESETS, FloatArray, MaskSchedule, parse_schedule, register_schedule
 
 DOCS = Path(__file__).parents[2] / "docs"
 MIXTURE: dict[str, Any] = {
@@ -283,8 +282,9 @@ def test_a_schedule_needs_only_density_and_inverse_cdf() -> None:
     np.testing.assert_allclose(square.cdf(t), np.sqrt(t), atol=1e-15)
     assert square.mean() == pytest.approx(1 / 3, abs=1e-9)
     assert square.has_full_support()
-    with pytest.raises(ValueError, match="registered already"):
-        register_schedule("uniform")(Square)
+    for name in ("uniform", "bell"):
+        with pytest.raises(ValueError, match="registered already"):
+            register_schedule(name)(Square)
 
 
 def test_a_schedule_that_leaves_the_unit_interval_is_refused() -> None:
