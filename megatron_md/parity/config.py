@@ -30,6 +30,7 @@ from megatron_md.config import (
 from megatron_md.config import loader as config_loader
 from megatron_md.config.schema import STRICT, Doc, Fraction, PositiveInt, Seed
 from megatron_md.run.check import check_config
+from megatron_md.sweep.plan import SweepConfig
 
 VOCABULARY, MASK_TOKEN_ID = 3, 2  # the bits 0 and 1, and the mask token
 MOST_BITS = 62
@@ -72,21 +73,6 @@ class UniformAttentionConfig:
 
     hidden: Annotated[PositiveInt, Doc("width of each hidden layer")] = 512
     layers: Annotated[PositiveInt, Doc("hidden layers")] = 1
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """What a sweep runs: every arm at every point of the grid with every seed."""
-
-    __pydantic_config__ = STRICT
-
-    seeds: Annotated[list[Seed], Doc("seeds of the runs of each arm; [seed] if empty")] = field(default_factory=list)
-    arms: Annotated[
-        dict[str, list[str]], Doc("name of each arm: its section.key=value words; one arm, as configured, if empty")
-    ] = field(default_factory=dict)
-    grid: Annotated[
-        dict[str, list[int | float | str | None]], Doc("section.key: values; each arm is run at every combination")
-    ] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_md.evaluate.plot import plain, read_metrics, save_figure
-from megatron_md.parity.sweep import by_arm, read_csv
+from megatron_md.parity.sweep import rows_of
+from megatron_md.sweep.table import by_arm
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -44,7 +45,7 @@ def arm_curves(directory: Path) -> list[ArmCurves]:
         UserError: there is no sweep, or one of its runs has no metrics.
     """
     arms = []
-    for name, rows in by_arm(read_csv(directory)).items():
+    for name, rows in by_arm(rows_of(directory)).items():
         runs = [_measured(read_metrics(directory / row["run"])) for row in rows]
         steps = np.unique(np.concatenate([run["step"] for run in runs]))
         # The index of the last measurement at or before each step.

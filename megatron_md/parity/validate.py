@@ -15,9 +15,10 @@ from megatron_md.errors import UserError
 from megatron_md.evaluate.compare import relative_difference
 from megatron_md.files import replace_file
 from megatron_md.json_file import as_record, read_json
-from megatron_md.parity.config import ParityConfig, SweepConfig, check_parity
+from megatron_md.parity.config import ParityConfig, check_parity
 from megatron_md.parity.sweep import with_words
 from megatron_md.processes import scratch_folder
+from megatron_md.sweep.plan import SweepConfig
 
 CURVE_STEPS = 50
 RTOL = 1e-5  # of the loss in fp32; 2e-7 were measured between layouts on one machine

@@ -81,11 +81,11 @@ def test_the_task_decides_vocabulary_and_length() -> None:
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples/parity").glob("*.yaml")))
 def test_examples_can_be_run(name: str, tmp_path: Path) -> None:
-    from megatron_md.parity.sweep import expand
+    from megatron_md.parity.sweep import runs_of
 
     config = load_parity_config(ROOT / "examples/parity" / name, [f"run_dir={tmp_path}"])
     count = math.prod(len(part) for part in (config.sweep.arms, config.sweep.seeds, *config.sweep.grid.values()))
-    assert len({run.config.run_dir for run in expand(config)}) == count > 1
+    assert len({run.config.run_dir for run in runs_of(config)}) == count > 1
 
 
 def test_refusal_takes_no_torch(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_md.parity.config import ParityConfig, load_parity_config
 from megatron_md.parity.experiment import run_experiment
-from megatron_md.parity.sweep import expand, with_words
+from megatron_md.parity.sweep import runs_of, with_words
 from tests.parity.parity_config import small
 from tests.ranks import run_ranks
 
@@ -64,7 +64,7 @@ def test_uniform_attention_learns_the_papers_case(tmp_path: Path) -> None:
 def test_the_ci_example_learns_and_the_signal_optimal_window_is_sooner(tmp_path: Path) -> None:
     config = load_parity_config(ROOT / "examples/parity/ci.yaml", [f"run_dir={tmp_path}"])
     results: dict[str, list[dict[str, Any]]] = {}
-    for run in expand(config):
+    for run in runs_of(config):
         results.setdefault(run.arm, []).extend(run_ranks(run_experiment, 1, run.config, timeout=900))
     window, full = results.values()
     assert all(run["reached_step"] is not None for run in window), window
@@ -77,7 +77,7 @@ def test_the_ci_example_learns_and_the_signal_optimal_window_is_sooner(tmp_path:
 @pytest.mark.timeout(900)
 def test_direct_supervision_of_few_samples_memorises(tmp_path: Path) -> None:
     config = load_parity_config(ROOT / "examples/parity/memorise.yaml", [f"run_dir={tmp_path}"])
-    for run in expand(config):
+    for run in runs_of(config):
         (summary,) = run_ranks(run_experiment, 1, run.config, timeout=300)
         # Train accuracy of at least 99 % while validation accuracy is below 58 %.
         assert summary["memorised_step"] is not None, summary

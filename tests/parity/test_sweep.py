@@ -14,19 +14,11 @@ from typing import Any
 import pytest
 
 from megatron_md.config.loader import ConfigError, to_yaml
-from megatron_md.parity import sweep
 from megatron_md.parity.config import ParityConfig
-from megatron_md.parity.sweep import (
-    SweepRun,
-    by_arm,
-    censored_median,
-    csv_row,
-    expand,
-    read_csv,
-    run_sweep,
-    table,
-    write_csv,
-)
+from megatron_md.parity.sweep import censored_median, csv_row, rows_of, run_sweep, runs_of, summary_of, table
+from megatron_md.sweep import runner
+from megatron_md.sweep.plan import SweepRun
+from megatron_md.sweep.table import by_arm, write_csv
 from tests.parity.parity_config import small
 
 ARMS = {"low": ["objective.mask_schedule=uniform:0,0.3"], "direct": ["objective.name=direct_supervision"]}
@@ -36,7 +28,7 @@ def config_for(folder: Path, arms: dict[str, list[str]] = ARMS) -> ParityConfig:
     return small(folder, denoiser="uniform_attention", sweep={"arms": arms, "seeds": [4, 5]})
 
 
-def pretend(run: SweepRun, reached: int | None = 2, **summary: Any) -> None:
+def pretend(run: SweepRun[ParityConfig], reached: int | None = 2, **summary: Any) -> None:
     """The files that a finished run leaves."""
     run.directory.mkdir(parents=True, exist_ok=True)
     run.directory.joinpath("config.yaml").write_text(to_yaml(run.config))
@@ -54,7 +46,7 @@ def pretend(run: SweepRun, reached: int | None = 2, **summary: Any) -> None:
 
 
 def test_every_arm_runs_with_every_seed(tmp_path: Path) -> None:
-    runs = expand(config_for(tmp_path))
+    runs = runs_of(config_for(tmp_path))
     assert [(run.arm, run.config.seed) for run in runs] == [("low", 4), ("direct", 4), ("low", 5), ("direct", 5)]
     assert runs[2].config.objective.mask_schedule == "uniform:0,0.3"
     assert runs[3].config.objective.name == "direct_supervision"
@@ -65,7 +57,7 @@ def test_every_arm_runs_with_every_seed(tmp_path: Path) -> None:
 def test_arms_are_run_at_every_point_of_the_grid(tmp_path: Path) -> None:
     grid: dict[str, list[Any]] = {"task.train_samples": [20, None], "optimizer.weight_decay": [0, 0.1]}
     config = small(tmp_path, denoiser="uniform_attention", sweep={"arms": ARMS, "seeds": [1], "grid": grid})
-    runs = {run.arm: run.config for run in expand(config)}
+    runs = {run.arm: run.config for run in runs_of(config)}
     assert len(runs) == 8
     run = runs["direct, train_samples None, weight_decay 0.1"]
     assert run.task.train_samples is None and run.optimizer.weight_decay == 0.1
@@ -73,7 +65,7 @@ def test_arms_are_run_at_every_point_of_the_grid(tmp_path: Path) -> None:
 
 
 def test_without_arms_and_seeds_there_is_the_run_itself(tmp_path: Path) -> None:
-    (run,) = expand(small(tmp_path, seed=9))
+    (run,) = runs_of(small(tmp_path, seed=9))
     assert run.config.seed == 9
 
 
@@ -87,25 +79,25 @@ def test_without_arms_and_seeds_there_is_the_run_itself(tmp_path: Path) -> None:
 )
 def test_a_bad_arm_is_refused_before_anything_runs(arms: dict[str, list[str]], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        expand(config_for(tmp_path, arms))
+        runs_of(config_for(tmp_path, arms))
 
 
 def test_only_a_finished_run_of_the_same_config_counts(tmp_path: Path) -> None:
-    run, other, *_ = expand(config_for(tmp_path))
-    assert run.summary() is None
+    run, other, *_ = runs_of(config_for(tmp_path))
+    assert summary_of(run) is None
     pretend(run)
     pretend(other, status="running")
-    assert run.summary() is not None and other.summary() is None
+    assert summary_of(run) is not None and summary_of(other) is None
     changed = small(run.directory, denoiser="uniform_attention", seed=4, train={"steps": 5})
-    assert SweepRun("low", changed).summary() is None
+    assert summary_of(SweepRun("low", 4, run.directory, changed)) is None
 
 
 def test_the_table_and_its_file(tmp_path: Path) -> None:
-    runs = expand(config_for(tmp_path))
+    runs = runs_of(config_for(tmp_path))
     for run, reached in zip(runs[:3], (100, None, 300), strict=True):
         pretend(run, reached, signal_probability=None if run.arm == "direct" else 0.4)
-    write_csv(tmp_path, [row for run in runs if (row := csv_row(tmp_path, run)) is not None])
-    rows = read_csv(tmp_path)
+    write_csv(tmp_path / "parity.csv", [row for run in runs if (row := csv_row(tmp_path, run)) is not None])
+    rows = rows_of(tmp_path)
     assert [(row["arm"], row["seed"], row["reached_step"]) for row in rows] == [
         ("low", "4", "100"), ("direct", "4", ""), ("low", "5", "300"),
     ]  # fmt: skip
@@ -117,7 +109,7 @@ def test_the_table_and_its_file(tmp_path: Path) -> None:
 
 def test_a_sweep_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="megatron-md parity sweep"):
-        read_csv(tmp_path)
+        rows_of(tmp_path)
 
 
 @pytest.mark.slow
@@ -125,7 +117,7 @@ def test_a_sweep_resumes_and_survives_a_failed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_for(tmp_path)
-    runs = expand(config)
+    runs = runs_of(config)
     pretend(runs[0])
     # A directory where a run wants to write a file.
     obstacle = runs[1].directory / "log.txt"
@@ -141,7 +133,7 @@ def test_a_sweep_resumes_and_survives_a_failed_run(
     # Once the obstacle is gone, only that run is left.
     obstacle.rmdir()
     started: list[str] = []
-    monkeypatch.setattr(sweep, "_pool", lambda workers: _InProcess(started))
+    monkeypatch.setattr(runner, "pool", lambda workers: _InProcess(started))
     assert run_sweep(config, workers=1)[1] == 0
     assert started == [runs[1].config.run_dir]
 
@@ -171,7 +163,7 @@ def test_a_killed_sweep_leaves_no_worker_and_is_resumed(tmp_path: Path) -> None:
     assert json.loads(second.with_name("summary.json").read_text())["status"] == "running"
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "2 runs, 1 of them done already" in done.stderr
-    assert [row["seed"] for row in read_csv(tmp_path / "sweep")] == ["1", "2"]
+    assert [row["seed"] for row in rows_of(tmp_path / "sweep")] == ["1", "2"]
 
 
 class _InProcess:
@@ -185,11 +177,11 @@ class _InProcess:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def submit(self, _: Any, config: ParityConfig) -> Any:
+    def submit(self, _: Any, start: Any, config: ParityConfig, directory: Path) -> Any:
         from concurrent.futures import Future
 
         self.started.append(config.run_dir)
-        pretend(SweepRun("direct", config))
+        pretend(SweepRun("direct", config.seed, directory, config))
         future: Future[None] = Future()
         future.set_result(None)
         return future

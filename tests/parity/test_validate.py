@@ -11,7 +11,7 @@ import pytest
 from megatron_md.config.loader import ConfigError
 from megatron_md.parity import validate
 from megatron_md.parity.config import ParityConfig, load_parity_config
-from megatron_md.parity.sweep import expand
+from megatron_md.parity.sweep import runs_of
 from megatron_md.parity.validate import Reference, Verdict
 from tests.parity.parity_config import small
 from tests.ranks import run_ranks
@@ -27,7 +27,7 @@ def reference() -> Reference:
 
 def test_the_packages_record_is_the_first_run_of_the_ci_example() -> None:
     reference = validate.read_reference(validate.default_reference())
-    first = expand(load_parity_config(ROOT / "examples/parity/ci.yaml"))[0].config
+    first = runs_of(load_parity_config(ROOT / "examples/parity/ci.yaml"))[0].config
     assert replace(reference.config, run_dir="") == replace(first, run_dir="")
     assert len(reference.loss) == len(reference.grad_norm) == validate.CURVE_STEPS
     assert reference.reached_step is not None
