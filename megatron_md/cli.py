@@ -39,6 +39,7 @@ COMMANDS = {
     "inspect": ("megatron_md.commands.inspect", "say what a run or a checkpoint holds"),
     "window": ("megatron_md.commands.window", "predict a window of mask rates from a corpus"),
     "plot": ("megatron_md.commands.plot", "draw a run's losses"),
+    "sweep": ("megatron_md.commands.sweep", "train many variants of a run, with several seeds, and compare them"),
     "parity": ("megatron_md.commands.parity", "the k-parity task: theory against training, and a check of a machine"),
     "doctor": ("megatron_md.commands.doctor", "say what is installed here, what is missing, and whether training runs"),
     "compare": ("megatron_md.commands.compare", "say where two runs' figures part"),

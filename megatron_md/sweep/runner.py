@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -26,29 +28,31 @@ class Sweep(Generic[C]):
 
     Attributes:
         runs: all of them.
-        path: the table.
+        path: the table, if there is one.
     """
 
     def __init__(
         self,
         runs: list[SweepRun[C]],
-        path: Path,
+        path: Path | None,
         *,
         start: Callable[[C], object],
         row: Callable[[SweepRun[C]], dict[str, Any] | None],
         verdict: Callable[[dict[str, Any]], str],
+        cost: Callable[[C], float] = lambda config: 1.0,
     ) -> None:
         """Nothing is run yet.
 
         Args:
             runs: what to run.
-            path: CSV file to write.
+            path: CSV file to write, if any.
             start: does one run, in a process of its own: a function of a module.
             row: a run's line of the table, if it is done exactly as configured.
             verdict: what to tell of a line.
+            cost: of a run, in any unit: what the time that is left is reckoned by.
         """
         self.runs, self.path = runs, path
-        self._start, self._row, self._verdict = start, row, verdict
+        self._start, self._row, self._verdict, self._cost = start, row, verdict, cost
 
     def run(self, workers: int = 1) -> tuple[list[dict[str, Any]], int]:
         """Run what is not done yet, and write the table after every run.
@@ -59,25 +63,32 @@ class Sweep(Generic[C]):
         Returns:
             The lines of the table, and how many runs failed.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = {run.directory: row for run in self.runs if (row := self._row(run)) is not None}
         todo = [run for run in self.runs if run.directory not in rows]
         tell(f"{len(self.runs)} runs, {len(rows)} of them done already")
         self._write(rows)
-        failed = 0
+        failed, begin = 0, time.monotonic()
+        left = {run.directory: self._cost(run.config) for run in todo}
+        whole = math.fsum(left.values())
         with pool(workers) as processes:
             futures: dict[Future[None], SweepRun[C]] = {
                 processes.submit(in_worker, self._start, run.config, run.directory): run for run in todo
             }
             for future in as_completed(futures):
                 run, error = futures[future], future.exception()
+                del left[run.directory]
                 if error is not None:
                     failed += 1
                     tell(f"{run.directory} failed: {type(error).__name__}: {error} (see {run.directory / 'log.txt'})")
                     continue
                 row = self._row(run)
-                assert row is not None, "it has just been run"
-                tell(f"{run.directory}: {self._verdict(row)}")
+                if row is None:
+                    failed += 1
+                    tell(f"{run.directory} failed: it ended without figures (see {run.directory / 'log.txt'})")
+                    continue
+                rest = math.fsum(left.values())
+                hours = (time.monotonic() - begin) * rest / (whole - rest) / 3600.0
+                tell(f"{run.directory}: {self._verdict(row)}; {len(left)} left, about {hours:.1f} h")
                 rows[run.directory] = row
                 self._write(rows)
         return self._in_order(rows), failed
@@ -86,7 +97,7 @@ class Sweep(Generic[C]):
         return [rows[run.directory] for run in self.runs if run.directory in rows]
 
     def _write(self, rows: dict[Path, dict[str, Any]]) -> None:
-        if rows:
+        if rows and self.path is not None:
             write_csv(self.path, self._in_order(rows))
 
 
