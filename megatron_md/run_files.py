@@ -8,6 +8,7 @@ SUMMARY = "summary.json"
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+VALIDATION = "validation.json"  # the newest validation, row by row
 TOKENIZER = "tokenizer.model"  # of whatever kind
 ORIGINAL = "huggingface"  # what a converted run keeps of the folder it came from
 CHECKPOINTS = "checkpoints"

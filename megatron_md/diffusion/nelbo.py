@@ -161,6 +161,21 @@ class NelboTable:
         """
         return np.asarray((self._complete_sums() * self._plans()[1]).sum(axis=1))
 
+    def by_row(self) -> dict[str, Any]:
+        """What a comparison of models row by row needs, as JSON can hold it.
+
+        Returns:
+            `rows`: hash of the rows; `tokens`: scored tokens n of each; `rate`: mask rate of each row's first draw (1
+            for a causal model); `nelbo`: nats per token of each, the mean over passes, None where it is not finite.
+        """
+        value_R = self.values_PR().mean(axis=0)
+        return {
+            "rows": self.fingerprint,
+            "tokens": self.maskable_R.tolist(),
+            "rate": self._plans()[0][0, 0].tolist(),
+            "nelbo": [value if math.isfinite(value) else None for value in value_R.tolist()],
+        }
+
     def strata_PR(self) -> FloatArray | None:
         """The uniform behind each rate, where rates are stratified."""
         return self._plans()[2] if self.estimator.stratified else None

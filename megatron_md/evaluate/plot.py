@@ -98,6 +98,20 @@ def _unigram_entropy(run_dir: Path) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
+
+
+def arm_colors(count: int) -> list[Any]:
+    """A colour for each arm of a sweep; where there are many, along a scale in their order."""
+    if count <= len(COLORS):
+        return list(COLORS[:count])
+    from matplotlib import colormaps
+
+    scale = colormaps["turbo"]
+    return [scale(0.03 + 0.94 * number / (count - 1)) for number in range(count)]
+
+
 def plain(text: str) -> str:
     """A foreign text for a picture, in which matplotlib finds no formula."""
     return shown(text).replace("$", r"\$")

@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_md.evaluate.plot import plain, read_metrics, save_figure
+from megatron_md.evaluate.plot import COLORS, plain, read_metrics, save_figure
 from megatron_md.parity.sweep import rows_of
 from megatron_md.sweep.table import by_arm
 
 FloatArray = npt.NDArray[np.float64]
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8B6914")
 
 
 @dataclass(frozen=True)

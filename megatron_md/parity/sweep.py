@@ -131,7 +131,7 @@ def csv_row(directory: Path, run: SweepRun[ParityConfig]) -> dict[str, Any] | No
     shares = [record["signal_share"] for record in read_metrics(run.directory) if "signal_share" in record]
     schedule = config.objective.mask_schedule
     return {
-        "arm": run.arm,
+        "arm": run.name,
         "seed": config.seed,
         "n": config.task.n,
         "k": config.task.k,

@@ -36,16 +36,23 @@ class SweepRun(Generic[C]):
     """One run of a sweep.
 
     Attributes:
-        arm: what it is a run of, the point of the grid included.
+        arm: what it is a run of.
+        point: where on the grid; empty where there is none.
         seed: its seed.
         directory: where it is.
         config: it.
     """
 
     arm: str
+    point: str
     seed: int
     directory: Path
     config: C
+
+    @property
+    def name(self) -> str:
+        """Arm and point."""
+        return _name(self.arm, self.point)
 
 
 def expand(
@@ -64,34 +71,38 @@ def expand(
         ConfigError: an arm's words cannot be applied, an arm cannot be run, or two arms would share a directory.
     """
     arms = _arms_on_grid(sweep)
-    folders = [_folder(arm) for arm in arms]
+    folders = [_folder(_name(arm, point)) for arm, point, _ in arms]
     for name in sorted({name for name in folders if folders.count(name) > 1}):
         raise ConfigError([f"sweep.arms: two arms would be written to {name}; give them other names"])
     runs: list[SweepRun[C]] = []
     for number in sweep.seeds or [seed]:
-        for (arm, words), folder in zip(arms.items(), folders, strict=True):
+        for (arm, point, words), folder in zip(arms, folders, strict=True):
             place = directory / folder / f"seed_{number}"
             try:
                 config = build([*words, f"seed={number}", f"run_dir={json.dumps(str(place))}"])
                 if len(runs) < len(arms):  # seeds change nothing about what can be run
                     check(config)
             except ConfigError as error:
-                raise ConfigError([f"sweep.arms[{arm}]: {line}" for line in error.lines]) from None
-            runs.append(SweepRun(arm, number, place, config))
+                raise ConfigError([f"sweep.arms[{_name(arm, point)}]: {line}" for line in error.lines]) from None
+            runs.append(SweepRun(arm, point, number, place, config))
     return runs
 
 
-def _arms_on_grid(sweep: SweepConfig) -> dict[str, list[str]]:
-    """Name and words of each arm at each point of the grid."""
+def _arms_on_grid(sweep: SweepConfig) -> list[tuple[str, str, list[str]]]:
+    """(arm, point, words) of each arm at each point of the grid."""
     points: list[tuple[str, list[str]]] = [
         (
-            "".join(f", {key.rpartition('.')[2]} {value}" for key, value in zip(sweep.grid, values, strict=True)),
+            ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in zip(sweep.grid, values, strict=True)),
             [f"{key}={json.dumps(value)}" for key, value in zip(sweep.grid, values, strict=True)],
         )
         for values in itertools.product(*sweep.grid.values())
     ]
     arms = sweep.arms or {"run": []}
-    return {f"{arm}{name}": [*words, *more] for arm, words in arms.items() for name, more in points}
+    return [(arm, point, [*words, *more]) for arm, words in arms.items() for point, more in points]
+
+
+def _name(arm: str, point: str) -> str:
+    return f"{arm}, {point}" if point else arm
 
 
 def _folder(arm: str) -> str:

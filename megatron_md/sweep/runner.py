@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from megatron_md.messages import tell
 from megatron_md.processes import die_with_parent
 from megatron_md.sweep.plan import SweepRun
-from megatron_md.sweep.table import write_csv
+from megatron_md.sweep.table import write_table
 
 C = TypeVar("C")
 
@@ -98,7 +98,7 @@ class Sweep(Generic[C]):
 
     def _write(self, rows: dict[Path, dict[str, Any]]) -> None:
         if rows and self.path is not None:
-            write_csv(self.path, self._in_order(rows))
+            write_table(self.path, self._in_order(rows))
 
 
 @contextlib.contextmanager

@@ -80,6 +80,7 @@ class Study:
         schedule = run.config.objective.mask_schedule
         return {
             "arm": run.arm,
+            "point": run.point,
             "seed": run.seed,
             "objective": run.config.objective.name,
             "mask_schedule": schedule if isinstance(schedule, str) else json.dumps(schedule),

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_md.parity.plot import arm_curves, plot_sweep
 from megatron_md.parity.sweep import csv_row, runs_of
-from megatron_md.sweep.table import write_csv
+from megatron_md.sweep.table import write_table
 from tests.evaluate.test_plot import texts
 from tests.parity.test_sweep import config_for, pretend
 
@@ -22,7 +22,7 @@ def directory(tmp_path: Path) -> Path:
     # One seed measured once more, and later.
     with (runs[2].directory / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "signal_share": 0.3, "train_accuracy": 1.0, "valid_accuracy": 1.0}\n')
-    write_csv(tmp_path / "parity.csv", [row for run in runs if (row := csv_row(tmp_path, run)) is not None])
+    write_table(tmp_path / "parity.csv", [row for run in runs if (row := csv_row(tmp_path, run)) is not None])
     return tmp_path
 
 

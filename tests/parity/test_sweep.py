@@ -18,7 +18,7 @@ from megatron_md.parity.config import ParityConfig
 from megatron_md.parity.sweep import censored_median, csv_row, rows_of, run_sweep, runs_of, summary_of, table
 from megatron_md.sweep import runner
 from megatron_md.sweep.plan import SweepRun
-from megatron_md.sweep.table import by_arm, write_csv
+from megatron_md.sweep.table import by_arm, write_table
 from tests.parity.parity_config import small
 
 ARMS = {"low": ["objective.mask_schedule=uniform:0,0.3"], "direct": ["objective.name=direct_supervision"]}
@@ -57,7 +57,7 @@ def test_every_arm_runs_with_every_seed(tmp_path: Path) -> None:
 def test_arms_are_run_at_every_point_of_the_grid(tmp_path: Path) -> None:
     grid: dict[str, list[Any]] = {"task.train_samples": [20, None], "optimizer.weight_decay": [0, 0.1]}
     config = small(tmp_path, denoiser="uniform_attention", sweep={"arms": ARMS, "seeds": [1], "grid": grid})
-    runs = {run.arm: run.config for run in runs_of(config)}
+    runs = {run.name: run.config for run in runs_of(config)}
     assert len(runs) == 8
     run = runs["direct, train_samples None, weight_decay 0.1"]
     assert run.task.train_samples is None and run.optimizer.weight_decay == 0.1
@@ -89,14 +89,14 @@ def test_only_a_finished_run_of_the_same_config_counts(tmp_path: Path) -> None:
     pretend(other, status="running")
     assert summary_of(run) is not None and summary_of(other) is None
     changed = small(run.directory, denoiser="uniform_attention", seed=4, train={"steps": 5})
-    assert summary_of(SweepRun("low", 4, run.directory, changed)) is None
+    assert summary_of(SweepRun("low", "", 4, run.directory, changed)) is None
 
 
 def test_the_table_and_its_file(tmp_path: Path) -> None:
     runs = runs_of(config_for(tmp_path))
     for run, reached in zip(runs[:3], (100, None, 300), strict=True):
         pretend(run, reached, signal_probability=None if run.arm == "direct" else 0.4)
-    write_csv(tmp_path / "parity.csv", [row for run in runs if (row := csv_row(tmp_path, run)) is not None])
+    write_table(tmp_path / "parity.csv", [row for run in runs if (row := csv_row(tmp_path, run)) is not None])
     rows = rows_of(tmp_path)
     assert [(row["arm"], row["seed"], row["reached_step"]) for row in rows] == [
         ("low", "4", "100"), ("direct", "4", ""), ("low", "5", "300"),

@@ -20,6 +20,7 @@ from megatron_md.config.loader import ConfigError
 from megatron_md.sweep.study import Study, flops, summary_of
 from tests.trained_run import run_config
 
+PICTURES = ("nelbo.png", "differences.png", "ce_by_rate.png")
 ARMS = {"U[0, 1]": [], "window": ["objective.mask_schedule=paper"]}
 
 
@@ -34,9 +35,10 @@ def write_study(trained: Path, folder: Path, arms: dict[str, list[str]] = ARMS, 
 def test_every_arm_is_a_run_with_every_seed(trained: Path, tmp_path: Path) -> None:
     path = write_study(trained, tmp_path)
     study = Study(path, ["train.steps=3", 'sweep.grid={"optimizer.lr": [0.001, 0.002]}'])
-    assert [(run.arm, run.seed) for run in study.runs[:4]] == [
+    assert [(run.name, run.seed) for run in study.runs[:4]] == [
         ("U[0, 1], lr 0.001", 1), ("U[0, 1], lr 0.002", 1), ("window, lr 0.001", 1), ("window, lr 0.002", 1),
     ]  # fmt: skip
+    assert (study.runs[2].arm, study.runs[2].point) == ("window", "lr 0.001")
     assert len(study.runs) == 8 and len({run.directory for run in study.runs}) == 8
     last = study.runs[-1].config
     assert (last.seed, last.optimizer.lr, last.objective.mask_schedule, last.train.steps) == (2, 0.002, "paper", 3)
@@ -66,9 +68,9 @@ def test_arms_that_cannot_be_run_or_compared_are_refused(
 
 def test_nothing_validated_and_unknown_keys_are_refused(trained: Path, tmp_path: Path) -> None:
     path = write_study(trained, tmp_path)
-    with pytest.raises(ConfigError, match="nothing is validated: set data.valid and validation.sequences"):
+    with pytest.raises(ConfigError, match=r"nothing is validated: set data.valid and validation.sequences"):
         Study(path, ["validation.sequences=0"])
-    with pytest.raises(ConfigError, match="sweep.sedes; did you mean sweep.seeds"):
+    with pytest.raises(ConfigError, match=r"sweep.sedes; did you mean sweep.seeds"):
         Study(path, ["sweep.sedes=[1]"])
 
 
@@ -80,7 +82,13 @@ def test_a_dry_run_lists_runs_and_costs(trained: Path, tmp_path: Path, capsys: p
     assert main(["sweep", str(path), "--dry-run", "train.steps=4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].split()[:3] == ["0", "to", "do"]
-    assert lines[4] == f"4 runs, {8 * flops(runs[0].config):.3g} FLOPs", "twice the steps of the file"
+    assert lines[4].startswith(f"4 runs, {8 * flops(runs[0].config):.3g} FLOPs; hours are known once"), (
+        "twice the steps"
+    )
+    assert main(["sweep", str(path), "--report", "--reference", "windo"]) == 2
+    assert "--reference windo: the study has the arms U[0, 1], window" in capsys.readouterr().err
+    assert main(["sweep", str(path), "--report"]) == 2
+    assert "results.csv: no such file; make it with `megatron-md sweep STUDY.yaml`" in capsys.readouterr().err
     assert main(["sweep", str(path), "--only", "4"]) == 2
     assert "--only 4: the study has runs 0 to 3" in capsys.readouterr().err
 
@@ -103,7 +111,13 @@ def test_a_killed_study_comes_to_the_same_table(
     assert not (tmp_path / "whole/study/results.csv").exists(), "one run of an array writes no table"
     assert main(["sweep", str(path), "--workers", "2"]) == 0
     printed = capsys.readouterr()
-    assert "4 runs, 1 of them done already" in printed.err and printed.out.count("NELBO") == 4
+    assert "4 runs, 1 of them done already" in printed.err and "less U[0, 1] [95 %]" in printed.out
+    assert main(["sweep", str(path), "--dry-run"]) == 0
+    assert "0.00 hours left, one run at a time" in capsys.readouterr().out
+    report = (tmp_path / "whole/study/report.md").read_text()
+    assert all((tmp_path / "whole/study" / name).is_file() and name in report for name in PICTURES)
+    with (tmp_path / "whole/study/results.jsonl").open() as lines:
+        assert [json.loads(line)["arm"] for line in lines] == ["U[0, 1]", "window"] * 2
     whole = figures(tmp_path / "whole")
     assert [(row["arm"], row["seed"]) for row in whole] == [
         ("U[0, 1]", "1"), ("window", "1"), ("U[0, 1]", "2"), ("window", "2"),

@@ -114,7 +114,7 @@ def nelbo_of_average(run: Any) -> float:
     from megatron_md.train.callbacks.validation import Validation
 
     with ema.in_model(run.optimizer, run.chunks):
-        return float(Validation(run.config, run.inference, ROWS, mask_token_id=MASK).validate()["val_nelbo"])
+        return Validation(run.config, run.inference, ROWS, mask_token_id=MASK).validate().report().nelbo
 
 
 def two_legs(config: Config, run_dir: Path, first: int, stop: int) -> float:
@@ -172,7 +172,7 @@ def exchanged(config: Config) -> tuple[float, float, bool, Curve]:
         run.train(0, 4)
 
         def nelbo() -> float:
-            return float(Validation(config, run.inference, ROWS, mask_token_id=MASK).validate()["val_nelbo"])
+            return Validation(config, run.inference, ROWS, mask_token_id=MASK).validate().report().nelbo
 
         def state() -> list[torch.Tensor]:
             held = [parameter.detach().clone() for _, parameter in named_parameters(run.chunks)]

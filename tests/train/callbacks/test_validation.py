@@ -13,7 +13,7 @@ import torch
 from megatron_md.batch import CorruptedBatch
 from megatron_md.config import Config
 from megatron_md.diffusion.scoring import ScoredRows
-from megatron_md.train.callbacks.validation import Validation
+from megatron_md.train.callbacks.validation import Validation, nelbo_record
 from tests.ranks import run_ranks
 from tests.small_run import CONFIG, LENGTH, MASK, VOCAB, small_run, variant
 
@@ -36,7 +36,7 @@ def nelbos(config: Config) -> tuple[float, float, int]:
     with small_run(config) as run:
 
         def nelbo(of: ScoredRows) -> float:
-            return float(Validation(config, run.inference, of, mask_token_id=MASK).validate()["val_nelbo"])
+            return Validation(config, run.inference, of, mask_token_id=MASK).validate().report().nelbo
 
         together = nelbo(ScoredRows(tokens, np.ones_like(tokens, dtype=bool), cu_seqlens=pairs))
         return together, nelbo(ScoredRows(alone, is_maskable, cu_seqlens=singles)), int(is_maskable.sum())
@@ -73,7 +73,8 @@ class LogV:
 def validated(nats: float, **keys: Any) -> dict[str, Any]:
     rows = ScoredRows(np.zeros((6, LENGTH), dtype=np.int64), np.ones((6, LENGTH), dtype=bool))
     config = variant(CONFIG, validation={"rate_bins": 4, **keys})
-    return Validation(config, LogV(nats), rows, mask_token_id=MASK).validate()
+    table = Validation(config, LogV(nats), rows, mask_token_id=MASK).validate()
+    return nelbo_record(table, config.validation.rate_bins)
 
 
 def test_a_uniform_model_has_log_v_at_every_rate() -> None:

@@ -1,0 +1,65 @@
+"""What a study found, to read: final NELBO of the arms, paired differences, tokens to a NELBO, and three pictures."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_md.files import replace_file
+from megatron_md.messages import shown
+from megatron_md.sweep.figures import ArmFigures, read_study
+from megatron_md.sweep.pictures import draw_study
+
+REPORT_NAME = "report.md"
+
+
+def write_report(directory: Path, reference: str | None = None) -> str:
+    """Write DIRECTORY/report.md and its pictures.
+
+    Returns:
+        The report, without the pictures.
+
+    Raises:
+        UserError: see `read_study`.
+    """
+    points = read_study(directory, reference)
+    pictures = draw_study(points, directory)
+    text = "\n\n".join(_section(point, arms) for point, arms in points.items())
+    links = "".join(f"\n![{name}]({picture.name})\n" for name, picture in pictures.items())
+    replace_file(directory / REPORT_NAME, f"# {shown(directory.name)}\n\n{NOTES}\n\n{text}\n{links}")
+    return text
+
+
+NOTES = """NELBO in nats per token over the full range of mask rates, the same rows and masks for every run. Difference:
+paired by seed and row, with the 95 % interval of a bootstrap over both, and Holm's p over the arms of the table.
+Tokens: until the NELBO is that of the reference at its end (median; range over seeds); "-": never."""
+
+
+def _section(point: str, arms: Sequence[ArmFigures]) -> str:
+    """A table in Markdown."""
+    columns = "arm", "seeds", "final NELBO: median (range)", f"less {_cell(arms[0].name)} [95 %]", "p (Holm)", "tokens"
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*([f"## {shown(point)}", ""] if point else []), *head, *(_line(arm) for arm in arms)])
+
+
+def _cell(text: str) -> str:
+    return shown(text).replace("|", r"\|")
+
+
+def _line(arm: ArmFigures) -> str:
+    final = sorted(run.nelbo[-1] for run in arm.runs)
+    found, text = arm.difference, "| | "
+    if found is not None and arm.p_holm is not None:
+        text = f"| {found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}] | {arm.p_holm:.2g} "
+    tokens = sorted(arm.tokens)
+    reach = " to ".join(_millions(value) for value in (tokens[0], tokens[-1]))
+    return (
+        f"| {_cell(arm.name)} | {len(arm.runs)} | {statistics.median(final):.4f} ({final[0]:.4f} to {final[-1]:.4f}) "
+        f"{text}| {_millions(statistics.median(tokens))} ({reach}) |"
+    )
+
+
+def _millions(tokens: float) -> str:
+    return f"{tokens / 1e6:.2f}M" if math.isfinite(tokens) else "-"
