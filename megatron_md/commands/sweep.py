@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if args.only is not None and not 0 <= args.only < len(study.runs):
         raise UserError(f"--only {args.only}: the study has runs 0 to {len(study.runs) - 1}")
     failed = 0
-    if not args.report:
+    if args.report:
+        study.collect()
+    else:
         rows, failed = study.run(args.workers, only=args.only)
         if args.only is not None or not rows:
             return 1 if failed else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class ArmFigures:
         runs: one for each seed.
         difference: from the reference arm; None for that itself, and where no seed is shared.
         p_holm: of the difference, corrected for all arms of the point.
-        tokens: to reach the reference's median final NELBO, of each run.
+        tokens: of each run to the final NELBO of the reference with its seed; inf where it does not get there.
     """
 
     name: str
@@ -127,7 +126,6 @@ class _Reader:
 def _arms(arms: dict[str, list[RunFigures]], reference: str, read: _Reader) -> list[ArmFigures]:
     """The arms of one point, the reference first."""
     base = {run.seed: run for run in arms.get(reference, [])}
-    target = statistics.median(run.nelbo[-1] for run in base.values()) if base else math.nan
     names = sorted(arms, key=lambda name: name != reference)
     differences: dict[str, Difference | None] = {}
     for name in names:
@@ -144,7 +142,11 @@ def _arms(arms: dict[str, list[RunFigures]], reference: str, read: _Reader) -> l
             arms[name],
             differences[name],
             adjusted.get(name),
-            [tokens_to_reach(run.tokens, run.nelbo, target) for run in arms[name]],
+            [
+                tokens_to_reach(run.tokens, run.nelbo, base[run.seed].nelbo[-1])
+                for run in arms[name]
+                if run.seed in base
+            ],
         )
         for name in names
     ]

@@ -34,7 +34,7 @@ def write_report(directory: Path, reference: str | None = None) -> str:
 
 NOTES = """NELBO in nats per token over the full range of mask rates, the same rows and masks for every run. Difference:
 paired by seed and row, with the 95 % interval of a bootstrap over both, and Holm's p over the arms of the table.
-Tokens: until the NELBO is that of the reference at its end (median; range over seeds); "-": never."""
+Tokens: until the NELBO is the final one of the reference with the same seed (median; range over seeds); "-": never."""
 
 
 def _section(point: str, arms: Sequence[ArmFigures]) -> str:
@@ -54,10 +54,12 @@ def _line(arm: ArmFigures) -> str:
     if found is not None and arm.p_holm is not None:
         text = f"| {found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}] | {arm.p_holm:.2g} "
     tokens = sorted(arm.tokens)
-    reach = " to ".join(_millions(value) for value in (tokens[0], tokens[-1]))
+    reach = (
+        f"{_millions(statistics.median(tokens))} ({_millions(tokens[0])} to {_millions(tokens[-1])})" if tokens else ""
+    )
     return (
         f"| {_cell(arm.name)} | {len(arm.runs)} | {statistics.median(final):.4f} ({final[0]:.4f} to {final[-1]:.4f}) "
-        f"{text}| {_millions(statistics.median(tokens))} ({reach}) |"
+        f"{text}| {reach} |"
     )
 
 

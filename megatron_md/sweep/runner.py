@@ -87,8 +87,8 @@ class Sweep(Generic[C]):
                     tell(f"{run.directory} failed: it ended without figures (see {run.directory / 'log.txt'})")
                     continue
                 rest = math.fsum(left.values())
-                hours = (time.monotonic() - begin) * rest / (whole - rest) / 3600.0
-                tell(f"{run.directory}: {self._verdict(row)}; {len(left)} left, about {hours:.1f} h")
+                minutes = (time.monotonic() - begin) * rest / (whole - rest) / 60.0
+                tell(f"{run.directory}: {self._verdict(row)}; {len(left)} left, about {_time(minutes)}")
                 rows[run.directory] = row
                 self._write(rows)
         return self._in_order(rows), failed
@@ -99,6 +99,10 @@ class Sweep(Generic[C]):
     def _write(self, rows: dict[Path, dict[str, Any]]) -> None:
         if rows and self.path is not None:
             write_table(self.path, self._in_order(rows))
+
+
+def _time(minutes: float) -> str:
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 @contextlib.contextmanager

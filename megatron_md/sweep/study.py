@@ -22,6 +22,7 @@ from megatron_md.run.epochs import count_steps
 from megatron_md.run.estimate import training_flops_per_token
 from megatron_md.sweep.plan import SweepConfig, SweepRun, expand
 from megatron_md.sweep.runner import Sweep
+from megatron_md.sweep.table import write_table
 from megatron_md.train.progress import Progress
 
 TABLE_NAME = "results.csv"
@@ -71,6 +72,13 @@ class Study:
         """
         runs, path = (self.runs, self.directory / TABLE_NAME) if only is None else ([self.runs[only]], None)
         return Sweep(runs, path, start=train, row=self.row, verdict=_verdict, cost=flops).run(workers)
+
+    def collect(self) -> list[dict[str, Any]]:
+        """The lines of the runs that are done, which become the table; where there is none, it is left alone."""
+        rows = [row for run in self.runs if (row := self.row(run)) is not None]
+        if rows:
+            write_table(self.directory / TABLE_NAME, rows)
+        return rows
 
     def row(self, run: SweepRun[Config]) -> dict[str, Any] | None:
         """A run's line of the table, if it has been trained to its end as configured."""
