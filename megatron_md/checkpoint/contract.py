@@ -19,6 +19,7 @@ DEPENDS = {
     "data.train": "refused unless it is the same corpus",
     "data.tokenizer": "refused unless it is the same tokenizer",
     "model.vocab": "refused unless tokenizer or shards give the same number",
+    "objective.pairs": "refused if rows show a text once in one and twice in the other",
     "train.precision": "refused if the optimizer keeps its state differently",
     "megatron": "refused if model or optimizer change by it",
 }
@@ -49,7 +50,10 @@ def resume_contract(
         base: hash of the weights that adapters are trained on.
     """
     adapters = {"lora": config.lora.identity() if config.lora else None, "lora.base": base}
-    return {**stream, **model_identity(config), "tokenizer": tokenizer, "objective is causal": causal, **adapters}
+    # Not in the checkpoints of runs that show every text once.
+    pairs = {"objective.pairs": config.objective.pairs if config.objective.rows_per_text > 1 else None}
+    own = {"tokenizer": tokenizer, "objective is causal": causal}
+    return {**stream, **model_identity(config), **own, **adapters, **pairs}
 
 
 def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any]]:

@@ -290,6 +290,13 @@ class ObjectiveConfig:
     mask_logit: Annotated[Literal["exclude", "keep"], Doc("may the mask token itself be predicted (LLaDA: keep)")] = (
         "exclude"
     )
+    pairs: Annotated[
+        Literal["none", "antithetic", "complementary"],
+        Doc(
+            "rows 2k and 2k+1 of a global batch: antithetic: at mirrored rates; complementary: one text twice, masked "
+            "where the other is not"
+        ),
+    ] = "none"
     right_shift: Annotated[
         bool, Doc("the output at a position predicts the token to its right (Dream, starts from causal models)")
     ] = False
@@ -303,8 +310,14 @@ class ObjectiveConfig:
         default_factory=dict
     )
 
+    @property
+    def rows_per_text(self) -> int:
+        """Rows in a row that show the same text."""
+        return 2 if self.pairs == "complementary" else 1
+
     def problems(self, run: Config) -> Iterator[str]:
         """What these keys contradict in the run, a line for each; `run.check` reads the mask schedule."""
+        yield from self._problems_of_pairs(run)
         is_within = run.data.document_attention == "within_document"
         if self.right_shift and is_within:
             yield (
@@ -320,3 +333,15 @@ class ObjectiveConfig:
             )
         if self.name == "autoregressive":
             yield "objective.attention_annealing: attention of autoregressive is always causal; set it to 0"
+
+    def _problems_of_pairs(self, run: Config) -> Iterator[str]:
+        if self.pairs == "none":
+            return
+        if self.name == "autoregressive":
+            yield f"objective.pairs {self.pairs}: autoregressive masks nothing; set none"
+        sizes = {"train.global_batch_size": run.train.global_batch_size}
+        if ramp := run.train.batch_ramp:
+            sizes |= {"train.batch_ramp.start": ramp.start, "train.batch_ramp.increment": ramp.increment}
+        for key, rows in sizes.items():
+            if rows % 2:
+                yield f"objective.pairs {self.pairs} needs an even number of rows in a global batch: {key} is {rows}"

@@ -33,7 +33,7 @@ from megatron_md.batch import DamagedDocument, Int32Array, Int64Array, Rows
 from megatron_md.config import DataConfig
 from megatron_md.data.chat_rows import DialogueStream
 from megatron_md.data.shards import Manifest
-from megatron_md.data.stream import RowStream, SequenceStream
+from megatron_md.data.stream import RepeatedRows, RowStream, SequenceStream
 from megatron_md.errors import UserError
 
 # Shares are exact where they have a common denominator up to this (five decimal places), else rounded to multiples of
@@ -289,18 +289,20 @@ def corpus_stream(config: DataConfig, manifest: Manifest, *, seed: int) -> Corpu
     return SequenceStream(manifest, seed=seed, keep_going=True, **keys)
 
 
-def open_stream(config: DataConfig, manifests: Sequence[Manifest], *, seed: int) -> RowStream:
+def open_stream(config: DataConfig, manifests: Sequence[Manifest], *, seed: int, rows_per_text: int = 1) -> RowStream:
     """The rows that `data.train` asks for; damaged documents become gaps.
 
     Args:
         config: the `data` section.
         manifests: the loaded manifest of each of `config.corpora()`.
         seed: the run's seed.
+        rows_per_text: rows in a row that show the same text (`objective.pairs`).
 
     Raises:
         UserError: see `MixtureSchedule` and `corpus_stream`.
     """
     streams = [corpus_stream(config, manifest, seed=seed) for manifest in manifests]
-    if isinstance(config.train, str):
-        return streams[0]
-    return MixtureStream(streams, [corpus.points() for corpus in config.corpora()])
+    stream: RowStream = streams[0]
+    if not isinstance(config.train, str):
+        stream = MixtureStream(streams, [corpus.points() for corpus in config.corpora()])
+    return stream if rows_per_text == 1 else RepeatedRows(stream, rows_per_text)

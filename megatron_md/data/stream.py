@@ -238,6 +238,34 @@ class _Window:
         return part
 
 
+class RepeatedRows:
+    """Every row of a stream several times in a row: row g shows row g // times of it.
+
+    Attributes:
+        is_ragged: as the stream's.
+    """
+
+    def __init__(self, stream: RowStream, times: int) -> None:
+        self.is_ragged, self._stream, self._times = stream.is_ragged, stream, times
+
+    def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
+        """See `RowStream.rows`."""
+        index_B = np.asarray(sample_index, dtype=np.int64)
+        return replace(self._stream.rows(index_B // self._times), sample_index_B=index_B)
+
+    def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:
+        """See `RowStream.row_lengths`."""
+        return self._stream.row_lengths(np.asarray(sample_index, dtype=np.int64) // self._times)
+
+    def state(self, rows: int) -> dict[str, Any]:
+        """See `RowStream.state`."""
+        return self._stream.state(-(-rows // self._times))
+
+    def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
+        """See `RowStream.quarantine`."""
+        self._stream.quarantine(documents)
+
+
 def validation_rows(manifest: Manifest, seq_length: int, count: int) -> Rows:
     """A fixed set of distinct rows: the first `count` of the corpus' first epoch, or all where it holds fewer."""
     stream = SequenceStream(manifest, seed=VALIDATION_SEED, seq_length=seq_length)

@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 
 _SHORT_ROW = 64  # up to this length the words of many rows are drawn together
 _ROWS_TOGETHER = 512  # keeps their arrays in the processor's cache
-_ONE_BELOW = float(np.nextafter(1.0, 0.0))
+ONE_BELOW = float(np.nextafter(1.0, 0.0))
 
 
 @lru_cache(maxsize=64)
@@ -91,7 +91,7 @@ def stratified_uniforms(
     words = random_words(seed, f"{purpose}/strata", (first_sample_index, global_batch_size), global_batch_size)
     strata = np.argsort(words, kind="stable")
     jitter = uniforms(seed, f"{purpose}/jitter", 0, global_batch_size, start=first_sample_index)
-    u = np.minimum((strata + jitter) / global_batch_size, _ONE_BELOW)
+    u = np.minimum((strata + jitter) / global_batch_size, ONE_BELOW)
     u.flags.writeable = False
     return u
 

@@ -20,11 +20,10 @@ from megatron_md.diffusion.corruption import (
     assemble,
     count_by,
     counted_sequences,
-    mask_at_rate,
     shift_right,
-    stratified_uniforms_of_rows,
 )
 from megatron_md.diffusion.names import objectives
+from megatron_md.diffusion.pairs import Pairs, draw_masks, draw_rates, law_of_rates
 from megatron_md.diffusion.schedule import MaskSchedule, parse_schedule
 from megatron_md.diffusion.weighting import Normalise, Weighting
 from megatron_md.errors import UserError
@@ -120,8 +119,8 @@ def mean_metrics(nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
 class MaskedDiffusion:
     """Mask each maskable position of a row with probability t and predict the tokens there.
 
-    t is the schedule's inverse CDF at uniforms that are stratified over the global batch. Weights and denominator:
-    `weighting`.
+    t is the schedule's inverse CDF at uniforms that are stratified over the global batch; rows may come in `pairs`.
+    Weights and denominator: `weighting`.
     """
 
     name: str = "masked_diffusion"
@@ -137,10 +136,11 @@ class MaskedDiffusion:
         """
         config = context.config
         self.schedule = context.schedule
+        self.pairs: Pairs = config.pairs
         self.seed = context.seed
         self.mask_token_id = context.mask_token_id
         self.weighting = Weighting(
-            context.schedule,
+            law_of_rates(config),
             weight=config.weight,
             importance=config.importance,
             normalise=config.normalise or self.default_normalise,
@@ -150,9 +150,9 @@ class MaskedDiffusion:
     def corrupt(self, batch: CleanBatch) -> CorruptedBatch:
         """Draw t and the masks of the rows; see `Objective.corrupt`."""
         progress = batch.position.progress
-        drawn_B = self.schedule.sample(stratified_uniforms_of_rows(self.seed, batch), progress)
+        drawn_B = draw_rates(self.seed, batch, self.schedule, self.pairs, self.weighting.min_mask_rate)
         mask_rate_B = self.weighting.floored(drawn_B)
-        is_masked_BL = mask_at_rate(self.seed, batch.sample_index_B, mask_rate_B, batch.is_maskable_BL)
+        is_masked_BL = draw_masks(self.seed, batch, mask_rate_B, self.pairs)
         row_S, sequence_N = counted_sequences(batch)
         masked_S = count_by(sequence_N, len(row_S), is_masked_BL)
         maskable_S = count_by(sequence_N, len(row_S), batch.is_maskable_BL)

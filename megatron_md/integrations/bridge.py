@@ -99,7 +99,12 @@ class DiffusionTask:
             eos_token_id=manifests[0].eos_id,
             within_document=self.config.data.document_attention == "within_document",
         )
-        self.stream = open_stream(self.config.data, manifests, seed=self.config.seed)
+        self.stream = open_stream(
+            self.config.data,
+            manifests,
+            seed=self.config.seed,
+            rows_per_text=self.config.objective.rows_per_text,
+        )
         self._stages: list[Denoiser] = []
         self._mask: tuple[BoolArray | None, torch.Tensor | None] = (None, None)
         self._checked: set[torch.nn.Module] = set()

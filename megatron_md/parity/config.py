@@ -201,6 +201,8 @@ def _check_rest(config: ParityConfig) -> Iterator[str]:
         yield "objective.mask_logit keep: label accuracy needs exactly two tokens to choose from; set exclude"
     if config.objective.name == "autoregressive":
         yield "objective.name autoregressive: the label of a causal model sees no mask; use direct_supervision"
+    if config.objective.pairs == "complementary":
+        yield "objective.pairs complementary: the samples of a parity batch come once each; set none or antithetic"
     if config.accuracy.every_steps % config.log.every_steps:
         yield (
             f"accuracy.every_steps {config.accuracy.every_steps} is no multiple of log.every_steps "

@@ -64,7 +64,7 @@ def build(
     optimizer = build_optimizer(config, chunks)
     stepper = Stepper(config, world, chunks, optimizer, objective)
     inference = Inference(config, world, chunks, causal=objective.causal, mask_token_id=manifest.mask_id)
-    stream = open_stream(config.data, manifests, seed=config.seed)
+    stream = open_stream(config.data, manifests, seed=config.seed, rows_per_text=config.objective.rows_per_text)
 
     base = open_base(Path(str(config.checkpoint.load))) if config.lora else None
     quarantine = Quarantine(directory, max_quarantined=config.data.max_quarantined)

@@ -17,6 +17,7 @@ from megatron_md.data.mixture import MixtureSchedule
 from megatron_md.data.shards import load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.names import objectives
+from megatron_md.diffusion.pairs import law_of_rates
 from megatron_md.diffusion.schedule import parse_schedule
 from megatron_md.messages import nearest
 from megatron_md.plugins import import_plugins
@@ -141,7 +142,7 @@ def _check_objective(config: Config, trust: bool) -> Iterator[str]:
     objective = config.objective
     try:
         import_plugins(config, trust=trust)
-        schedule = parse_schedule(objective.mask_schedule)
+        parse_schedule(objective.mask_schedule)
     except ConfigError as error:
         yield from error.lines
         return
@@ -152,7 +153,7 @@ def _check_objective(config: Config, trust: bool) -> Iterator[str]:
     if not config.imports and objective.name not in objectives.built_in:
         known, close = ", ".join(objectives.built_in), nearest(objective.name, objectives.built_in)
         yield f"objective.name {objective.name!r} is unknown{close} (known: {known}; add others by imports)"
-    if objective.importance and not schedule.has_full_support():
+    if objective.importance and not law_of_rates(objective).has_full_support():
         yield (
             f"objective.importance needs a density above 0 on all of [0, 1], which {objective.mask_schedule} lacks: "
             "use a mixture with uniform:0,1, or set objective.importance=false"

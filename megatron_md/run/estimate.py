@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_md.config import Config, ModelConfig, ResolvedConfig, ResolvedModel, to_yaml
 from megatron_md.config.lora import LINEARS
-from megatron_md.diffusion.schedule import parse_schedule
+from megatron_md.diffusion.pairs import law_of_rates
 from megatron_md.run.check import Layout
 from megatron_md.train.progress import Progress, batch_size_at
 
@@ -69,7 +69,7 @@ def predicted_fraction(config: Config) -> float:
     """Expected share of positions that are predicted, hence pass through the head: E[t], averaged over the run."""
     if config.objective.name == "autoregressive":
         return 1.0
-    schedule = parse_schedule(config.objective.mask_schedule)
+    schedule = law_of_rates(config.objective)
     moments = [(step + 0.5) / 16 for step in range(16)]
     return sum(schedule.mean(progress) for progress in moments) / len(moments)
 
@@ -78,7 +78,7 @@ def highest_fraction(config: Config) -> float:
     """Share of positions that the head sees of a row at the highest mask rate that the run draws."""
     if config.objective.name == "autoregressive":
         return 1.0
-    schedule = parse_schedule(config.objective.mask_schedule)
+    schedule = law_of_rates(config.objective)
     moments = [(step + 0.5) / 16 for step in range(16)]
     return max(float(schedule.inverse_cdf(np.ones(1), progress)[0]) for progress in moments)
 
