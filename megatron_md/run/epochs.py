@@ -33,7 +33,7 @@ def count_steps(config: Config) -> Config:
     if len(corpora) > 1:
         raise ConfigError("train.epochs counts passes over one corpus, and data.train mixes several: give train.steps")
     manifest = load_manifest(corpora[0].manifest, cache=Cache.of(config.data))
-    per_epoch = corpus_stream(config.data, manifest, seed=config.seed).rows_per_epoch
+    per_epoch = corpus_stream(config.data, corpora[0], manifest, seed=config.seed).rows_per_epoch
     rows = math.ceil(Fraction(str(epochs)) * per_epoch)
     steps = bisect_left(range(MOST), rows, lo=1, key=lambda step: rows_before(config, step))
     counted = replace(config, train=replace(config.train, steps=steps, epochs=None))
