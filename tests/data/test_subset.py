@@ -12,14 +12,17 @@ import pytest
 
 from megatron_md.batch import BatchPosition
 from megatron_md.config import ChatConfig, CorpusConfig, DataConfig
+from megatron_md.data.cache import Cache
 from megatron_md.data.chat_rows import DialogueStream
 from megatron_md.data.mixture import open_stream
-from megatron_md.data.shards import Manifest
+from megatron_md.data.shards import Manifest, ShardReader, load_manifest
 from megatron_md.data.stream import SequenceStream, micro_batches
 from megatron_md.data.subset import Subset, choose
+from megatron_md.data.survey import token_counts
 from megatron_md.errors import UserError
+from tests.data.file_server import file_server
 from tests.data.small_chat import all_dialogues, random_dialogues, write_chat_corpus
-from tests.data.small_corpus import EOS, PAD, WriteCorpus, all_documents, random_documents
+from tests.data.small_corpus import EOS, PAD, WriteCorpus, all_documents, flip_byte, random_documents
 
 L = 32
 
@@ -149,3 +152,39 @@ def test_corpora_of_a_mixture_are_cut_one_by_one_and_states_tell_them_apart(
     single = open_stream(replace(config, train=paths[0], max_tokens=900), [corpus], seed=7)
     assert single.state(4)["data.max_tokens"] == 900
     assert single.rows([0, 5]).tokens_BL.tolist() == mixture.streams[0].rows([0, 5]).tokens_BL.tolist()
+
+
+def test_the_unigram_entropy_is_that_of_what_is_served(corpus: Manifest) -> None:
+    cut = stream(corpus, 1500)
+    rows = cut.rows(range(cut.rows_per_epoch))
+    served = np.bincount(rows.tokens_BL[rows.is_maskable_BL], minlength=corpus.vocab_size)
+    np.testing.assert_array_equal(token_counts(corpus, 1500), served)
+
+
+def test_of_a_remote_corpus_only_shards_that_are_taken_are_fetched(
+    corpus: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with file_server(tmp_path) as server:
+        far = load_manifest(f"{server.url}/{corpus.directory.name}", cache=Cache(tmp_path / "cache", 10**8))
+        cut, near = stream(far, 1500), stream(corpus, 1500)
+        g = range(3 * near.rows_per_epoch)
+        assert (cut.rows(g).tokens_BL == near.rows(g).tokens_BL).all()
+        asked = {Path(path).name for path in server.requests}
+    taken = [corpus.shards[number] for number in near.subset.shards]
+    assert asked == {"manifest.json", *(shard.name for shard in taken), *(shard.index for shard in taken)}
+
+
+def test_damage_is_named_by_the_documents_number_in_its_shard(corpus: Manifest) -> None:
+    subset = stream(corpus, 1500).subset
+    assert subset.part is not None
+    shard, part = subset.part
+    reader = ShardReader(corpus, shard)
+    lengths, offsets = reader.index["tokens"].tolist(), reader.index["offset"].tolist()
+    taken = next(number for number in part.tolist() if lengths[number] > 20)
+    left = next(number for number in range(len(lengths)) if number not in part and lengths[number] > 20)
+    for number in (taken, left):
+        flip_byte(reader.path, offsets[number] + 2)
+    cut = stream(corpus, 1500, keep_going=True)
+    rows = cut.rows(range(cut.rows_per_epoch))
+    assert {(damaged.shard, damaged.document) for damaged in rows.damaged} == {(corpus.shards[shard].name, taken)}
+    assert rows.is_maskable_BL.sum() == subset.tokens + subset.documents - lengths[taken] - 1
