@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from megatron_md.checkpoint.contract import effect
 from megatron_md.cli import main
 from megatron_md.config import CorpusConfig, to_yaml
+from megatron_md.data.shards import load_manifest
+from megatron_md.data.stream import SequenceStream
 from megatron_md.run.check import check_config
 from megatron_md.run.epochs import local_passes
 from megatron_md.train.records import has_overfitted, lowest
@@ -77,6 +80,18 @@ def test_a_dry_run_tells_unique_tokens_and_epochs(
     (tmp_path / "run.yaml").write_text(to_yaml(few(tmp_path / "run", corpora, 4)))
     assert main(["train", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
     assert f"  400 unique tokens in 4 documents, 4.31 epochs of {corpora['train']}\n" in capsys.readouterr().out
+
+
+def test_rows_of_such_a_run_are_shown(corpora: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "show", corpora["train"], "--seq-length", "32", "--window-shards", "2", "--row", "12"]
+    assert main([*words, "--max-tokens", str(MOST)]) == 0
+    cut = capsys.readouterr().out
+    assert main(words) == 0 and capsys.readouterr().out != cut
+    assert len(re.findall(r"^row 12: ", cut, re.MULTILINE)) == 1
+    rows = SequenceStream(load_manifest(corpora["train"]), seed=1234, seq_length=32, window_shards=2, max_tokens=MOST)
+    assert f"row 12: {rows.rows([12]).is_maskable_BL.sum()} maskable tokens" in cut
+    assert main([*words, "--max-tokens", "7000"]) == 2
+    assert "max_tokens 7000 is more than the 6000 of" in capsys.readouterr().err
 
 
 def test_corpora_of_a_mixture_are_told_one_by_one(tmp_path: Path, corpora: dict[str, str]) -> None:
