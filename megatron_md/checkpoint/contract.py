@@ -13,7 +13,15 @@ from megatron_md.config import loader as config_loader
 from megatron_md.messages import redacted
 
 # What a checkpoint must agree on to be resumed, besides `model_identity`.
-REFUSED = ("seed", "data.seq_length", "data.window_shards", "lora.rank", "lora.alpha", "lora.targets")
+REFUSED = (
+    "seed",
+    "data.seq_length",
+    "data.max_tokens",
+    "data.window_shards",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+)
 DEPENDS = {
     "data.chat": "refused if rows are made of the dialogues in another way",
     "data.train": "refused unless it is the same corpus",

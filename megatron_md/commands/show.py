@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array, Rows
+from megatron_md.commands.arguments import positive
 from megatron_md.config import ChatConfig, Config, DataConfig
 from megatron_md.config.loader import apply_overrides, validate
 from megatron_md.data.chat_rows import DialogueStream
@@ -53,6 +55,7 @@ def add_show(show: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="of dialogues, as in the run's data.chat: rows=packed eos_padding=one",
     )
+    show.add_argument("--max-tokens", type=positive, metavar="N", help="as the run's data.max_tokens (all tokens)")
     keys = {
         "seed": (1234, "seed"),
         "seq-length": (256, "data.seq_length"),
@@ -167,15 +170,16 @@ def _row_stream(manifest: Manifest, args: argparse.Namespace) -> tuple[RowStream
     Raises:
         UserError: these keys are not sound, or the corpus has no use for them.
     """
+    options: dict[str, Any] = {"seed": args.seed, "seq_length": args.seq_length, "keep_going": True}
+    options["max_tokens"] = args.max_tokens
     if manifest.kind == "text":
         if args.chat:
             raise UserError(f"--chat {args.chat[0]}: {manifest.location} is a corpus of text")
-        options = {"window_shards": args.window_shards, "keep_going": True}
-        return SequenceStream(manifest, seed=args.seed, seq_length=args.seq_length, **options), None
+        return SequenceStream(manifest, window_shards=args.window_shards, **options), None
     keys: dict[str, object] = {}
     overridden = apply_overrides(keys, args.chat)
     chat = validate(ChatConfig, keys, "--chat", overridden)
-    return DialogueStream(manifest, chat, seed=args.seed, seq_length=args.seq_length, keep_going=True), chat
+    return DialogueStream(manifest, chat, **options), chat
 
 
 def _row_length(stream: RowStream, chat: ChatConfig, g: int, args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from megatron_md.config import Config, ConfigError, explain, load_config
 from megatron_md.messages import say, tell
 from megatron_md.run.check import check_config, resolve_config
 from megatron_md.run.check_corpora import corpus_problems, missing_files
-from megatron_md.run.epochs import count_steps
+from megatron_md.run.epochs import count_steps, local_passes
 from megatron_md.run.estimate import report
 
 EXAMPLES = f"""examples:
@@ -117,7 +117,7 @@ def _dry_run(config: Config, world_size: int, *, trust: bool) -> int:
     # What torch would find, as far as that can be told without it.
     has_cuda = config.train.device != "cpu" and Path("/proc/driver/nvidia/version").exists()
     config = replace(config, train=config.train.settled("cuda" if has_cuda else "cpu"))
-    text = report(resolve_config(config), layout)
+    text = report(resolve_config(config), layout, local_passes(config))
     if os.environ.get("RANK", "0") == "0":
         say(text, multiline=True)
         for line in missing_files(config):

@@ -197,6 +197,7 @@ class CorpusConfig:
         Doc("its share of the rows next to the others' weights; [[g, weight], ...] from row g of the run on"),
     ]
     name: Annotated[str | None, Doc("what messages call it; the manifest's path if null")] = None
+    max_tokens: Annotated[PositiveInt | None, Doc("as data.max_tokens, of this corpus")] = None
 
     @property
     def label(self) -> str:
@@ -226,6 +227,10 @@ class DataConfig:
         Doc("what a token attends to: the whole row, or its own document in the row only"),
     ] = "full"
     chat: Annotated[ChatConfig, Doc("rows of corpora of dialogues")] = field(default_factory=ChatConfig)
+    max_tokens: Annotated[
+        PositiveInt | None,
+        Doc("train on documents of data.train with so many tokens in all, the same for every seed; null: on all"),
+    ] = None
     window_shards: Annotated[PositiveInt, Doc("shards that are shuffled together (W)")] = 8
     prefetch: Annotated[NonNegativeInt, Doc("global batches prepared ahead by a background thread")] = 2
     cache_dir: Annotated[
@@ -243,7 +248,9 @@ class DataConfig:
         """The training corpora; a single manifest is a mixture of one."""
         if self.train is None:
             return []
-        return [CorpusConfig(self.train, 1.0)] if isinstance(self.train, str) else self.train
+        if isinstance(self.train, str):
+            return [CorpusConfig(self.train, 1.0, max_tokens=self.max_tokens)]
+        return self.train
 
     def problems(self, run: Config) -> Iterator[str]:
         """What these keys contradict in the run, a line for each."""
@@ -251,6 +258,8 @@ class DataConfig:
         names = [corpus.label for corpus in self.corpora()]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"data.train: two corpora are called {name!r}; give each of them its own name"
+        if self.max_tokens is not None and isinstance(self.train, list):
+            yield "data.max_tokens is for a single corpus: give each corpus of data.train a max_tokens of its own"
         if self.random_length_fraction and run.train.epochs is None and run.train.steps > MOST_RANDOM_STEPS:
             yield (
                 f"train.steps {run.train.steps} is above {MOST_RANDOM_STEPS}, the most of which "

@@ -26,6 +26,7 @@ from megatron_md.data import stream
 from megatron_md.data.bins import group_by_length, pack
 from megatron_md.data.packing import permutation
 from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader
+from megatron_md.data.subset import choose
 from megatron_md.errors import UserError
 
 _OPEN_SHARDS = 256  # each keeps a file open; rows come from all over the corpus
@@ -66,13 +67,22 @@ class DialogueStream:
 
     Attributes:
         manifest: the corpus.
+        subset: the dialogues of it that are served.
+        max_tokens: what they were chosen by.
         seq_length: tokens per row (L), which every dialogue fits in.
         rows_per_epoch: rows of every epoch (R).
         is_ragged: rows may be cut to the longest of their global batch.
     """
 
     def __init__(
-        self, manifest: Manifest, chat: ChatConfig, *, seed: int, seq_length: int, keep_going: bool = False
+        self,
+        manifest: Manifest,
+        chat: ChatConfig,
+        *,
+        seed: int,
+        seq_length: int,
+        keep_going: bool = False,
+        max_tokens: int | None = None,
     ) -> None:
         """Open a corpus.
 
@@ -82,13 +92,15 @@ class DialogueStream:
             seed: seed of the order.
             seq_length: tokens per row (L).
             keep_going: a damaged dialogue becomes a gap in its row (padding, not maskable) instead of an error.
+            max_tokens: serve dialogues with so many tokens in all, the same for every seed; None serves all.
 
         Raises:
-            UserError: a dialogue is longer than a row.
+            UserError: a dialogue is longer than a row; or see `megatron_md.data.subset.choose`.
             ShardError: a shard or its index is missing or damaged.
         """
         self.manifest, self.seq_length, self.is_ragged = manifest, seq_length, not chat.is_packed
         self._chat, self._seed, self._keep_going = chat, seed, keep_going
+        self.max_tokens, self.subset = max_tokens, choose(manifest, max_tokens)
         self._first_documents = _first_documents(manifest)
         self._lengths_D = document_lengths(manifest)
         if problem := too_long(manifest, self._lengths_D, seq_length):
@@ -103,13 +115,15 @@ class DialogueStream:
 
     def _lay_out(self) -> None:
         """Which documents a row holds, and how many tokens of it are not mere padding."""
-        documents, least_eos = len(self._lengths_D), self._chat.eos_cap or min(self._most_eos, 1)
+        least_eos = self._chat.eos_cap or min(self._most_eos, 1)
+        sizes = [shard.documents for shard in self.manifest.shards]
+        taken = self.subset.numbers(range(len(sizes)), sizes)
         if self.is_ragged:
-            self._documents, self._starts = np.arange(documents), np.arange(documents + 1)
-            self._lengths_R = np.minimum(self._lengths_D + least_eos, self.seq_length)
+            self._documents, self._starts = taken, np.arange(len(taken) + 1)
+            self._lengths_R = np.minimum(self._lengths_D[taken] + least_eos, self.seq_length)
         else:
             # Of equal documents, those that share a row are any.
-            order = permutation(documents, "packing", *self._key)
+            order = taken[permutation(len(taken), "packing", *self._key)]
             sizes_D = np.minimum(self._lengths_D + self._most_eos, self.seq_length)
             packed, self._starts = pack(sizes_D[order], self.seq_length)
             self._documents = order[packed]
@@ -157,6 +171,7 @@ class DialogueStream:
     def state(self, rows: int) -> dict[str, Any]:
         """See `RowStream.state`."""
         chat = {"corpus": self.manifest.sha256, "seed": self._seed, "seq_length": self.seq_length}
+        chat["data.max_tokens"] = self.max_tokens
         settled = replace(self._chat, eos_padding=self._chat.padding)
         # Where rows are cut to is no matter of theirs.
         return {**chat, **{f"data.chat.{key}": value for key, value in asdict(settled).items() if key in _OF_ROWS}}

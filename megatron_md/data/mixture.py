@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from megatron_md.batch import DamagedDocument, Int32Array, Int64Array, Rows
-from megatron_md.config import DataConfig
+from megatron_md.config import CorpusConfig, DataConfig
 from megatron_md.data.chat_rows import DialogueStream
 from megatron_md.data.shards import Manifest
 from megatron_md.data.stream import RepeatedRows, RowStream, SequenceStream
@@ -189,6 +189,11 @@ class MixtureSchedule:
                 ]
         self._starts = np.array(changes, dtype=np.int64)
 
+    def served(self, rows: int) -> list[int]:
+        """How many of the first `rows` rows are each corpus'."""
+        stretch = self._stretches[int(np.searchsorted(self._starts, rows, side="right")) - 1]
+        return stretch.served(rows - stretch.start).tolist()
+
     def locate(self, sample_index: Sequence[int] | Int64Array) -> tuple[Int64Array, Int64Array]:
         """Corpus and row of that corpus for each g: int64 [B], int64 [B]."""
         index_B = np.asarray(sample_index, dtype=np.int64)
@@ -262,12 +267,14 @@ class MixtureStream:
 
     def state(self, rows: int) -> dict[str, Any]:
         """See `RowStream.state`: weights count as far as they hold before row `rows`."""
-        corpora = [
-            {"corpus": stream.manifest.sha256, "weight": [[g, weight] for g, weight in own if g < rows]}
-            for stream, own in zip(self.streams, self._points, strict=True)
-        ]
+        corpora = []
+        for stream, own in zip(self.streams, self._points, strict=True):
+            part = {} if stream.max_tokens is None else {"max_tokens": stream.max_tokens}
+            weight = [[g, weight] for g, weight in own if g < rows]
+            corpora.append({"corpus": stream.manifest.sha256, "weight": weight, **part})
         of_streams = {key: value for stream in self.streams for key, value in stream.state(rows).items()}
-        return {**of_streams, "corpus": [corpus for corpus in corpora if corpus["weight"]]}
+        used = [corpus for corpus in corpora if corpus["weight"]]
+        return {**of_streams, "corpus": used, "data.max_tokens": None}  # each corpus has its own
 
     def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
         """See `SequenceStream.quarantine`."""
@@ -276,17 +283,17 @@ class MixtureStream:
             stream.quarantine(documents)
 
 
-def corpus_stream(config: DataConfig, manifest: Manifest, *, seed: int) -> CorpusStream:
+def corpus_stream(config: DataConfig, corpus: CorpusConfig, manifest: Manifest, *, seed: int) -> CorpusStream:
     """The rows of one corpus, text or chat; damaged documents become gaps.
 
     Raises:
-        UserError: a dialogue is longer than a row.
+        UserError: a dialogue is longer than a row, or `max_tokens` does not fit the corpus.
         ShardError: (of a chat corpus, all of whose indexes are read) a shard or its index is missing or damaged.
     """
+    keys: dict[str, Any] = {"seed": seed, "seq_length": config.seq_length, "max_tokens": corpus.max_tokens}
     if manifest.kind == "chat":
-        return DialogueStream(manifest, config.chat, seed=seed, seq_length=config.seq_length, keep_going=True)
-    keys = {"seq_length": config.seq_length, "window_shards": config.window_shards}
-    return SequenceStream(manifest, seed=seed, keep_going=True, **keys)
+        return DialogueStream(manifest, config.chat, keep_going=True, **keys)
+    return SequenceStream(manifest, window_shards=config.window_shards, keep_going=True, **keys)
 
 
 def open_stream(config: DataConfig, manifests: Sequence[Manifest], *, seed: int, rows_per_text: int = 1) -> RowStream:
@@ -301,8 +308,9 @@ def open_stream(config: DataConfig, manifests: Sequence[Manifest], *, seed: int,
     Raises:
         UserError: see `MixtureSchedule` and `corpus_stream`.
     """
-    streams = [corpus_stream(config, manifest, seed=seed) for manifest in manifests]
+    corpora = config.corpora()
+    streams = [corpus_stream(config, *pair, seed=seed) for pair in zip(corpora, manifests, strict=True)]
     stream: RowStream = streams[0]
     if not isinstance(config.train, str):
-        stream = MixtureStream(streams, [corpus.points() for corpus in config.corpora()])
+        stream = MixtureStream(streams, [corpus.points() for corpus in corpora])
     return stream if rows_per_text == 1 else RepeatedRows(stream, rows_per_text)

@@ -118,14 +118,15 @@ Piece = tuple[int, int, int]
 class WindowLayout:
     """The permuted and concatenated documents of one window."""
 
-    def __init__(self, document_tokens: Int64Array, *key: str | int) -> None:
+    def __init__(self, document_tokens: Int64Array, taken: Int64Array, *key: str | int) -> None:
         """Permute the documents.
 
         Args:
             document_tokens: tokens [documents] of the window's documents in file order, without `<eos>`.
+            taken: numbers of those that are served.
             key: what the permutation depends on.
         """
-        self._documents = permutation(len(document_tokens), "documents", *key)
+        self._documents = taken[permutation(len(taken), "documents", *key)]
         self._ends = np.cumsum(document_tokens[self._documents] + 1)
 
     def pieces(self, start: int, stop: int) -> list[Piece]:

@@ -361,13 +361,14 @@ class ShardReader:
             )
         return runs
 
-    def blocks(self) -> Iterator[npt.NDArray[np.unsignedinteger]]:
-        """Tokens of documents that lie side by side, in file order.
+    def blocks(self, documents: Int64Array | slice = slice(None)) -> Iterator[npt.NDArray[np.unsignedinteger]]:
+        """Tokens of documents (all, or at least one, ascending) that lie side by side, in file order.
 
         Raises:
             ShardError: the file has been cut.
         """
-        starts, ends = spans(self.index["offset"], self.index["tokens"], self._size)
+        index = self.index[documents]
+        starts, ends = spans(index["offset"], index["tokens"], self._size)
         cuts = np.flatnonzero(starts[1:] != ends[:-1]) + 1
         for start, stop in zip(starts[[0, *cuts]].tolist(), ends[[*(cuts - 1), -1]].tolist(), strict=True):
             for offset in range(start, stop, BLOCK_BYTES):

@@ -17,7 +17,9 @@ import numpy as np
 from megatron_md.batch import BatchPosition, CleanBatch, DamagedDocument, Int64Array, Rows
 from megatron_md.data.cache import WindowFetcher
 from megatron_md.data.packing import RowOrder, Span, WindowLayout
+from megatron_md.data.remote import RemoteFile
 from megatron_md.data.shards import DamagedDocumentError, Manifest, ShardReader
+from megatron_md.data.subset import choose
 from megatron_md.errors import UserError
 
 T = TypeVar("T")
@@ -60,6 +62,8 @@ class SequenceStream:
     Attributes:
         manifest: the corpus.
         seq_length: tokens per row (L).
+        subset: the documents of it that are served.
+        max_tokens: what they were chosen by.
         rows_per_epoch: rows of every epoch, ceil(tokens / L).
         is_ragged: False, as rows are cut from whatever documents there are.
     """
@@ -74,6 +78,7 @@ class SequenceStream:
         seq_length: int,
         window_shards: int = WINDOW_SHARDS,
         keep_going: bool = False,
+        max_tokens: int | None = None,
     ) -> None:
         """Open a corpus.
 
@@ -83,17 +88,22 @@ class SequenceStream:
             seq_length: tokens per row (L).
             window_shards: shards that are shuffled together (W).
             keep_going: a damaged document becomes a gap in its rows (padding, not maskable) instead of an error.
+            max_tokens: serve documents with so many tokens in all, the same for every seed; None serves all.
+
+        Raises:
+            UserError: see `megatron_md.data.subset.choose`.
         """
         self.manifest, self.seq_length = manifest, seq_length
+        self.max_tokens, self.subset = max_tokens, choose(manifest, max_tokens)
         self._seed, self._window_shards, self._keep_going = seed, window_shards, keep_going
         self._quarantined: dict[str, list[int]] = {}
-        shard_tokens = np.array([shard.tokens + shard.documents for shard in self.manifest.shards], dtype=np.int64)
+        shard_tokens = self.subset.shard_tokens + self.subset.shard_documents
         self._order = RowOrder(
             shard_tokens, seq_length=seq_length, window_shards=window_shards, seed=seed, corpus=self.manifest.sha256
         )
         self.rows_per_epoch = self._order.rows_per_epoch
         remote = self.manifest.remote
-        self._fetcher = WindowFetcher(self.manifest.remote_files, remote.cache) if remote is not None else None
+        self._fetcher = WindowFetcher(self._remote_files, remote.cache) if remote is not None else None
         self._window = lru_cache(maxsize=2)(self._open_window)
 
     def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
@@ -144,16 +154,21 @@ class SequenceStream:
             "seed": self._seed,
             "seq_length": self.seq_length,
             "window_shards": self._window_shards,
+            "data.max_tokens": self.max_tokens,
         }
 
+    def _remote_files(self, place: int) -> Sequence[RemoteFile]:
+        return self.manifest.remote_files(int(self.subset.shards[place]))
+
     def _open_window(self, epoch: int, window: int) -> _Window:
-        shards = self._order.shards_of_window(epoch, window)
+        shards = self.subset.shards[self._order.shards_of_window(epoch, window)].tolist()
         if self._fetcher is not None:
             self._fetcher.bring(self._order, epoch, window)
-        readers = [ShardReader(self.manifest, int(shard)) for shard in shards]
+        readers = [ShardReader(self.manifest, shard) for shard in shards]
         document_tokens = np.concatenate([reader.index["tokens"] for reader in readers]).astype(np.int64)
-        layout = WindowLayout(document_tokens, *self._order.key, epoch, window)
-        names = [self.manifest.shards[shard].name for shard in shards.tolist()]
+        taken = self.subset.numbers(shards, [len(reader.index) for reader in readers])
+        layout = WindowLayout(document_tokens, taken, *self._order.key, epoch, window)
+        names = [self.manifest.shards[shard].name for shard in shards]
         opened = _Window(self.manifest, names, readers, layout, document_tokens, self._keep_going)
         for number, name in enumerate(names):
             opened.leave_out(number, self._quarantined.get(name, []))
@@ -243,27 +258,29 @@ class RepeatedRows:
 
     Attributes:
         is_ragged: as the stream's.
+        stream: what is repeated.
+        times: how often.
     """
 
     def __init__(self, stream: RowStream, times: int) -> None:
-        self.is_ragged, self._stream, self._times = stream.is_ragged, stream, times
+        self.is_ragged, self.stream, self.times = stream.is_ragged, stream, times
 
     def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
         """See `RowStream.rows`."""
         index_B = np.asarray(sample_index, dtype=np.int64)
-        return replace(self._stream.rows(index_B // self._times), sample_index_B=index_B)
+        return replace(self.stream.rows(index_B // self.times), sample_index_B=index_B)
 
     def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:
         """See `RowStream.row_lengths`."""
-        return self._stream.row_lengths(np.asarray(sample_index, dtype=np.int64) // self._times)
+        return self.stream.row_lengths(np.asarray(sample_index, dtype=np.int64) // self.times)
 
     def state(self, rows: int) -> dict[str, Any]:
         """See `RowStream.state`."""
-        return self._stream.state(-(-rows // self._times))
+        return self.stream.state(-(-rows // self.times))
 
     def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
         """See `RowStream.quarantine`."""
-        self._stream.quarantine(documents)
+        self.stream.quarantine(documents)
 
 
 def validation_rows(manifest: Manifest, seq_length: int, count: int) -> Rows:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from megatron_md.data.remote import RemoteError
 from megatron_md.data.shards import Manifest, ShardError, ShardReader, read_index
+from megatron_md.data.subset import choose
 from megatron_md.data.tar import TarError, read_members
 from megatron_md.errors import UserError
 
@@ -72,27 +73,33 @@ def _structure(path: Path, index: npt.NDArray[np.void]) -> str:
     return ""
 
 
-def token_counts(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """Occurrences [vocab_size] of every token, one `<eos>` per document of a text corpus included."""
-    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-    for number in range(len(manifest.shards)):
-        for block in ShardReader(manifest, number).blocks():
+def token_counts(manifest: Manifest, max_tokens: int | None = None) -> npt.NDArray[np.int64]:
+    """Occurrences [vocab_size] of every token, one `<eos>` per document of a text corpus included.
+
+    Args:
+        manifest: the corpus.
+        max_tokens: count in the documents that `megatron_md.data.subset.choose` takes only.
+    """
+    counts, subset = np.zeros(manifest.vocab_size, dtype=np.int64), choose(manifest, max_tokens)
+    for number in subset.shards.tolist():
+        reader = ShardReader(manifest, number)
+        for block in reader.blocks(subset.numbers([number], [len(reader.index)])):
             found = np.bincount(block, minlength=manifest.vocab_size)
             if len(found) > manifest.vocab_size:
                 raise UserError(
                     f"{manifest.location}: a token lies outside the vocabulary; check it with `data verify`"
                 )
             counts += found
-    counts[manifest.eos_id] += manifest.documents if manifest.kind == "text" else 0
+    counts[manifest.eos_id] += subset.documents if manifest.kind == "text" else 0
     return counts
 
 
-def unigram_entropy(manifest: Manifest) -> float:
+def unigram_entropy(manifest: Manifest, max_tokens: int | None = None) -> float:
     """Entropy in nats per token of the corpus' token distribution, `<eos>` included: H = -sum_v p_v log p_v.
 
-    A model that knows nothing but token frequencies has this cross-entropy on the corpus.
+    A model that knows nothing but token frequencies has this cross-entropy on the corpus. See `token_counts`.
     """
-    counts = token_counts(manifest)
+    counts = token_counts(manifest, max_tokens)
     probabilities = counts[counts > 0] / counts.sum()
     return float(-(probabilities * np.log(probabilities)).sum())
 

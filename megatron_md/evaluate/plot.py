@@ -10,7 +10,7 @@ from megatron_md.errors import UserError
 from megatron_md.files import replacing
 from megatron_md.json_file import read_json
 from megatron_md.messages import shown, tell
-from megatron_md.train.records import damage, read_lines
+from megatron_md.train.records import damage, has_overfitted, lowest, read_lines
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -45,7 +45,8 @@ def plot_run(run_dir: Path, output: Path) -> None:
     """Draw training loss, masked cross-entropy and validation NELBO against tokens, all in nats per token.
 
     Only the validation NELBO compares across mask schedules, and with the unigram entropy (dashed; from
-    RUN/summary.json, where it is recorded).
+    RUN/summary.json, where it is recorded). Its minimum is marked where the run has ended above it by more than its
+    standard error.
 
     Raises:
         UserError: the directory holds no metrics, or the picture's format is unknown.
@@ -88,6 +89,10 @@ def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
     label = f"validation NELBO, last {values[-1]:.3f} ± {errors[-1]:.3f}"
     axes.plot(tokens, values, color="#e4572e", marker="o", markersize=4, linewidth=1.5, label=label)
     axes.fill_between(tokens, low, high, color="#e4572e", alpha=0.25, linewidth=0)
+    best = lowest(scored)
+    if best is not None and has_overfitted(scored):
+        label = f"lowest {best['val_nelbo']:.3f}, at step {best['step']}: overfitted from there"
+        axes.plot(best["tokens"], best["val_nelbo"], color="#8c1c13", marker="*", markersize=13, ls="", label=label)
 
 
 def _unigram_entropy(run_dir: Path) -> float | None:

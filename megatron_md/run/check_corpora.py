@@ -9,6 +9,7 @@ from megatron_md.config import Config
 from megatron_md.data.cache import Cache
 from megatron_md.data.remote import is_url
 from megatron_md.data.shards import MANIFEST_NAME, Manifest, load_manifest
+from megatron_md.data.subset import choose
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.run.check_chat import chat_problems
 
@@ -64,10 +65,28 @@ def corpus_problems(config: Config) -> Iterator[str]:
     for key, manifest in manifests.items():
         if manifest.kind == "text" and manifest.tokens < length:
             yield f"{key}: {paths[key]} holds {manifest.tokens} tokens, less than data.seq_length {length}"
+    yield from _check_subsets(config, manifests)
     yield from chat_problems(config, manifests)
     yield from _check_distinct({key: manifest for key, manifest in manifests.items() if key != "data.valid"})
     yield from _check_same_tokenizer(config, tokenizer, manifests)
     yield from _check_vocabulary(config, tokenizer, manifests)
+
+
+def _check_subsets(config: Config, manifests: dict[str, Manifest]) -> Iterator[str]:
+    """What `max_tokens` leaves must be there, and fill a row."""
+    length = config.data.seq_length
+    for (key, _), corpus in zip(_manifest_paths(config), config.data.corpora(), strict=False):
+        manifest, most = manifests.get(key), corpus.max_tokens
+        if manifest is None or most is None:
+            continue
+        if manifest.remote is not None and most <= manifest.tokens:
+            continue  # its documents are read when the run starts
+        try:
+            tokens = choose(manifest, most).tokens
+            if manifest.kind == "text" and tokens < length:
+                yield f"{key}: max_tokens {most} leaves {tokens} tokens, less than data.seq_length {length}: raise it"
+        except ValueError as error:
+            yield f"{key}: {error}"
 
 
 def _check_same_tokenizer(config: Config, tokenizer: Tokenizer | None, manifests: dict[str, Manifest]) -> Iterator[str]:

@@ -6,6 +6,7 @@ B micro_batch_size, TP/PP/DP the parallel sizes. Context parallelism gives a ran
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from megatron_md.config import Config, ModelConfig, ResolvedConfig, ResolvedMode
 from megatron_md.config.lora import LINEARS
 from megatron_md.diffusion.pairs import law_of_rates
 from megatron_md.run.check import Layout
+from megatron_md.run.epochs import Passes
 from megatron_md.train.progress import Progress, batch_size_at
 
 
@@ -287,8 +289,8 @@ def memory_per_rank(config: ResolvedConfig, layout: Layout) -> Memory:
     return max((of_stage(stage) for stage in range(layout.pipeline)), key=lambda memory: memory.total)
 
 
-def report(config: ResolvedConfig, layout: Layout) -> str:
-    """What `--dry-run` prints: the resolved config, the layout and all estimates."""
+def report(config: ResolvedConfig, layout: Layout, corpora: Sequence[Passes] = ()) -> str:
+    """What `--dry-run` prints: the resolved config, the layout, all estimates, and the epochs of corpora."""
     model, train = config.model, config.train
     rows, vocab = padded_vocab(config), model.vocab
     count = parameter_count(model)
@@ -323,6 +325,8 @@ def report(config: ResolvedConfig, layout: Layout) -> str:
         "tokens in all": f"{total_tokens:,} ({total_tokens / count:.2f} per parameter)",
         "memory per rank": f"{_scaled(memory.total, 'B', 1024)} on the fullest ({shares})",
     }
+    for number, made in enumerate(corpora, start=1):
+        facts["corpus" if len(corpora) == 1 else f"corpus {number}"] = f"{made} of {made.corpus}"
     width = max(map(len, facts))
     lines = [f"  {name:<{width}}  {value}" for name, value in facts.items()]
     return "\n".join(["# resolved config", to_yaml(config).rstrip(), "", "# layout and estimates", *lines])

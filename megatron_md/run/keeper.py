@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from megatron_md.json_file import read_json
 from megatron_md.messages import redacted, tell
 from megatron_md.parallel import World
 from megatron_md.run import estimate
+from megatron_md.run.epochs import passes
 from megatron_md.train.callbacks.metrics import MetricsWriter, append_event, environment, write_json
 from megatron_md.train.callbacks.validation import Validation
 from megatron_md.train.callbacks.watchdog import Watchdog
 from megatron_md.train.logs import logger, open_rank_log
+from megatron_md.train.records import lowest, read_lines
 from megatron_md.train.trainer import Trainer
 
 ENTROPY_TOKENS = 1_000_000_000  # a larger corpus is not read through just for its unigram entropy
@@ -77,14 +79,19 @@ class Keeper:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / run_files.CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
         write_json(self.directory / run_files.ENVIRONMENT, environment(self.world.size))
-        write_json(self.directory / run_files.SUMMARY, {"status": "running"})
+        made = passes(self.config, trainer.stream)
+        corpora = redacted([asdict(one) for one in made])
+        write_json(self.directory / run_files.SUMMARY, {"status": "running", "corpora": corpora})
         if self.config.data.tokenizer is not None:
             # A run carries its tokenizer: it can be moved, evaluated and converted without the corpus.
             Tokenizer(self.config.data.tokenizer).save(self.directory / run_files.TOKENIZER)
         step, restart = trainer.progress.step, parallel.restarts()
-        append_event(self.directory, "started", step=step, world_size=self.world.size, restart=restart)
+        details = {"world_size": self.world.size, "restart": restart, "corpora": corpora}
+        append_event(self.directory, "started", step=step, **details)
         if restart:
             tell(f"megatron-md: restart {restart}, from step {step}")
+        for one in made:
+            tell(f"{one.corpus}: {one}")
 
     def _close_failed(self, trainer: Trainer, start: float, text: str) -> None:
         """Record what the run failed of; a disk that is full must not hide it."""
@@ -92,6 +99,12 @@ class Keeper:
             self._close(trainer, "failed", start, error=text)
         except OSError as error:
             tell(f"megatron-md: {self.directory}: the failure is not recorded there ({error})")
+
+    def _best(self) -> dict[str, Any]:
+        """The lowest validation NELBO of the whole run, however often it was resumed."""
+        records = [line.record for line in read_lines(self.directory / run_files.METRICS) if line.record is not None]
+        best = lowest(records)
+        return {} if best is None else {"best_val_nelbo": best["val_nelbo"], "best_val_step": best["step"]}
 
     def _close(self, trainer: Trainer, status: str, start: float, **details: Any) -> None:
         step, stopped_by = trainer.progress.step, trainer.stopped_by
@@ -103,13 +116,16 @@ class Keeper:
             "trained_parameters": estimate.trained_count(self.config),
             "tokens_per_second": self.metrics.tokens_per_second,
             "seconds": time.time() - start,
+            "corpora": [asdict(one) for one in passes(self.config, trainer.stream)],
             **details,
             **({"stopped_by": stopped_by} if stopped_by else {}),
             **(self.validation.newest if self.validation is not None else {}),
+            **self._best(),
         }
         if status == "finished" and len(self.manifests) == 1 and self.manifests[0].tokens <= ENTROPY_TOKENS:
             try:
-                summary["unigram_entropy"] = unigram_entropy(self.manifests[0])
+                corpus = self.config.data.corpora()[0]
+                summary["unigram_entropy"] = unigram_entropy(self.manifests[0], corpus.max_tokens)
             except ValueError as error:
                 # Damage that the run has tolerated must not fail it in the end.
                 logger.warning("no unigram entropy: %s", error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,26 @@ def damage(path: Path, lines: list[Line]) -> str | None:
     more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
     verb = "lines {} are" if len(numbers) > 1 else "line {} is"
     return f"{path}: {verb.format(', '.join(map(str, numbers[:3])) + more)} damaged"
+
+
+def lowest(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The record with the lowest validation NELBO, the first of equal ones; None if nothing was validated."""
+    return min(
+        (one for one in records if _is_number(one.get("val_nelbo"))), key=lambda one: one["val_nelbo"], default=None
+    )
+
+
+def has_overfitted(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether the newest validation NELBO is above the lowest one by more than its own standard error."""
+    best, newest = lowest(records), next((one for one in reversed(records) if lowest([one])), None)
+    if best is None or newest is None:
+        return False
+    error = newest.get("val_nelbo_stderr")
+    return bool(newest["val_nelbo"] - best["val_nelbo"] > (error if _is_number(error) else 0.0))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _record(line: bytes, key: str) -> dict[str, Any] | None:

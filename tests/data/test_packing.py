@@ -104,7 +104,7 @@ def test_places_do_not_change_between_releases() -> None:
 @pytest.mark.parametrize("lengths", [[0], [1], [15], [16], [200], [0, 0, 0], [5, 0, 40, 1, 15, 16, 17, 3]])
 @pytest.mark.parametrize("step", [1, 7, 16, 1000])
 def test_pieces_cover_every_document_once(lengths: list[int], step: int) -> None:
-    layout = WindowLayout(np.array(lengths), "key")
+    layout = WindowLayout(np.array(lengths), np.arange(len(lengths)), "key")
     covered = [np.zeros(length + 1, dtype=int) for length in lengths]
     total = sum(lengths) + len(lengths)
     for start in range(0, total, step):
