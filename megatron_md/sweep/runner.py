@@ -10,8 +10,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +22,8 @@ from megatron_md.sweep.plan import SweepRun
 from megatron_md.sweep.table import write_table
 
 C = TypeVar("C")
+LOG_NAME = "log.txt"
+_PATIENCE = 30.0  # seconds for runs to save and end
 
 
 class Sweep(Generic[C]):
@@ -70,27 +73,19 @@ class Sweep(Generic[C]):
         failed, begin = 0, time.monotonic()
         left = {run.directory: self._cost(run.config) for run in todo}
         whole = math.fsum(left.values())
-        with pool(workers) as processes:
-            futures: dict[Future[None], SweepRun[C]] = {
-                processes.submit(in_worker, self._start, run.config, run.directory): run for run in todo
-            }
-            for future in as_completed(futures):
-                run, error = futures[future], future.exception()
-                del left[run.directory]
-                if error is not None:
-                    failed += 1
-                    tell(f"{run.directory} failed: {type(error).__name__}: {error} (see {run.directory / 'log.txt'})")
-                    continue
-                row = self._row(run)
-                if row is None:
-                    failed += 1
-                    tell(f"{run.directory} failed: it ended without figures (see {run.directory / 'log.txt'})")
-                    continue
-                rest = math.fsum(left.values())
-                minutes = (time.monotonic() - begin) * rest / (whole - rest) / 60.0
-                tell(f"{run.directory}: {self._verdict(row)}; {len(left)} left, about {_time(minutes)}")
-                rows[run.directory] = row
-                self._write(rows)
+        for run, error in in_processes(self._start, todo, workers):
+            del left[run.directory]
+            row = self._row(run) if error is None else None
+            if row is None:
+                failed += 1
+                error = error or "it ended without figures"
+                tell(f"{run.directory} failed: {error} (see {run.directory / LOG_NAME})")
+                continue
+            rest = math.fsum(left.values())
+            minutes = (time.monotonic() - begin) * rest / (whole - rest) / 60.0
+            tell(f"{run.directory}: {self._verdict(row)}; {len(left)} left, about {_time(minutes)}")
+            rows[run.directory] = row
+            self._write(rows)
         return self._in_order(rows), failed
 
     def _in_order(self, rows: dict[Path, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -105,27 +100,69 @@ def _time(minutes: float) -> str:
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-@contextlib.contextmanager
-def pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that start clean and do not outlive this one, however it ends."""
+def in_processes(
+    start: Callable[[C], object], runs: Sequence[SweepRun[C]], workers: int
+) -> Iterator[tuple[SweepRun[C], str | None]]:
+    """Do runs in processes of their own, so many at a time; none outlives this one, however it ends.
+
+    Args:
+        start: does one run.
+        runs: in the order in which they are begun.
+        workers: processes at a time.
+
+    Yields:
+        Each run as it ends, and what went wrong in one line, or None.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),))
+    waiting = list(reversed(runs))
+    running: dict[Any, tuple[Any, Connection, SweepRun[C]]] = {}
     try:
-        yield executor
-    except BaseException:
-        for process in list(executor._processes.values()):
-            process.terminate()
-        raise
+        while waiting or running:
+            while waiting and len(running) < workers:
+                run = waiting.pop()
+                result, sender = context.Pipe(duplex=False)
+                words = start, run.config, run.directory, os.getpid(), sender
+                process = context.Process(target=_in_worker, args=words)
+                process.start()
+                sender.close()
+                running[process.sentinel] = process, result, run
+            for sentinel in wait(list(running)):
+                process, result, run = running.pop(sentinel)
+                process.join()
+                yield run, _outcome(result, process.exitcode)
     finally:
-        executor.shutdown(cancel_futures=True)
+        end = time.monotonic() + _PATIENCE
+        for process, _, _ in running.values():
+            process.terminate()  # a run that is asked to stop saves
+        for process, _, _ in running.values():
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
 
 
-def in_worker(start: Callable[[C], object], config: C, directory: Path) -> None:
+def _outcome(result: Connection, code: int | None) -> str | None:
+    try:
+        error: str | None = result.recv()
+        return error
+    except EOFError:
+        return f"its process died with exit code {code}"
+
+
+def _in_worker(start: Callable[[C], object], config: C, directory: Path, parent: int, result: Connection) -> None:
     """One run; what it prints goes into its directory."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    die_with_parent(parent)
+    # Many processes share the machine: no threads, and no compiler with processes of its own, in each of them.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     directory.mkdir(parents=True, exist_ok=True)
-    log = (directory / "log.txt").open("w", buffering=1)
-    with log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
-        start(config)
+    with (
+        (directory / LOG_NAME).open("w", buffering=1) as log,
+        contextlib.redirect_stderr(log),
+        contextlib.redirect_stdout(log),
+    ):
+        try:
+            start(config)
+            result.send(None)
+        except BaseException as error:
+            traceback.print_exc()
+            result.send(f"{type(error).__name__}: {error}")
