@@ -2,10 +2,9 @@
 
     python examples/studies/rivals.py runs/studies/rivals [--workers 2] [--budgets 1 2 4] [section.key=value ...]
 
-Model, rows and the tokens of a budget are those of windows.yaml. A pilot of a quarter of the smallest one gives the two
-fitted schedules, whose runs are shorter by what it cost. The learning rate of each arm is the best of three on the
-smallest budget with a seed of its own (0). Arms get as many steps as cost the FLOPs of U[0, 1]: the head
-sees masked tokens alone. What is done already is not done again: kill it and start it anew.
+Model, rows and the tokens of a budget are those of windows.yaml. The learning rate of each arm is the best of three on
+the smallest budget with seed 0, which nothing else uses. Arms get as many steps as cost the FLOPs of U[0, 1], as the
+head sees masked tokens alone. What is done already is not done again: kill it and start it anew.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ from typing import Any
 import yaml
 
 from megatron_md.config import config_from_mapping
+from megatron_md.config.loader import read_yaml
 from megatron_md.sweep.study import flops
 
 BASE = Path(__file__).parent / "windows.yaml"
 UNIFORM, WINDOW = "uniform:0,1", "uniform:0.45,0.55"
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)
-PILOT = 0.25
-FITTED = ("P-POTS", "signal-aligned")
 
 
 def schedule(value: Any) -> str:
@@ -35,13 +33,8 @@ def schedule(value: Any) -> str:
     return f"objective.mask_schedule={yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]}"
 
 
-def arms(fitted: Path) -> dict[str, list[str]]:
-    """Name and words of each arm.
-
-    Args:
-        fitted: folder of the fitted schedules.
-    """
-    signal = {"name": "knots", "file": str(fitted / "fitted.knots")}
+def arms() -> dict[str, list[str]]:
+    """Name and words of each arm."""
     return {
         "U[0, 1]": [],
         "U[0, 1], no weights": ["objective.weight=none"],
@@ -57,8 +50,7 @@ def arms(fitted: Path) -> dict[str, list[str]]:
         "window -> uniform": [schedule({"name": "anneal", "from": WINDOW, "to": UNIFORM, "over": [0.5, 1.0]})],
         "bell": [schedule("logit_normal:0,1")],
         "beta(2, 2)": [schedule("beta:2,2")],
-        "P-POTS": [schedule(f"knots:{fitted / 'fitted.variance.knots'}"), "objective.importance=true"],
-        "signal-aligned": [schedule({"name": "anneal", "from": signal, "to": UNIFORM, "over": [0.7, 1.0]})],
+        "antithetic": ["objective.pairs=antithetic"],
         "complementary": ["objective.pairs=complementary"],
     }
 
@@ -75,9 +67,9 @@ class Rivals:
 
     def __init__(self, folder: Path, words: list[str], workers: int) -> None:
         self.folder, self.words, self.workers = folder.absolute(), words, workers
-        self.base: dict[str, Any] = yaml.safe_load(BASE.read_text())
+        self.base = read_yaml(BASE)
         self.base.pop("sweep")
-        self.arms = arms(self.folder / "pilot")
+        self.arms = arms()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def cost(self, words: list[str], steps: int) -> float:
@@ -86,20 +78,9 @@ class Rivals:
         return flops(config_from_mapping(self.base, [*self.words, *words, *warm], source=str(BASE)))
 
     def steps(self, arm: str, budget: float) -> int:
-        """Steps of an arm that cost as much as so many budgets of U[0, 1], the pilot's included."""
+        """Steps of an arm that cost as much as so many budgets of U[0, 1]."""
         unit = self.base["train"]["steps"]
-        left = self.cost([], unit) * budget - (self.cost([], round(PILOT * unit)) if arm in FITTED else 0.0)
-        return round(left / (self.cost(self.arms[arm], unit) / unit))
-
-    def fit(self) -> None:
-        """The pilot and its schedules."""
-        unit, pilot = self.base["train"]["steps"], self.folder / "pilot"
-        if (pilot / "fitted.knots").exists():
-            return
-        path = self.folder / "pilot.yaml"
-        path.write_text(yaml.safe_dump(self.base, sort_keys=False))
-        command("train", path, *self.words, f"run_dir={pilot}", "seed=100", f"train.steps={round(PILOT * unit)}")
-        command("schedule", "fit", pilot, "--output", pilot / "fitted.knots")
+        return round(budget * unit * self.cost([], unit) / self.cost(self.arms[arm], unit))
 
     def sweep(self, name: str, sections: dict[str, list[str]], **sweep: Any) -> None:
         """Run a study file of these arms."""
@@ -124,7 +105,6 @@ class Rivals:
 
     def run(self, budgets: list[int]) -> None:
         """All of it."""
-        self.fit()
         rates = self.best_rates()
         for budget in budgets:
             sections = {}
