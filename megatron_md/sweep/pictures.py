@@ -45,7 +45,7 @@ def _panels(count: int, least: float) -> tuple[Any, list[Any]]:
 
 
 def _draw_curves(axes: Any, arms: Sequence[ArmFigures], colors: dict[str, Any]) -> None:
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     for arm in arms:
         tokens = sorted(set.intersection(*(set(run.tokens) for run in arm.runs)))
@@ -56,7 +56,9 @@ def _draw_curves(axes: Any, arms: Sequence[ArmFigures], colors: dict[str, Any]) 
             tokens, nelbo_SX.min(axis=0), nelbo_SX.max(axis=0), color=colors[arm.name], alpha=0.12, linewidth=0
         )
     axes.set(xlabel="training tokens", ylabel="NELBO, nats per token", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, fontsize="small")
 
 
