@@ -154,15 +154,15 @@ def _in_worker(start: Callable[[C], object], config: C, directory: Path, parent:
     die_with_parent(parent)
     # Many processes share the machine: no threads, and no compiler with processes of its own, in each of them.
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    directory.mkdir(parents=True, exist_ok=True)
-    with (
-        (directory / LOG_NAME).open("w", buffering=1) as log,
-        contextlib.redirect_stderr(log),
-        contextlib.redirect_stdout(log),
-    ):
-        try:
-            start(config)
-            result.send(None)
-        except BaseException as error:
-            traceback.print_exc()
-            result.send(f"{type(error).__name__}: {error}")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        log = (directory / LOG_NAME).open("w", buffering=1)
+        with log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+            try:
+                start(config)
+            except BaseException:
+                traceback.print_exc()
+                raise
+        result.send(None)
+    except BaseException as error:
+        result.send(f"{type(error).__name__}: {error}")

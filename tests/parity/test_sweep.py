@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,14 @@ def test_a_sweep_resumes_and_survives_a_failed_run(
     # Once the obstacle is gone, only that run is left.
     obstacle.rmdir()
     started: list[str] = []
-    monkeypatch.setattr(runner, "pool", lambda workers: _InProcess(started))
+
+    def only_noted(_: Any, runs: Sequence[SweepRun[ParityConfig]], workers: int) -> Iterator[tuple[Any, None]]:
+        for run in runs:
+            started.append(run.config.run_dir)
+            pretend(run)
+            yield run, None
+
+    monkeypatch.setattr(runner, "in_processes", only_noted)
     assert run_sweep(config, workers=1)[1] == 0
     assert started == [runs[1].config.run_dir]
 
@@ -164,24 +172,3 @@ def test_a_killed_sweep_leaves_no_worker_and_is_resumed(tmp_path: Path) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "2 runs, 1 of them done already" in done.stderr
     assert [row["seed"] for row in rows_of(tmp_path / "sweep")] == ["1", "2"]
-
-
-class _InProcess:
-    """A pool that only notes what it is asked to run, and pretends."""
-
-    def __init__(self, started: list[str]) -> None:
-        self.started = started
-
-    def __enter__(self) -> _InProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def submit(self, _: Any, start: Any, config: ParityConfig, directory: Path) -> Any:
-        from concurrent.futures import Future
-
-        self.started.append(config.run_dir)
-        pretend(SweepRun("direct", config.seed, directory, config))
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
