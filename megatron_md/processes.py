@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 # The launcher's process id, for the workers that it starts.
@@ -54,9 +54,13 @@ def scratch_folder() -> Iterator[Path]:
                 shutil.rmtree(folder)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_FOLDERS))
-        with _locked(folder):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(_locked(folder))
+            except FileNotFoundError:
+                continue  # it was taken for a dead one's before it was opened
             if not folder.is_dir():
-                continue  # it was taken for a dead one's before it was locked
+                continue  # or before it was locked
             try:
                 yield folder
             finally:
