@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_md.config import load_config
+from megatron_md.data.shards import load_manifest
 from megatron_md.sweep.study import Study, flops
 from tests.ranks import run_ranks
 
@@ -64,6 +68,21 @@ def test_rivals_cost_the_same_and_get_their_best_rate(
         assert np.allclose(costs, budget * rivals.cost([], 400), rtol=2e-3)
     low = [run.config.train.steps for run in swept["1x"].runs if run.arm == "low rates"]
     assert low[0] > 405, "its head sees less, so that it gets more steps"
+
+
+@pytest.mark.slow
+def test_the_corpora_of_the_studies_are_made(tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = ["bash", str(STUDIES / "corpora.sh")]
+    for _ in range(2):  # what is there already is kept
+        subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    study = Study(STUDIES / "windows.yaml", [f"run_dir={tmp_path}/study", *(
+        f"data.{key}={tmp_path / 'corpus/studies/python' / name}"
+        for key, name in (("train", "train"), ("valid", "valid"), ("tokenizer", "tokenizer.model"))
+    )])  # fmt: skip
+    assert 3_000_000 < load_manifest(study.runs[0].config.data.corpora()[0].manifest).tokens < 5_000_000
+    done = subprocess.run([*words, "latin"], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "corpora.sh: no corpus 'latin'; there are python and english\n")
 
 
 @pytest.mark.distributed

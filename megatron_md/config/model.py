@@ -348,6 +348,11 @@ class ObjectiveConfig:
             return
         if self.name == "autoregressive":
             yield f"objective.pairs {self.pairs}: autoregressive masks nothing; set none"
+        if self.pairs == "complementary" and self.min_mask_rate >= 0.5:
+            yield (
+                f"objective.min_mask_rate {self.min_mask_rate:g}: under objective.pairs complementary a rate and its "
+                "complement are both at least that: set it below 0.5"
+            )
         sizes = {"train.global_batch_size": run.train.global_batch_size}
         if ramp := run.train.batch_ramp:
             sizes |= {"train.batch_ramp.start": ramp.start, "train.batch_ramp.increment": ramp.increment}

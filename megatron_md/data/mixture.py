@@ -32,8 +32,9 @@ import numpy as np
 from megatron_md.batch import DamagedDocument, Int32Array, Int64Array, Rows
 from megatron_md.config import CorpusConfig, DataConfig
 from megatron_md.data.chat_rows import DialogueStream
+from megatron_md.data.repeated import RepeatedRows
 from megatron_md.data.shards import Manifest
-from megatron_md.data.stream import RepeatedRows, RowStream, SequenceStream
+from megatron_md.data.stream import RowStream, SequenceStream
 from megatron_md.errors import UserError
 
 # Shares are exact where they have a common denominator up to this (five decimal places), else rounded to multiples of
@@ -312,5 +313,7 @@ def open_stream(config: DataConfig, manifests: Sequence[Manifest], *, seed: int,
     streams = [corpus_stream(config, *pair, seed=seed) for pair in zip(corpora, manifests, strict=True)]
     stream: RowStream = streams[0]
     if not isinstance(config.train, str):
-        stream = MixtureStream(streams, [corpus.points() for corpus in corpora])
+        # Weights change at rows of the run, of which the mixture serves one in `rows_per_text`.
+        points = [[(-(-g // rows_per_text), weight) for g, weight in corpus.points()] for corpus in corpora]
+        stream = MixtureStream(streams, points)
     return stream if rows_per_text == 1 else RepeatedRows(stream, rows_per_text)

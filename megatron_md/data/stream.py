@@ -253,36 +253,6 @@ class _Window:
         return part
 
 
-class RepeatedRows:
-    """Every row of a stream several times in a row: row g shows row g // times of it.
-
-    Attributes:
-        is_ragged: as the stream's.
-        stream: what is repeated.
-        times: how often.
-    """
-
-    def __init__(self, stream: RowStream, times: int) -> None:
-        self.is_ragged, self.stream, self.times = stream.is_ragged, stream, times
-
-    def rows(self, sample_index: Sequence[int] | Int64Array) -> Rows:
-        """See `RowStream.rows`."""
-        index_B = np.asarray(sample_index, dtype=np.int64)
-        return replace(self.stream.rows(index_B // self.times), sample_index_B=index_B)
-
-    def row_lengths(self, sample_index: Sequence[int] | Int64Array) -> Int64Array:
-        """See `RowStream.row_lengths`."""
-        return self.stream.row_lengths(np.asarray(sample_index, dtype=np.int64) // self.times)
-
-    def state(self, rows: int) -> dict[str, Any]:
-        """See `RowStream.state`."""
-        return self.stream.state(-(-rows // self.times))
-
-    def quarantine(self, documents: Iterable[DamagedDocument]) -> None:
-        """See `RowStream.quarantine`."""
-        self.stream.quarantine(documents)
-
-
 def validation_rows(manifest: Manifest, seq_length: int, count: int) -> Rows:
     """A fixed set of distinct rows: the first `count` of the corpus' first epoch, or all where it holds fewer."""
     stream = SequenceStream(manifest, seed=VALIDATION_SEED, seq_length=seq_length)

@@ -101,7 +101,10 @@ def build_objective(
         inspect.signature(factory).bind(context, **config.options)
     except TypeError as error:
         raise UserError(f"objective.options of {config.name!r}: {error}") from None
-    return factory(context, **config.options)
+    objective = factory(context, **config.options)
+    if getattr(objective, "pairs", "none") != config.pairs:
+        raise UserError(f"objective.pairs {config.pairs}: {config.name!r} does not draw rows in pairs; set none")
+    return objective
 
 
 MEAN_METRICS = ("masked_ce", "mean_mask_rate")

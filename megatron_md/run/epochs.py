@@ -13,8 +13,9 @@ from megatron_md.config.schema import MOST
 from megatron_md.data.cache import Cache
 from megatron_md.data.mixture import CorpusStream, MixtureStream, corpus_stream, open_stream
 from megatron_md.data.remote import is_url
+from megatron_md.data.repeated import RepeatedRows
 from megatron_md.data.shards import load_manifest
-from megatron_md.data.stream import RepeatedRows, RowStream
+from megatron_md.data.stream import RowStream
 from megatron_md.train.progress import rows_before
 
 

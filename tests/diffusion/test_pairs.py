@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from megatron_md.batch import BatchPosition, CleanBatch, DamagedDocument, Int64Array, Rows
-from megatron_md.config import ObjectiveConfig
+from megatron_md.config import CorpusConfig, DataConfig, ObjectiveConfig
 from megatron_md.config.loader import ConfigError
 from megatron_md.config.training import BatchRampConfig
-from megatron_md.data.stream import RepeatedRows
-from megatron_md.diffusion.objective import build_objective
+from megatron_md.data.mixture import open_stream
+from megatron_md.data.repeated import RepeatedRows
+from megatron_md.data.shards import load_manifest
+from megatron_md.diffusion.objective import Autoregressive, build_objective, register_objective
 from megatron_md.diffusion.pairs import Mirrored, draw_rates, law_of_rates
 from megatron_md.diffusion.schedule import parse_schedule
+from megatron_md.errors import UserError
 from megatron_md.run.check import check_config
 from tests.diffusion.test_objective import MASK, build, loss_of_uniform_model, rows, split
 from tests.ranks import run_ranks
@@ -56,7 +59,7 @@ def test_complementary_masks_divide_the_row(spec: str) -> None:
     assert len(corrupted.targets_M) == batch.is_maskable_BL.sum() // 2, "every token is predicted once a pair"
     assert np.allclose(corrupted.mask_rate_B[::2] + corrupted.mask_rate_B[1::2], 1.0)
     nested = build(mask_schedule="uniform:0.95,1", pairs="complementary").corrupt(batch).tokens_BL == MASK
-    assert (nested[::2] >= is_masked[::2]).all() or spec == "uniform:0,1", "masks are nested across schedules"
+    assert (nested[::2] >= is_masked[::2]).all(), "masks are nested across schedules"
 
 
 @pytest.mark.parametrize("pairs", ["antithetic", "complementary"])
@@ -157,6 +160,7 @@ def test_rows_are_repeated() -> None:
         ),
         ({"train": {"batch_ramp": BatchRampConfig(1, 1, 4)}}, "train.batch_ramp.start is 1"),
         ({"objective": {"name": "autoregressive"}}, "objective.pairs complementary: autoregressive masks nothing"),
+        ({"objective": {"min_mask_rate": 0.5}}, "objective.min_mask_rate 0.5: .* set it below 0.5"),
     ],
 )
 def test_what_cannot_be_paired_is_refused(
@@ -165,6 +169,21 @@ def test_what_cannot_be_paired_is_refused(
     sections = {**sections, "objective": {"pairs": "complementary", **sections.get("objective", {})}}
     with pytest.raises(ConfigError, match=message):
         check_config(config_for(tmp_path / "run", corpora, **sections), 1)
+
+
+def test_weights_of_a_mixture_change_at_their_row_of_the_run(corpora: dict[str, str]) -> None:
+    mixed = [CorpusConfig(corpora["train"], [[0, 1.0], [8, 0.0]]), CorpusConfig(corpora["valid"], [[0, 0.0], [8, 1.0]])]
+    config = DataConfig(train=mixed, seq_length=32)
+    manifests = [load_manifest(corpus.manifest) for corpus in mixed]
+    once = open_stream(config, manifests, seed=1).rows(range(16)).tokens_BL
+    twice = open_stream(config, manifests, seed=1, rows_per_text=2).rows(range(16)).tokens_BL
+    assert np.array_equal(twice[:8:2], once[:4]) and np.array_equal(twice[8::2], once[8:12])
+
+
+def test_an_objective_that_knows_no_pairs_is_refused() -> None:
+    register_objective("knows no pairs")(lambda context: Autoregressive(context))
+    with pytest.raises(UserError, match=r"objective.pairs antithetic: 'knows no pairs' does not draw rows in pairs"):
+        build(name="knows no pairs", pairs="antithetic")
 
 
 @pytest.mark.distributed

@@ -19,25 +19,11 @@ from megatron_md.run.check import check_config
 from megatron_md.run.epochs import local_passes
 from megatron_md.train.records import has_overfitted, lowest
 from tests.ranks import RankError, run_ranks
-from tests.train.test_trainer import (
-    config_for,
-    metrics,
-    pretrain,
-    pretrain_and_die_after,
-    without_times,
-    write_bigram_corpus,
-)
+from tests.train.test_trainer import config_for, corpora, metrics, pretrain, pretrain_and_die_after, without_times
+
+__all__ = ["corpora"]  # the fixture
 
 MOST = 450  # of documents of 100 tokens: four, which with their <eos> are 404 tokens in 13 rows of 32
-
-
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("corpora")
-    return {
-        "train": write_bigram_corpus(folder / "train", 60, 0),
-        "valid": write_bigram_corpus(folder / "valid", 10, 1),
-    }
 
 
 def few(run_dir: Path, corpora: dict[str, str], epochs: float, **sections: Any) -> Any:
