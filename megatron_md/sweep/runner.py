@@ -152,6 +152,7 @@ def _outcome(result: Connection, code: int | None) -> str | None:
 def _in_worker(start: Callable[[C], object], config: C, directory: Path, parent: int, result: Connection) -> None:
     """One run; what it prints goes into its directory."""
     die_with_parent(parent)
+    os.setsid()  # Ctrl-C at a terminal reaches the parent alone, which asks its runs to stop: two would lose them
     # Many processes share the machine: no threads, and no compiler with processes of its own, in each of them.
     os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     try:

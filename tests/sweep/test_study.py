@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +99,23 @@ def figures(folder: Path) -> list[dict[str, str]]:
     """The table without times."""
     with (folder / "study/results.csv").open(newline="") as file:
         return [{**row, "seconds": ""} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ctrl_c_saves_the_runs_that_are_under_way(trained: Path, tmp_path: Path) -> None:
+    path = write_study(trained, tmp_path, checkpoint={"every_steps": 0})
+    words = [sys.executable, "-m", "megatron_md", "sweep", str(path), "train.steps=100000"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = tmp_path / "study/U_0_1/seed_1"
+    for _ in range(1200):
+        if (run / "metrics.jsonl").exists():
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 1
+    assert (run / "checkpoints/latest").is_file(), (run / "log.txt").read_text()
+    assert json.loads((run / "summary.json").read_text())["status"] == "stopped"
 
 
 @pytest.mark.slow
