@@ -38,6 +38,7 @@ COMMANDS = {
     ),
     "inspect": ("megatron_md.commands.inspect", "say what a run or a checkpoint holds"),
     "window": ("megatron_md.commands.window", "predict a window of mask rates from a corpus"),
+    "schedule": ("megatron_md.commands.schedule", "fit a mask schedule to a pilot run"),
     "plot": ("megatron_md.commands.plot", "draw a run's losses"),
     "sweep": ("megatron_md.commands.sweep", "train many variants of a run, with several seeds, and compare them"),
     "parity": ("megatron_md.commands.parity", "the k-parity task: theory against training, and a check of a machine"),
