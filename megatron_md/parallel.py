@@ -153,7 +153,7 @@ def initialize(config: Config) -> World:
         create_gloo_process_groups=False,
     )
     torch.manual_seed(config.seed)
-    # No layer draws random numbers (there is no dropout): the tracker that needs no CUDA generator serves everywhere.
+    # Dropout draws from the default generator, so that the tracker which needs no CUDA generator serves everywhere.
     model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=True, force_reset_rng=True)
     return current_world(device)
 

@@ -106,6 +106,12 @@ class TrainConfig:
             "as bf16; the optimizer keeps its weights in fp32"
         ),
     ] = "auto"
+    dropout: Annotated[
+        Annotated[float, Field(ge=0.0, lt=1.0)],
+        Doc(
+            "chance that an element of the embeddings or of what a layer adds is dropped in training, for repeated data"
+        ),
+    ] = 0.0
     device: Annotated[Literal["auto", "cpu", "cuda"], Doc("auto takes CUDA where there is one")] = "auto"
     recompute: Annotated[Literal["none", "selective", "full"], Doc("activation recomputation")] = "none"
     deterministic: Annotated[bool, Doc("deterministic kernels only")] = False

@@ -109,7 +109,7 @@ def gradients_by_rate(
         CheckpointError: the checkpoint is damaged.
         UserError: it holds no optimizer state.
     """
-    train = replace(saved.config.train, micro_batch_size=group, global_batch_size=group)
+    train = replace(saved.config.train, micro_batch_size=group, global_batch_size=group, dropout=0.0)
     config = replace(saved.config, train=train, seed=seed)
     stepper = _load(replace(saved, config=config), world, tokenizer.mask_token_id)
     parameters, scales = _preconditioner(config, stepper)

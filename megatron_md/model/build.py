@@ -102,6 +102,7 @@ RESERVED = {
     "deterministic_mode": "train.deterministic", "lr": "optimizer.lr", "clip_grad": "optimizer.clip_grad",
     "cp_comm_type": "parallel.context", "hybrid_context_parallel": "parallel.context",
     "hierarchical_context_parallel_sizes": "parallel.context",
+    "hidden_dropout": "train.dropout", "attention_dropout": "train.dropout",
     "weight_decay": "optimizer.weight_decay", "calculate_per_token_loss": "objective.normalise",
 }  # fmt: skip
 
@@ -154,7 +155,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         qk_layernorm=model.qk_norm,
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
-        hidden_dropout=0.0,
+        hidden_dropout=config.train.dropout,
         attention_dropout=0.0,
         # initialize.py fills the weights; construction must still run for the attributes that it sets.
         init_method=_leave,

@@ -10,7 +10,6 @@ row-parallel        split by inputs      whole              summed, and scattere
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -142,13 +141,3 @@ def attach_adapters(chunk: Any, keys: LoraConfig, model: ResolvedModel) -> None:
         chunk.embedding.register_forward_hook(
             lambda module, inputs, output: output.requires_grad_() if torch.is_grad_enabled() else output
         )
-
-
-def seed_dropout(seed: int, first_row: int, data_rank: int) -> None:
-    """Let the dropout of a step follow from the seed and the step alone, so that a resumed run drops the same.
-
-    Tensor-parallel ranks must drop the same of the inputs that they share.
-    """
-    places = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_context_parallel_rank())
-    text = f"{seed}/dropout/{first_row}/{data_rank}/{places}"
-    torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1)

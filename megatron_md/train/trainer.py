@@ -14,7 +14,7 @@ from megatron_md.batch import CorruptedBatch, DamagedDocument
 from megatron_md.config import Config
 from megatron_md.data.shards import ShardError
 from megatron_md.data.stream import Prefetcher, RowStream, micro_batches
-from megatron_md.model.lora import seed_dropout
+from megatron_md.model.dropout import seed_dropout
 from megatron_md.parallel import World
 from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.optimizer import learning_rate, set_hyperparameters
@@ -135,7 +135,7 @@ class Trainer:
         set_hyperparameters(self.optimizer, lr=lr, weight_decay=keys.weight_decay)
         stop_votes = self.stop_request.votes() if self.stop_request is not None else []
         votes = {id(callback): callback.vote(self) for callback in self.callbacks}
-        if self.config.lora is not None and self.config.lora.dropout:
+        if self.config.train.dropout or (self.config.lora is not None and self.config.lora.dropout):
             seed_dropout(self.config.seed, progress.next_sample_index, self.world.data_rank)
         report = self.stepper.train(
             batch.micro_batches,

@@ -119,7 +119,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 def dropped(config: ResolvedConfig, steps: tuple[int, ...]) -> list[float]:
     """On a rank: losses of steps with the dropout of their own, from one state of the weights."""
-    from megatron_md.model.lora import seed_dropout
+    from megatron_md.model.dropout import seed_dropout
 
     with small_run(config) as run:
         for name, parameter in run.chunks[0].named_parameters():
@@ -149,7 +149,7 @@ def test_dropout_keeps_tensor_parallel_ranks_alike() -> None:
 def compared(config: ResolvedConfig) -> list[float]:
     """On a rank: losses of two steps, after which what several ranks hold is the same."""
     from megatron_md.checkpoint.replicas import compare
-    from megatron_md.model.lora import seed_dropout
+    from megatron_md.model.dropout import seed_dropout
 
     with small_run(config) as run:
         losses = []
