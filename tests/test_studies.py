@@ -37,10 +37,11 @@ def corpus(trained: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "runs"), [("windows", 33), ("50m", 5)])
+@pytest.mark.parametrize(("name", "runs"), [("windows", 33), ("50m", 5), ("repeat", 30)])
 def test_the_arms_of_a_study_can_be_run(name: str, runs: int, trained: Path, tmp_path: Path) -> None:
-    study = Study(STUDIES / f"{name}.yaml", [*corpus(trained), f"run_dir={tmp_path / 'study'}"])
-    assert len(study.runs) == runs and study.runs[0].arm == "U[0, 1]"
+    smaller = ['sweep.grid={"data.max_tokens": [1024, 4096]}'] if name == "repeat" else []
+    study = Study(STUDIES / f"{name}.yaml", [*corpus(trained), *smaller, f"run_dir={tmp_path / 'study'}"])
+    assert len(study.runs) == runs and study.runs[0].arm == {"repeat": "AR"}.get(name, "U[0, 1]")
 
 
 def test_rivals_cost_the_same_and_get_their_best_rate(
@@ -53,7 +54,10 @@ def test_rivals_cost_the_same_and_get_their_best_rate(
     swept: dict[str, Study] = {}
 
     def pretend(*words: Any) -> None:
-        assert words[0] == "sweep"
+        if words[0] == "schedule":
+            for name in ("fitted.knots", "fitted.variance.knots"):
+                (tmp_path / name).write_text("0 1\n1 1\n")
+            return
         study = swept[Path(words[1]).stem] = Study(words[1], [*map(str, words[2:-2])])
         study.directory.mkdir(exist_ok=True)
         lines = [f'"{run.arm}",{run.point},{run.config.optimizer.lr}' for run in study.runs]  # the lower rate is better
@@ -61,11 +65,19 @@ def test_rivals_cost_the_same_and_get_their_best_rate(
 
     monkeypatch.setattr(module, "command", pretend)
     rivals.run([1, 4])
-    assert len(swept["rates"].runs) == 2 * len(rivals.arms) and len(swept["4x"].runs) == 3 * len(rivals.arms)
+    assert (
+        len(rivals.arms) == 12
+        and len(swept["rates"].runs) == 2 * len(rivals.arms)
+        and len(swept["4x"].runs) == 3 * len(rivals.arms)
+    )
     assert {run.config.optimizer.lr for run in swept["1x"].runs} == {0.001}
     for name, budget in (("1x", 1), ("4x", 4)):
+        fitted = [run.arm in ("P-POTS", "signal-aligned") for run in swept[name].runs]
         costs = np.array([flops(run.config) for run in swept[name].runs])
-        assert np.allclose(costs, budget * rivals.cost([], 400), rtol=2e-3)
+        wanted = np.where(fitted, budget - 0.25 - 2048 / 64 / 400, budget) * rivals.cost([], 400)
+        assert sum(fitted) == 6 and np.allclose(costs, wanted, rtol=2e-3)
+    pilot = swept["pilot"].runs[0].config
+    assert (pilot.train.steps, pilot.seed, pilot.objective.mask_schedule) == (100, 0, "uniform:0,1")
     low = [run.config.train.steps for run in swept["1x"].runs if run.arm == "low rates"]
     assert low[0] > 405, "its head sees less, so that it gets more steps"
 

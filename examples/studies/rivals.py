@@ -4,7 +4,8 @@
 
 Model, rows and the tokens of a budget are those of windows.yaml. The learning rate of each arm is the best of three on
 the smallest budget with seed 0, which nothing else uses. Arms get as many steps as cost the FLOPs of U[0, 1], as the
-head sees masked tokens alone. What is done already is not done again: kill it and start it anew.
+head sees masked tokens alone; those that are fitted (`megatron-md schedule fit`) pay for the pilot and the fit as well.
+What is done already is not done again: kill it and start it anew.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import yaml
 
 from megatron_md.config import config_from_mapping
 from megatron_md.config.loader import read_yaml
+from megatron_md.diffusion.fit import BINS
 from megatron_md.sweep.study import flops
 
 BASE = Path(__file__).parent / "windows.yaml"
 UNIFORM, WINDOW = "uniform:0,1", "uniform:0.45,0.55"
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = (1, 2, 3)
+PILOT, FITTED_ROWS = 0.25, 128  # budgets of U[0, 1] for the pilot, and held-out rows, each masked at 16 rates
 
 
 def schedule(value: Any) -> str:
@@ -33,8 +36,9 @@ def schedule(value: Any) -> str:
     return f"objective.mask_schedule={yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]}"
 
 
-def arms() -> dict[str, list[str]]:
-    """Name and words of each arm."""
+def arms(fitted: Path) -> dict[str, list[str]]:
+    """Name and words of each arm; those of the fit have files like `fitted`."""
+    aligned = {"name": "anneal", "from": f"knots:{fitted}", "to": UNIFORM, "over": [0.7, 1.0]}
     return {
         "U[0, 1]": [],
         "U[0, 1], no weights": ["objective.weight=none"],
@@ -52,6 +56,8 @@ def arms() -> dict[str, list[str]]:
         "beta(2, 2)": [schedule("beta:2,2")],
         "antithetic": ["objective.pairs=antithetic"],
         "complementary": ["objective.pairs=complementary"],
+        "P-POTS": [schedule(f"knots:{fitted.with_suffix('.variance.knots')}"), "objective.importance=true"],
+        "signal-aligned": [schedule(aligned)],
     }
 
 
@@ -69,7 +75,8 @@ class Rivals:
         self.folder, self.words, self.workers = folder.absolute(), words, workers
         self.base = read_yaml(BASE)
         self.base.pop("sweep")
-        self.arms = arms()
+        self.fitted = self.folder / "fitted.knots"
+        self.arms = arms(self.fitted)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def cost(self, words: list[str], steps: int) -> float:
@@ -78,9 +85,20 @@ class Rivals:
         return flops(config_from_mapping(self.base, [*self.words, *words, *warm], source=str(BASE)))
 
     def steps(self, arm: str, budget: float) -> int:
-        """Steps of an arm that cost as much as so many budgets of U[0, 1]."""
+        """Steps of an arm that cost as much as so many budgets of U[0, 1], less what its fit has cost."""
         unit = self.base["train"]["steps"]
+        if str(self.fitted.with_suffix("")) in " ".join(self.arms[arm]):
+            budget -= PILOT + BINS * FITTED_ROWS / (unit * self.base["train"]["global_batch_size"])
         return round(budget * unit * self.cost([], unit) / self.cost(self.arms[arm], unit))
+
+    def fit(self) -> None:
+        """Train the pilot, and fit schedules to it."""
+        words = [f"train.steps={round(PILOT * self.base['train']['steps'])}", "validation.every_steps=0"]
+        self.sweep("pilot", {"pilot": words}, seeds=[0])
+        if not self.fitted.exists():
+            run, record = self.folder / "pilot/pilot/seed_0", self.folder / "fit.json"
+            shape = ["--rows", str(FITTED_ROWS), "--json", record, "--output", self.fitted]
+            command("schedule", "fit", run, *shape)
 
     def sweep(self, name: str, sections: dict[str, list[str]], **sweep: Any) -> None:
         """Run a study file of these arms."""
@@ -105,6 +123,7 @@ class Rivals:
 
     def run(self, budgets: list[int]) -> None:
         """All of it."""
+        self.fit()
         rates = self.best_rates()
         for budget in budgets:
             sections = {}
