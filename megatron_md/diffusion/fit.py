@@ -33,7 +33,7 @@ from megatron_md.diffusion._schedule_base import FloatArray
 
 BINS = 16
 FLOOR = 0.1
-LEAST_GROUPS = 4
+LEAST_GROUPS = 8  # halves of which one is left out still make pairs
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class GradientProducts:
     ) -> float:
         """Gain of a density that is fitted to half of the groups, measured on the other half; mean of both ways."""
         everyone = np.arange(self.products_AKAK.shape[1])
-        even, odd = (self.of_groups(everyone[first::2]).moments() for first in (0, 1))
-        return 0.5 * (gain(odd, density(even)) + gain(even, density(odd)))
+        one, other = (self.of_groups(half).moments() for half in np.array_split(everyone, 2))
+        return 0.5 * (gain(other, density(one)) + gain(one, density(other)))
 
 
 def aligned_density(moments: Moments) -> FloatArray:

@@ -20,7 +20,7 @@ def fit(*words: str) -> int:
 
 
 def fitted(trained: Path, output: Path, *words: str) -> None:
-    shape = ["--rows", "16", "--group", "4"]
+    shape = ["--rows", "16", "--group", "2"]
     assert run_ranks(fit, 1, str(trained / "run"), *shape, "--output", str(output), *words) == [0]
 
 
@@ -59,7 +59,7 @@ def test_it_finds_the_same_again_and_averages_checkpoints(trained: Path, tmp_pat
         (["{trained}/causal"], "objective.name autoregressive has no mask schedule to fit"),
         (["{trained}/nowhere"], "neither a run directory with a complete checkpoint"),
         (["{trained}/run", "--checkpoints", "7"], "step_00000007"),
-        (["{trained}/run", "--rows", "8"], "4 groups of --group 8 rows are needed"),
+        (["{trained}/run", "--rows", "8"], "8 groups of --group 8 rows are needed"),
         (["{trained}/run", "--output", "{trained}/none/a.knots"], "none does not exist"),
         (["{trained}/run", "--output", "{trained}/a.png"], "ends with .png, as its picture does"),
         (["{trained}/run", "--data", "{trained}/missing.txt"], "cannot be read as text"),

@@ -44,7 +44,7 @@ def test_planted_signal_and_second_moment_are_recovered() -> None:
 
 
 def test_few_groups_are_without_bias_and_know_their_error() -> None:
-    draws = [products(4, seed) for seed in range(400)]
+    draws = [products(8, seed) for seed in range(200)]
     signal_XA = np.array([draw.moments().signal_A for draw in draws])
     moment_XA = np.array([draw.moments().moment_A for draw in draws])
     for values_XA, exact_A in ((signal_XA, truth().signal_A), (moment_XA, truth().moment_A)):
@@ -102,6 +102,10 @@ def test_gains() -> None:
 
 
 def test_a_gain_is_measured_on_groups_that_were_not_fitted() -> None:
+    for groups in (fit.LEAST_GROUPS, 64):
+        few = products(groups)
+        error = few.jackknife(lambda own: own.held_out_gain(fit.aligned_density, fit.aligned_gain))
+        assert 0.0 < error < 10.0 / groups
     noise = GradientProducts.of(np.random.default_rng(3).normal(size=(BINS, 12, WIDTH)) + 0.2, 1)
     fitted_and_measured = fit.aligned_gain(noise.moments(), fit.aligned_density(noise.moments()))
     assert noise.held_out_gain(fit.aligned_density, fit.aligned_gain) < fitted_and_measured
