@@ -90,7 +90,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     # Bound to its device, NCCL connects at once, not within the first steps, and splits groups off without a new start.
-    keys: dict[str, Any] = {"timeout": timeout, "device_id": None if device.type == "cpu" else device}
+    # One process alone would hold gigabytes for groups of one that way.
+    is_bound = device.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    keys: dict[str, Any] = {"timeout": timeout, "device_id": device if is_bound else None}
     backend = "gloo" if device.type == "cpu" else "nccl"
     if "RANK" in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # The launcher's store outlives a restart: the addresses of dead processes must not be found there.
