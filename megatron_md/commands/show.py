@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,16 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, Int64Array, Rows
-from megatron_md.commands.arguments import positive
+from megatron_md.commands.arguments import check_folder_of, positive
 from megatron_md.config import ChatConfig, Config, DataConfig
 from megatron_md.config.loader import apply_overrides, validate
 from megatron_md.data.chat_rows import DialogueStream
 from megatron_md.data.shards import Manifest, load_manifest
 from megatron_md.data.stream import WINDOW_SHARDS, RowStream, SequenceStream, cut
-from megatron_md.data.survey import document_lengths, unigram_entropy
+from megatron_md.data.survey import document_lengths, token_counts, unigram_entropy
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.errors import UserError
+from megatron_md.files import replace_file
 from megatron_md.messages import printable, shown
 
 BAR_WIDTH = 40
@@ -55,6 +58,7 @@ def add_show(show: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="of dialogues, as in the run's data.chat: rows=packed eos_padding=one",
     )
+    show.add_argument("--counts", type=Path, metavar="FILE", help="write how often each token occurs, as a JSON list")
     show.add_argument("--max-tokens", type=positive, metavar="N", help="as the run's data.max_tokens (all tokens)")
     keys = {
         "seed": (1234, "seed"),
@@ -79,6 +83,9 @@ def show(args: argparse.Namespace) -> int:
         raise UserError(f"--seq-length {args.seq_length}: at most {MAX_SEQ_LENGTH} tokens can be shown as a row")
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed {args.seed}: must be at least 0 and below 2**63, as in a run")
+    check_folder_of(args.counts, "--counts ")
+    if args.counts is not None and len(args.manifest) > 1:
+        raise UserError("--counts takes one corpus")
     if args.masks and not args.row:
         raise UserError("--masks marks the tokens of rows: name them with --row G")
     if min(args.row, default=0) < 0:
@@ -91,6 +98,8 @@ def show(args: argparse.Namespace) -> int:
         _show_totals(console, manifest)
         if args.stats:
             _show_stats(console, manifest)
+        if args.counts is not None:
+            replace_file(args.counts, json.dumps(token_counts(manifest).tolist()) + "\n")
         if args.row:
             _show_rows(console, manifest, args)
     return 0

@@ -306,6 +306,13 @@ class ObjectiveConfig:
             "where the other is not"
         ),
     ] = "none"
+    token_rate: Annotated[
+        dict[str, Any] | None,
+        Doc(
+            "tokens of a row are masked at rates of their own: {name: position, strength: 1}, {name: frequency, "
+            "strength: 1, counts: FILE}, or one from imports; null: all at the row's rate"
+        ),
+    ] = None
     right_shift: Annotated[
         bool, Doc("the output at a position predicts the token to its right (Dream, starts from causal models)")
     ] = False
@@ -327,6 +334,7 @@ class ObjectiveConfig:
     def problems(self, run: Config) -> Iterator[str]:
         """What these keys contradict in the run, a line for each; `run.check` reads the mask schedule."""
         yield from self._problems_of_pairs(run)
+        yield from self._problems_of_token_rate()
         is_within = run.data.document_attention == "within_document"
         if self.right_shift and is_within:
             yield (
@@ -342,6 +350,20 @@ class ObjectiveConfig:
             )
         if self.name == "autoregressive":
             yield "objective.attention_annealing: attention of autoregressive is always causal; set it to 0"
+
+    def _problems_of_token_rate(self) -> Iterator[str]:
+        if self.token_rate is None:
+            return
+        if self.name == "autoregressive" or self.pairs == "complementary" or self.importance:
+            yield (
+                "objective.token_rate does not go with name autoregressive (which masks nothing), pairs complementary "
+                "or importance (which know the row's rate only): set one of them back"
+            )
+        if (self.weight, self.normalise == "masked") not in (("elbo", False), ("none", True)):
+            yield (
+                f"objective.token_rate does not go with weight {self.weight} and normalise {self.normalise}: take "
+                "weight elbo with maskable or sequences, or weight none with masked"
+            )
 
     def _problems_of_pairs(self, run: Config) -> Iterator[str]:
         if self.pairs == "none":

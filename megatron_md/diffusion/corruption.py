@@ -106,11 +106,12 @@ def stratified_uniforms_of_rows(seed: int, batch: CleanBatch, purpose: str = "ma
 
 
 def is_below_rate(u_BL: FloatArray, mask_rate_B: FloatArray, is_maskable_BL: BoolArray) -> BoolArray:
-    """The forward process: masked iff u < t (strictly) and maskable.
+    """The forward process: masked iff u < t (strictly) and maskable; t of each row, or [B, L] of each position.
 
     u does not depend on t: the positions masked at a lower rate are masked at every higher one.
     """
-    return (u_BL < mask_rate_B[:, None]) & is_maskable_BL
+    rate_BL = mask_rate_B if mask_rate_B.ndim == 2 else mask_rate_B[:, None]
+    return (u_BL < rate_BL) & is_maskable_BL
 
 
 def mask_at_rate(
@@ -121,7 +122,7 @@ def mask_at_rate(
     Args:
         seed: the run's seed.
         sample_index_B: g of each row.
-        mask_rate_B: t of each row.
+        mask_rate_B: t of each row, or [B, L] of each position.
         is_maskable_BL: positions that may be masked.
     """
     u_BL = uniforms_of_rows(seed, "is_masked", sample_index_B, is_maskable_BL.shape[1])

@@ -8,7 +8,7 @@ pass: `sum_m weights_M[m] * nll_M[m] / global sum of denominator`. Third parties
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,11 +20,13 @@ from megatron_md.diffusion.corruption import (
     assemble,
     count_by,
     counted_sequences,
+    mask_at_rate,
     shift_right,
 )
 from megatron_md.diffusion.names import objectives
 from megatron_md.diffusion.pairs import Pairs, draw_masks, draw_rates, law_of_rates
 from megatron_md.diffusion.schedule import MaskSchedule, parse_schedule
+from megatron_md.diffusion.token_rates import parse_token_rate, rates_of_tokens
 from megatron_md.diffusion.weighting import Normalise, Weighting
 from megatron_md.errors import UserError
 
@@ -104,6 +106,8 @@ def build_objective(
     objective = factory(context, **config.options)
     if getattr(objective, "pairs", "none") != config.pairs:
         raise UserError(f"objective.pairs {config.pairs}: {config.name!r} does not draw rows in pairs; set none")
+    if config.token_rate is not None and getattr(objective, "token_rate", None) is None:
+        raise UserError(f"objective.token_rate: {config.name!r} knows no rates of single tokens; set null")
     return objective
 
 
@@ -122,8 +126,8 @@ def mean_metrics(nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
 class MaskedDiffusion:
     """Mask each maskable position of a row with probability t and predict the tokens there.
 
-    t is the schedule's inverse CDF at uniforms that are stratified over the global batch; rows may come in `pairs`.
-    Weights and denominator: `weighting`.
+    t is the schedule's inverse CDF at uniforms that are stratified over the global batch; rows may come in `pairs`, and
+    tokens have rates of their own (`token_rates`). Weights and denominator: `weighting`.
     """
 
     name: str = "masked_diffusion"
@@ -135,11 +139,12 @@ class MaskedDiffusion:
         """Build from the config.
 
         Raises:
-            UserError: see `Weighting`.
+            UserError: see `Weighting` and `parse_token_rate`.
         """
         config = context.config
         self.schedule = context.schedule
         self.pairs: Pairs = config.pairs
+        self.token_rate = parse_token_rate(config.token_rate)
         self.seed = context.seed
         self.mask_token_id = context.mask_token_id
         self.weighting = Weighting(
@@ -155,11 +160,15 @@ class MaskedDiffusion:
         progress = batch.position.progress
         drawn_B = draw_rates(self.seed, batch, self.schedule, self.pairs, self.weighting.min_mask_rate)
         mask_rate_B = self.weighting.floored(drawn_B)
-        is_masked_BL = draw_masks(self.seed, batch, mask_rate_B, self.pairs)
+        if self.token_rate is None:
+            is_masked_BL, rate_BL = draw_masks(self.seed, batch, mask_rate_B, self.pairs), None
+        else:
+            rate_BL = rates_of_tokens(self.token_rate, batch.tokens_BL, mask_rate_B, self.weighting.min_mask_rate)
+            is_masked_BL = mask_at_rate(self.seed, batch.sample_index_B, rate_BL, batch.is_maskable_BL)
         row_S, sequence_N = counted_sequences(batch)
         masked_S = count_by(sequence_N, len(row_S), is_masked_BL)
         maskable_S = count_by(sequence_N, len(row_S), batch.is_maskable_BL)
-        return assemble(
+        corrupted = assemble(
             batch,
             tokens_BL=np.where(is_masked_BL, self.mask_token_id, batch.tokens_BL),
             is_scored_BL=is_masked_BL,
@@ -168,6 +177,11 @@ class MaskedDiffusion:
             mask_rate_B=mask_rate_B,
             sequence_N=sequence_N,
         )
+        if rate_BL is None or self.weighting.weight != "elbo":
+            return corrupted
+        # 1 / t becomes 1 / r of the token.
+        ratio_M = (mask_rate_B[:, None] / rate_BL).reshape(-1)[corrupted.positions_M]
+        return replace(corrupted, weights_M=corrupted.weights_M * ratio_M.astype(np.float32))
 
     def reduce(self, nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
         """`masked_ce` and `mean_mask_rate`; see `Objective.reduce`."""

@@ -19,6 +19,7 @@ from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.names import objectives
 from megatron_md.diffusion.pairs import law_of_rates
 from megatron_md.diffusion.schedule import parse_schedule
+from megatron_md.diffusion.token_rates import parse_token_rate
 from megatron_md.messages import nearest
 from megatron_md.plugins import import_plugins
 from megatron_md.run.check_corpora import corpus_problems, missing_files
@@ -148,6 +149,11 @@ def _check_objective(config: Config, trust: bool) -> Iterator[str]:
         return
     except ValueError as error:
         yield f"objective.mask_schedule: {str(error).removeprefix('mask_schedule ')}"
+        return
+    try:
+        parse_token_rate(objective.token_rate)
+    except ValueError as error:
+        yield str(error)
         return
     # A third party's need not be registered where only the config is checked.
     if not config.imports and objective.name not in objectives.built_in:

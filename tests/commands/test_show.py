@@ -15,6 +15,7 @@ from megatron_md.config import ChatConfig
 from megatron_md.data.chat_rows import DialogueStream
 from megatron_md.data.shards import load_manifest
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.diffusion.token_rates import parse_token_rate
 
 SEQ_LENGTH = 96
 
@@ -136,3 +137,23 @@ def test_flags_of_dialogues_are_for_dialogues(
     assert "--chat rows=padded: " in capsys.readouterr().err
     assert main(["data", "show", str(corpus), "--row", "0", "--chat", "rws=padded"]) == 2
     assert "unknown key rws; did you mean rows?" in capsys.readouterr().err
+
+
+def test_counts_of_tokens_are_written_for_token_rates(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "counts.json"
+    assert main(["data", "show", str(corpus), "--counts", str(output)]) == 0
+    manifest = load_manifest(corpus)
+    counts = json.loads(output.read_text())
+    assert len(counts) == manifest.vocab_size and min(counts) == 0 < counts[manifest.eos_id]
+    spec = {"name": "frequency", "strength": 1, "counts": str(output)}
+    assert parse_token_rate(spec) is not None
+    for words, text in (
+        (["--counts", "none/a.json"], "none does not exist"),
+        ([str(corpus), "--counts", "a"], "one corpus"),
+    ):
+        capsys.readouterr()
+        assert main(["data", "show", str(corpus), *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert text in line
