@@ -17,6 +17,7 @@ from megatron_md.json_file import as_record, read_json
 from megatron_md.sweep.paired import Difference, holm, paired_difference, tokens_to_reach
 from megatron_md.sweep.study import TABLE_NAME
 from megatron_md.sweep.table import Row, by_arm, read_csv
+from megatron_md.train.records import has_overfitted
 
 MAKE_IT = "megatron-md sweep STUDY.yaml"
 
@@ -31,6 +32,7 @@ class RunFigures:
         nelbo: at each validation; the last one is the final one.
         ce_by_rate: cross-entropy by mask rate at the last validation, nan where there is none.
         row_nelbo_R: final NELBO of each validation row.
+        has_overfitted: ended above its lowest NELBO by more than the standard error.
     """
 
     seed: int
@@ -38,6 +40,12 @@ class RunFigures:
     nelbo: list[float]
     ce_by_rate: FloatArray
     row_nelbo_R: FloatArray
+    has_overfitted: bool
+
+    @property
+    def lowest(self) -> tuple[float, float]:
+        """The lowest NELBO, and the tokens processed there."""
+        return min(zip(self.nelbo, self.tokens, strict=True))
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,7 @@ class _Reader:
             nelbo=[record["val_nelbo"] for record in scored],
             ce_by_rate=np.array(by_rate),
             row_nelbo_R=np.array([math.inf if value is None else value for value in found.nelbo]),
+            has_overfitted=has_overfitted(scored),
         )
 
 

@@ -51,7 +51,12 @@ def _draw_curves(axes: Any, arms: Sequence[ArmFigures], colors: dict[str, Any]) 
         tokens = sorted(set.intersection(*(set(run.tokens) for run in arm.runs)))
         nelbo_SX = np.array([[run.nelbo[run.tokens.index(value)] for value in tokens] for run in arm.runs])
         style = {"color": colors[arm.name], "linestyle": "--" if arm is arms[0] else "-"}
-        axes.plot(tokens, np.median(nelbo_SX, axis=0), label=plain(arm.name), linewidth=1.4, **style)
+        median_X = np.median(nelbo_SX, axis=0)
+        axes.plot(tokens, median_X, label=plain(arm.name), linewidth=1.4, **style)
+        if any(run.has_overfitted for run in arm.runs):
+            axes.plot(
+                tokens[median_X.argmin()], median_X.min(), color=colors[arm.name], marker="*", markersize=12, ls=""
+            )
         axes.fill_between(
             tokens, nelbo_SX.min(axis=0), nelbo_SX.max(axis=0), color=colors[arm.name], alpha=0.12, linewidth=0
         )

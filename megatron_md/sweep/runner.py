@@ -166,4 +166,5 @@ def _in_worker(start: Callable[[C], object], config: C, directory: Path, parent:
                 raise
         result.send(None)
     except BaseException as error:
-        result.send(f"{type(error).__name__}: {error}")
+        with contextlib.suppress(BrokenPipeError):  # the sweep may have ended meanwhile; the log says why
+            result.send(f"{type(error).__name__}: {error}")

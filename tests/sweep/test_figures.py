@@ -57,7 +57,7 @@ def test_arms_are_paired_by_seed_at_each_point(tmp_path: Path) -> None:
     assert alone.difference is None and alone.tokens == []
     text = write_report(tmp_path, "base")
     assert "| other | 3 | 2.5000 (1.0000 to 3.5000) | +0.0000 [" in text and "## steps 9" in text
-    assert "| other | 1 | 2.0000 (2.0000 to 2.0000) | | |  |" in text
+    assert "| other | 1 | 2.0000 | | |  |" in text and "lowest" not in text
     assert read_study(tmp_path)[""][0].name == "other", "the first arm, unless told otherwise"
 
 
@@ -66,6 +66,21 @@ def test_a_run_without_finite_figures_is_not_compared(tmp_path: Path) -> None:
     write_table(tmp_path / "results.csv", rows)
     base, broken = read_study(tmp_path)[""]
     assert broken.difference is None and base.runs[0].nelbo == [3.0]
+
+
+def test_the_report_tells_where_runs_that_overfitted_were_best(tmp_path: Path) -> None:
+    rows = [
+        pretend(tmp_path, "base", 1, [3.0, 2.9]),
+        pretend(tmp_path, "few tokens", 1, [2.0, 1.5, 4.0]),
+        pretend(tmp_path, "few tokens", 2, [2.0, 1.7, 1.7]),
+    ]
+    write_table(tmp_path / "results.csv", rows)
+    head, _, base, few = write_report(tmp_path).splitlines()
+    assert head.endswith("| tokens | lowest |")
+    assert base.endswith("| 2.9000 at 0.00M |") and few.endswith("| 1.6000 at 0.00M |")
+    (_, found) = read_study(tmp_path)[""]
+    assert [run.lowest for run in found.runs] == [(1.5, 200), (1.7, 200)]
+    assert [run.has_overfitted for run in found.runs] == [True, False]
 
 
 def test_what_does_not_compare_is_refused(tmp_path: Path) -> None:
