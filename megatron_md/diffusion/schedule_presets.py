@@ -14,7 +14,7 @@ from megatron_md.errors import UserError
 class Preset:
     """A schedule as a config would spell it, and its source."""
 
-    schedule: str
+    schedule: str | Mapping[str, Any]
     source: str
 
     def from_text(self, arguments: str) -> MaskSchedule:
@@ -34,6 +34,10 @@ class Preset:
 PRESETS = {
     "llada": Preset("uniform:0,1", "all mask rates: LLaDA, arXiv 2502.09992, and most others"),
     "paper": Preset("uniform:0.45,0.55", "pretraining, and fine-tuning for likelihood: arXiv 2601.22450"),
+    "window-uniform": Preset(
+        {"name": "anneal", "from": "uniform:0.45,0.55", "to": "uniform:0,1", "over": [0.5, 1.0]},
+        "pretraining, the best of eleven at equal FLOPs: docs/studies.md",
+    ),
     "paper-generation": Preset("uniform:0.5,1", "fine-tuning for generation: arXiv 2601.22450"),
     "llada2-sft": Preset("uniform:0.3,0.8", "dFactory's default for fine-tuning LLaDA2.0; no ablation is published"),
     "bell": Preset(

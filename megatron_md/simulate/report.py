@@ -66,7 +66,7 @@ def _step_lines(config: ResolvedConfig, layout: Layout, hardware: Hardware, foun
     yield f"  time         {1e3 * step.total:.1f} ms a step = {shares}"
     yield f"  tokens/s     {found.tokens_per_second:,.0f}, {found.tokens_per_second / layout.world:,.0f} a device"
     yield f"  utilisation  MFU {found.mfu:.1%}; {found.executed:.1%} with all FLOPs that are executed"
-    yield f"  run          {found.days:,.2f} days, {found.gpu_hours:,.0f} GPU-hours for {config.train.steps:,} steps"
+    yield f"  run          {found.days:,.2f} days, {_hours(found.gpu_hours)} GPU-hours for {config.train.steps:,} steps"
 
 
 def assumed(config: ResolvedConfig, hardware: Hardware, values: Assumptions) -> list[str]:
@@ -116,6 +116,10 @@ def as_json(
     }
 
 
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10.0 else f"{hours:.2f}"
+
+
 def table(rows: Sequence[tuple[ResolvedConfig, Layout, Forecast]]) -> str:
     """Layouts of a sweep, best first."""
     head = (
@@ -127,6 +131,6 @@ def table(rows: Sequence[tuple[ResolvedConfig, Layout, Forecast]]) -> str:
             f"{layout.tensor:>6} {layout.pipeline:>8} {layout.data:>4} {config.train.micro_batch_size:>11} "
             f"{config.train.recompute:>9} {found.peak / GIB:>9.2f} {'yes' if found.fits else 'no':>5} "
             f"{1e3 * found.step.total:>8.1f} {found.mfu:>6.1%} {found.tokens_per_second / layout.world:>16,.0f} "
-            f"{found.days:>7.2f} {found.gpu_hours:>10,.0f}"
+            f"{found.days:>7.2f} {_hours(found.gpu_hours):>10}"
         )
     return "\n".join(lines)
