@@ -48,6 +48,7 @@ SMALLER = {
     "sweep": ['sweep.arms={"U[0, 1]": [], "[0.4, 0.5]": ["objective.mask_schedule=paper"]}', "sweep.seeds=[1]",
               "train.steps=2", "train.global_batch_size=4", "train.micro_batch_size=4", "validation.sequences=8",
               "train.device=cpu"],
+    "schedule fit": ["--rows", "16", "--group", "2"],
     "parity validate": ["--reference", "record.json"],
     "doctor": ["--nproc-per-node", "1"],
     "generate": ["--length", "16", "--steps", "4"],
@@ -137,7 +138,9 @@ class Runner:
         names = [*(f"{words[0]} {word}" for word in words[1:]), words[0]]
         words = [*words, *next((SMALLER[name] for name in names if name in SMALLER), [])]
         # These start megatron-core's process groups, of which this process may hold some for other tests.
-        starts_groups = words[0] in ("generate", "evaluate", "chat") or "--verify" in words or "validate" in words
+        starts_groups = (
+            words[0] in ("generate", "evaluate", "chat", "schedule") or "--verify" in words or "validate" in words
+        )
         code = run_ranks(main_in, 1, self.folder, words)[0] if starts_groups else main_in(self.folder, words)
         lacks_compiler = words[0] == "simulate" and compiler() is None
         assert code == (2 if lacks_compiler else 0), f"megatron-md {shlex.join(words)} returned {code}"
