@@ -29,6 +29,7 @@ from megatron_md.diffusion.corruption import (
     stratified_uniforms_of_rows,
     uniforms_of_rows,
 )
+from megatron_md.errors import UserError
 
 Pairs = Literal["none", "antithetic", "complementary"]
 
@@ -95,12 +96,18 @@ def draw_rates(seed: int, batch: CleanBatch, schedule: MaskSchedule, pairs: Pair
         schedule: the config's schedule.
         pairs: how rows belong together.
         floor: the least rate.
+
+    Raises:
+        UserError: pairs do not fit into the global batch.
     """
     progress = batch.position.progress
     if pairs == "none":
         return schedule.sample(stratified_uniforms_of_rows(seed, batch), progress)
     first, size = batch.position.first_sample_index, batch.position.global_batch_size
-    assert first % 2 == 0 == size % 2, "the config is checked: global batches are even"
+    if first % 2 or size % 2:  # a foreign loop's: the config's own are checked
+        raise UserError(
+            f"objective.pairs {pairs} needs an even number of rows in a global batch: got {size}, row {first} on"
+        )
     pair_B, is_second_B = np.divmod(batch.sample_index_B - first, 2)
     u_B = stratified_uniforms(seed, first // 2, size // 2, "mask_rate/pairs")[pair_B]
     if pairs == "antithetic":

@@ -18,7 +18,7 @@ from megatron_md.data.shards import load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.names import objectives
 from megatron_md.diffusion.pairs import law_of_rates
-from megatron_md.diffusion.schedule import parse_schedule
+from megatron_md.diffusion.schedule import Point, parse_schedule
 from megatron_md.diffusion.token_rates import parse_token_rate
 from megatron_md.messages import nearest
 from megatron_md.plugins import import_plugins
@@ -143,7 +143,7 @@ def _check_objective(config: Config, trust: bool) -> Iterator[str]:
     objective = config.objective
     try:
         import_plugins(config, trust=trust)
-        parse_schedule(objective.mask_schedule)
+        schedule = parse_schedule(objective.mask_schedule)
     except ConfigError as error:
         yield from error.lines
         return
@@ -159,6 +159,8 @@ def _check_objective(config: Config, trust: bool) -> Iterator[str]:
     if not config.imports and objective.name not in objectives.built_in:
         known, close = ", ".join(objectives.built_in), nearest(objective.name, objectives.built_in)
         yield f"objective.name {objective.name!r} is unknown{close} (known: {known}; add others by imports)"
+    if objective.pairs == "antithetic" and isinstance(schedule, Point):
+        yield f"objective.pairs antithetic mirrors the mask rate, which {schedule} does not vary: set none"
     if objective.importance and not law_of_rates(objective).has_full_support():
         yield (
             f"objective.importance needs a density above 0 on all of [0, 1], which {objective.mask_schedule} lacks: "

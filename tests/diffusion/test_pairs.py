@@ -32,6 +32,12 @@ Paired = Literal["antithetic", "complementary"]
 SCHEDULES = ["uniform:0,1", "uniform:0.1,0.4", "beta:2,5", "point:0.3"]
 
 
+@pytest.mark.parametrize(("first", "count"), [(24, 7), (7, 8)])
+def test_a_foreign_loops_odd_batches_are_refused(first: int, count: int) -> None:
+    with pytest.raises(UserError, match=rf"complementary needs an even number of rows .* got {count}, row {first} on"):
+        draw_rates(11, rows(first, count), parse_schedule("uniform:0,1"), "complementary", FLOOR)
+
+
 @pytest.mark.parametrize("spec", SCHEDULES)
 def test_antithetic_rates_are_mirrored_and_each_half_is_stratified(spec: str) -> None:
     batch, schedule = rows(24, 12), parse_schedule(spec)
@@ -160,6 +166,10 @@ def test_rows_are_repeated() -> None:
         ),
         ({"train": {"batch_ramp": BatchRampConfig(1, 1, 4)}}, "train.batch_ramp.start is 1"),
         ({"objective": {"name": "autoregressive"}}, "objective.pairs complementary: autoregressive masks nothing"),
+        (
+            {"objective": {"pairs": "antithetic", "mask_schedule": "point:0.3"}},
+            "objective.pairs antithetic mirrors the mask rate, which point:0.3 does not vary",
+        ),
         ({"objective": {"min_mask_rate": 0.5}}, "objective.min_mask_rate 0.5: .* set it below 0.5"),
     ],
 )
