@@ -48,7 +48,7 @@ SMALLER = {
     "sweep": ['sweep.arms={"U[0, 1]": [], "[0.4, 0.5]": ["objective.mask_schedule=paper"]}', "sweep.seeds=[1]",
               "train.steps=2", "train.global_batch_size=4", "train.micro_batch_size=4", "validation.sequences=8",
               "train.device=cpu"],
-    "schedule fit": ["--rows", "16", "--group", "2"],
+    "schedule fit": ["--rows", "8", "--group", "1"],
     "parity validate": ["--reference", "record.json"],
     "doctor": ["--nproc-per-node", "1"],
     "generate": ["--length", "16", "--steps", "4"],

@@ -122,11 +122,13 @@ def small(folder: Path, corpus: dict[str, str], **sections: Any) -> Config:
     return config_for(folder, corpus, **{**keys, **sections})
 
 
-def assert_same(curves: list[list[dict[str, float]]], ours: list[dict[str, Any]], rtol: float = 1e-6) -> None:
+def assert_same(curves: list[list[dict[str, float]]], ours: list[dict[str, Any]], first: float = 2e-7) -> None:
+    """The first step alike to rounding, those after it, which make that grow, as between layouts."""
     reporting = 0
     for curve in curves:
         assert len(curve) == len(ours) == STEPS
-        for found, expected in zip(curve, ours, strict=True):
+        for step, (found, expected) in enumerate(zip(curve, ours, strict=True)):
+            rtol = 1e-5 if step else first
             assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=rtol)
             reporting += "lm loss" in found
             if "lm loss" in found:  # the last pipeline stage

@@ -154,6 +154,7 @@ TRANSFORMER: dict[str, tuple[Any, dict[str, Any]]] = {
     "parallel.pipeline": (2, {"pipeline_model_parallel_size": 2}),
     "train.precision": ("bf16", BF16),
     "train.deterministic": (True, {"deterministic_mode": True}),
+    "train.dropout": (0.25, {"hidden_dropout": 0.25}),
 }
 # Keys that core accepts only beside others.
 TOGETHER: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
