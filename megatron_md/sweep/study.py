@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_md import run_files
-from megatron_md.config import Config, config_from_mapping, to_yaml
+from megatron_md.config import Config, config_from_mapping, load_config, to_yaml
 from megatron_md.config import loader as config_loader
 from megatron_md.config.loader import ConfigError
 from megatron_md.config.schema import STRICT, Doc
@@ -110,7 +110,8 @@ def summary_of(run: SweepRun[Config]) -> dict[str, Any] | None:
     """
     if not (run.directory / REQUEST_NAME).is_file():
         return None
-    if (run.directory / REQUEST_NAME).read_text(encoding="utf-8") != to_yaml(run.config):
+    # Parsed, as keys that came later have their defaults there.
+    if load_config(run.directory / REQUEST_NAME) != run.config:
         raise ConfigError(f"{run.directory}: was run with another config; move it away, or give the arm another name")
     try:
         summary = read_json(run.directory / run_files.SUMMARY, "the run goes on")

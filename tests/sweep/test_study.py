@@ -163,3 +163,25 @@ def test_a_killed_study_comes_to_the_same_table(
     run = Study(path).runs[0]
     (run.directory / "summary.json").write_text(json.dumps({"status": "failed"}))
     assert summary_of(run) is None
+
+
+ANNEAL = '{name: anneal, from: paper, to: "uniform:0,1", over: [0.5, 1]}'
+
+
+@pytest.mark.parametrize("words", [[], ["model.preset=50m"], [f"objective.mask_schedule={ANNEAL}"]])
+def test_a_run_of_a_version_that_lacked_a_key_is_still_done(words: list[str], trained: Path, tmp_path: Path) -> None:
+    run = Study(write_study(trained, tmp_path), words).runs[0]
+    run.directory.mkdir(parents=True)
+    (run.directory / "summary.json").write_text(json.dumps({"status": "finished", "val_nelbo": 1.5}))
+    config = as_dict(run.config)
+    for changed, is_same in (({}, True), ({"dropout": 0.25}, False)):
+        older = {
+            **config,
+            "train": {key: value for key, value in config["train"].items() if key != "dropout"} | changed,
+        }
+        (run.directory / "arm.yaml").write_text(yaml.safe_dump(older))
+        if is_same:
+            assert summary_of(run) == {"status": "finished", "val_nelbo": 1.5}
+        else:
+            with pytest.raises(ConfigError, match="was run with another config"):
+                summary_of(run)
