@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +107,7 @@ def _opened(path: Path, args: argparse.Namespace) -> SavedRun:
         )
     if saved.config.lora is not None:
         raise UserError(f"{path}: trains adapters, of which no schedule is fitted: take a run of whole weights")
-    return replace(saved, config=replace(saved.config, megatron=replace(saved.config.megatron, ddp={})))
+    return saved
 
 
 def _fit(runs: list[SavedRun], data: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class Frequency:
             UserError: it is none.
         """
         way_out = f"write it with megatron-md data show CORPUS --counts {counts}"
-        found = parse_json(read_regular(Path(counts), way_out).decode(), counts, way_out)
+        found = parse_json(read_regular(Path(counts), way_out), counts, way_out)
         if (
             not isinstance(found, list)
             or not all(type(count) is int and count >= 0 for count in found)

@@ -13,6 +13,7 @@ import torch
 
 from megatron_md.config import LoraConfig, ResolvedConfig
 from megatron_md.config.lora import is_adapter
+from tests.model.test_dropout import losses
 from tests.ranks import run_ranks
 from tests.small_run import CONFIG, MASK, small_run, variant
 from tests.train.test_step import LAYOUTS, assert_same, slow, train
@@ -142,19 +143,5 @@ def test_dropout_follows_from_seed_and_step() -> None:
 @pytest.mark.slow
 def test_dropout_keeps_tensor_parallel_ranks_alike() -> None:
     config = adapted(keys=replace(KEYS, dropout=0.5), parallel={"tensor": 2})
-    one, two = run_ranks(compared, 2, config)
+    one, two = run_ranks(losses, 2, config)
     assert one == two and np.isfinite(one).all()
-
-
-def compared(config: ResolvedConfig) -> list[float]:
-    """On a rank: losses of two steps, after which what several ranks hold is the same."""
-    from megatron_md.checkpoint.replicas import compare
-    from megatron_md.model.dropout import seed_dropout
-
-    with small_run(config) as run:
-        losses = []
-        for step in range(2):
-            seed_dropout(config.seed, step * 8, run.world.data_rank)
-            losses += [row[0] for row in run.train(step, step + 1)]
-        compare(run.chunks, run.optimizer, 2)
-        return losses
