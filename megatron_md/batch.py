@@ -109,6 +109,9 @@ class CorruptedBatch:
             trainer fills it in, whatever the objective does.
         is_hidden_LL: pairs of a query and a key that attention does not see, the same in all rows of the global batch;
             None: it sees all. The trainer fills it in as well.
+        block_size: None, or the rows are [masked, clean] with 2L positions, and attention sees blocks of so many
+            tokens: a masked position its own block and the clean ones before it, a clean one those up to its own.
+            `cu_seqlens` are those of the L tokens.
     """
 
     tokens_BL: Int64Array
@@ -119,6 +122,7 @@ class CorruptedBatch:
     mask_rate_B: Float32Array
     cu_seqlens: list[Int32Array] | None = None
     is_hidden_LL: BoolArray | None = None
+    block_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from megatron_md.config.model import (
     DataConfig,
     MegatronConfig,
     ModelConfig,
-    ObjectiveConfig,
     ParallelConfig,
 )
+from megatron_md.config.objective import ObjectiveConfig
 from megatron_md.config.schema import STRICT, Doc, Seed
 from megatron_md.config.schema import explain as explain_keys
 from megatron_md.config.training import (
@@ -82,7 +82,8 @@ class Config:
     @property
     def row_unit(self) -> int:
         """What the length of dialogues' rows is a multiple of, where it is not `data.seq_length`."""
-        return math.lcm(self.data.chat.length_multiple, self.parallel.row_unit)
+        sizes = (stage.size for stage in self.objective.block_stages if stage.size < self.data.seq_length)
+        return math.lcm(self.data.chat.length_multiple, self.parallel.row_unit, *sizes)
 
     def problems(self) -> Iterator[str]:
         """A line for each contradiction between keys, as far as the keys alone tell; `run.check` knows the rest."""

@@ -27,9 +27,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_md.batch import BoolArray, CleanBatch, CorruptedBatch, Int64Array
+from megatron_md.diffusion.blocks import block_numbers, exact_block_masks, with_clean_half
 from megatron_md.diffusion.corruption import (
     FloatArray,
     assemble,
+    count_by,
     is_below_rate,
     mask_exact_count,
     maskable_count,
@@ -85,6 +87,8 @@ class Estimator:
         min_mask_rate: eps of `stratified_t` and `plain`.
         density: for `neyman`: q(l) up to a constant, by equal bins of the rate l/n.
         right_shift: for `autoregressive`: the rows stay as they are, as the model's outputs predict the next token.
+        block_size: for `exact`, of a block model: l of each block's n tokens are masked, l stratified over all blocks
+            of the rows, each weighted by n/l; a row's value is the mean over its tokens.
     """
 
     name: EstimatorName = "exact"
@@ -92,8 +96,11 @@ class Estimator:
     min_mask_rate: float = 1e-3
     density: tuple[float, ...] = ()
     right_shift: bool = False
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.block_size is not None and self.name != "exact":
+            raise UserError(f"estimator {self.name!r} does not fit a block model; choose 'exact'")
         if self.name not in get_args(EstimatorName):
             raise UserError(f"unknown estimator {self.name!r} (known: {', '.join(get_args(EstimatorName))})")
         if not 0.0 < self.min_mask_rate < 1.0:
@@ -111,7 +118,7 @@ class Estimator:
     @property
     def stratified(self) -> bool:
         """The rate is stratified over the rows of a pass."""
-        return self.name not in ("plain", "autoregressive")
+        return self.name not in ("plain", "autoregressive") and self.block_size is None
 
     @property
     def causal(self) -> bool:
@@ -129,7 +136,7 @@ class Estimator:
         """
         n_B = np.maximum(maskable_B, 1)
         is_real_B = maskable_B > 0
-        if self.causal:
+        if self.causal or self.block_size is not None:
             one_B = is_real_B.astype(np.float64)
             return Plan(one_B[None], (one_B / n_B)[None], np.zeros(len(index_B)))
         stratum_B = self._strata(index_B, rows, randomisation)
@@ -154,6 +161,8 @@ class Estimator:
             mask_token_id: what masked positions become (the BOS of a causal model).
             randomisation: number of the pass; passes are independent.
         """
+        if self.block_size is not None:
+            return [self._corrupt_blocks(batch, mask_token_id, randomisation, self.block_size)]
         n_B = maskable_count(batch)
         plan = self.plan(batch.sample_index_B, n_B, batch.position.global_batch_size, randomisation)
         if self.causal:
@@ -173,6 +182,32 @@ class Estimator:
             self._assemble(batch, np.where(is_masked, mask_token_id, batch.tokens_BL), is_masked, plan, draw)
             for draw, is_masked in enumerate(masks)
         ]
+
+    def _corrupt_blocks(self, batch: CleanBatch, mask_token_id: int, randomisation: int, size: int) -> CorruptedBatch:
+        """The rows with exactly l positions of each block masked, each with the weight n/l."""
+        rows, length = batch.tokens_BL.shape
+        blocks, purpose = -(-length // size), _pass(randomisation)
+        number = block_numbers(rows, length, size)
+        maskable_N = count_by(number, rows * blocks, batch.is_maskable_BL)
+        u_RN = stratified_uniforms(self.seed, 0, batch.position.global_batch_size * blocks, purpose).reshape(-1, blocks)
+        count_N = np.minimum(exact_counts(u_RN[batch.sample_index_B].reshape(-1), maskable_N), maskable_N)
+        u_BL = np.stack(
+            [
+                uniforms(self.seed, f"{_PURPOSE}/is_masked", (int(i), randomisation), length)
+                for i in batch.sample_index_B
+            ]
+        )
+        is_masked_BL = exact_block_masks(count_N, batch.is_maskable_BL, u_BL, number)
+        masked = assemble(
+            batch,
+            tokens_BL=np.where(is_masked_BL, mask_token_id, batch.tokens_BL),
+            is_scored_BL=is_masked_BL,
+            weights_B=maskable_N / np.maximum(count_N, 1),
+            denominator=int(batch.is_maskable_BL.sum()),
+            mask_rate_B=np.ones(rows),
+            sequence_N=number,
+        )
+        return with_clean_half(masked, batch, size)
 
     def _strata(self, index_B: Int64Array, rows: int, randomisation: int) -> FloatArray:
         if self.stratified:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_md.diffusion.unmasking import Choice
 
 objectives: Registry[Callable[..., Objective]] = Registry(
-    "objective", ("masked_diffusion", "masked_diffusion_sft", "autoregressive")
+    "objective", ("masked_diffusion", "masked_diffusion_sft", "block_diffusion", "autoregressive")
 )
 strategies: Registry[Callable[[Choice], torch.Tensor]] = Registry(
     "sampling strategy",

@@ -225,7 +225,7 @@ class NelboTable:
             rows=int(np.count_nonzero(self.maskable_R)),
             passes=self.passes,
             forward_passes=int(np.count_nonzero(self._plans()[0])),
-            ce_by_rate=[] if self.estimator.causal else self.curve(rate_bins),
+            ce_by_rate=[] if self.estimator.causal or self.estimator.block_size else self.curve(rate_bins),
         )
 
 
@@ -267,6 +267,10 @@ def evaluate_nelbo(
     if scorer.causal != estimator.causal:
         right = "'autoregressive'" if scorer.causal else "one for a denoiser, such as 'exact'"
         raise UserError(f"estimator {estimator.name!r} does not fit this model; choose {right}")
+    if scorer.block_size != estimator.block_size:
+        raise UserError(
+            f"the model's blocks are of {scorer.block_size} tokens, the estimator's of {estimator.block_size}"
+        )
     check_passes(passes, stderr, max_passes)
     table = NelboTable(rows, estimator)
     if state is not None:
@@ -330,7 +334,9 @@ def _score_pass(
         losses = scorer.negative_log_likelihoods([masked for *_, masked in parts])
         for (batch, is_real_B, draw, masked), nll_M in zip(parts, losses or [], strict=losses is not None):
             row_M = masked.positions_M // masked.tokens_BL.shape[1]
-            sum_B = np.bincount(row_M, nll_M, minlength=len(is_real_B)).astype(np.float64)
+            # Within a row, blocks have weights of their own; otherwise the plan has the row's.
+            found_M = nll_M if table.estimator.block_size is None else nll_M.astype(np.float64) * masked.weights_M
+            sum_B = np.bincount(row_M, found_M, minlength=len(is_real_B)).astype(np.float64)
             sums_DR[draw, torch.from_numpy(batch.sample_index_B[is_real_B])] = torch.from_numpy(sum_B[is_real_B])
         table.record(number, index_C, scorer.sum_over_ranks(sums_DR[:, torch.from_numpy(index_C)]).numpy())
         yield index_C

@@ -16,12 +16,15 @@ import torch
 
 from megatron_md.batch import CleanBatch, CorruptedBatch, Int64Array
 from megatron_md.config import ObjectiveConfig
+from megatron_md.diffusion.blocks import block_numbers, next_tokens, size_at, with_clean_half
 from megatron_md.diffusion.corruption import (
+    FloatArray,
     assemble,
     count_by,
     counted_sequences,
     mask_at_rate,
     shift_right,
+    stratified_uniforms,
 )
 from megatron_md.diffusion.names import objectives
 from megatron_md.diffusion.pairs import Pairs, draw_masks, draw_rates, law_of_rates
@@ -198,6 +201,108 @@ class MaskedDiffusionSFT(MaskedDiffusion):
 
     name: str = "masked_diffusion_sft"
     default_normalise: ClassVar[Normalise] = "sequences"
+
+
+@register_objective("block_diffusion")
+class BlockDiffusion:
+    """Mask each maskable position of a block with the block's probability t and predict the tokens there.
+
+    t is the schedule's inverse CDF at uniforms that are stratified over the blocks of the global batch. Weights and
+    denominator are those of `weighting`, with blocks in place of rows; where sequences are counted, each is divided by
+    its own tokens. Rows of a single block are those of masked diffusion, to the bit. With `autoregressive_weight` the
+    next-token loss of the clean half is added, over the same denominator.
+    """
+
+    name: str = "block_diffusion"
+    causal: bool = False
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        """Build from the config.
+
+        Raises:
+            UserError: see `Weighting`.
+        """
+        config = context.config
+        self.stages, self.seed, self.mask_token_id = config.block_stages, context.seed, context.mask_token_id
+        self.schedule, self.within_document = context.schedule, context.within_document
+        self.autoregressive_weight = config.autoregressive_weight
+        self.counts_sequences = config.normalise == "sequences"
+        self.weighting = Weighting(
+            context.schedule,
+            weight=config.weight,
+            importance=config.importance,
+            normalise="masked" if config.normalise == "masked" else "maskable",
+            min_mask_rate=config.min_mask_rate,
+        )
+        extra = ("autoregressive_ce",) if self.autoregressive_weight else ()
+        self.metric_names: tuple[str, ...] = (*MEAN_METRICS, *extra)
+
+    def corrupt(self, batch: CleanBatch) -> CorruptedBatch:
+        """Draw t and the masks of the blocks; see `Objective.corrupt`."""
+        rows, length = batch.tokens_BL.shape
+        size = size_at(self.stages, batch.position.progress)
+        blocks = -(-length // size)
+        drawn_N = self.schedule.sample(self._uniforms(batch, blocks), batch.position.progress)
+        rate_N = self.weighting.floored(drawn_N)
+        number = block_numbers(rows, length, size)
+        is_masked_BL = mask_at_rate(
+            self.seed, batch.sample_index_B, rate_N[number].reshape(rows, length), batch.is_maskable_BL
+        )
+        masked_N = count_by(number, rows * blocks, is_masked_BL)
+        maskable_N = count_by(number, rows * blocks, batch.is_maskable_BL)
+        masked = assemble(
+            batch,
+            tokens_BL=np.where(is_masked_BL, self.mask_token_id, batch.tokens_BL),
+            is_scored_BL=is_masked_BL,
+            weights_B=self.weighting.row_weights(drawn_N, masked_N, maskable_N, batch.position.progress),
+            denominator=self.weighting.denominator(masked_N, maskable_N),
+            mask_rate_B=rate_N.reshape(rows, blocks).mean(axis=1),
+            sequence_N=number,
+        )
+        weight_N = np.ones(batch.tokens_BL.size)
+        if self.counts_sequences:
+            row_S, sequence_N = counted_sequences(batch)
+            maskable_S = count_by(sequence_N, len(row_S), batch.is_maskable_BL)
+            weight_N = 1.0 / np.maximum(maskable_S, 1)[sequence_N]
+            weights_M = (masked.weights_M * weight_N[masked.positions_M]).astype(np.float32)
+            masked = replace(masked, weights_M=weights_M, denominator=int(np.count_nonzero(maskable_S)))
+        is_predicted = self.autoregressive_weight > 0.0
+        corrupted = with_clean_half(masked, batch, size, is_predicted=is_predicted)
+        return self._with_next_tokens(corrupted, batch, weight_N) if is_predicted else corrupted
+
+    def _with_next_tokens(self, corrupted: CorruptedBatch, batch: CleanBatch, weight_N: FloatArray) -> CorruptedBatch:
+        """The rows, predicted in their clean half as well; `weight_N`: what a token counts, before its weight."""
+        position_M, token_M = next_tokens(batch, within_document=self.within_document)
+        weights_M = (self.autoregressive_weight * weight_N[token_M]).astype(np.float32)
+        order = np.argsort(np.concatenate([corrupted.positions_M, position_M]))
+        return replace(
+            corrupted,
+            positions_M=np.concatenate([corrupted.positions_M, position_M])[order],
+            targets_M=np.concatenate([corrupted.targets_M, batch.tokens_BL.reshape(-1)[token_M]])[order],
+            weights_M=np.concatenate([corrupted.weights_M, weights_M])[order],
+        )
+
+    def reduce(self, nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
+        """`masked_ce`, `mean_mask_rate` over blocks, `autoregressive_ce` of clean halves; see `Objective.reduce`."""
+        length = corrupted.tokens_BL.shape[1]
+        is_clean_M = np.zeros(len(nll_M), dtype=np.bool_)
+        if corrupted.block_size is not None:
+            is_clean_M = corrupted.positions_M % length >= length // 2
+        is_clean = torch.from_numpy(is_clean_M).to(nll_M.device)
+        nll_M, clean = nll_M.double(), int(is_clean_M.sum())
+        metrics: Metrics = {
+            "masked_ce": (nll_M[~is_clean].sum(), float(len(nll_M) - clean)),
+            "mean_mask_rate": (float(corrupted.mask_rate_B.sum(dtype=np.float64)), float(len(corrupted.mask_rate_B))),
+            "autoregressive_ce": (nll_M[is_clean].sum(), float(clean)),
+        }
+        return {name: metrics[name] for name in self.metric_names}
+
+    def _uniforms(self, batch: CleanBatch, blocks: int) -> FloatArray:
+        """One for each block of these rows, stratified over all blocks of the global batch."""
+        position = batch.position
+        first, size = position.first_sample_index, position.global_batch_size
+        u = stratified_uniforms(self.seed, first * blocks, size * blocks).reshape(size, blocks)
+        return np.asarray(u[batch.sample_index_B - first].reshape(-1))
 
 
 @register_objective("autoregressive")

@@ -26,6 +26,7 @@ class Scorer(Protocol):
         causal: it attends to the left only, so that it scores shifted rows.
         right_shift: its outputs predict the next token, so that nothing predicts a row's first one.
         within_document: its attention keeps the documents of a row apart.
+        block_size: of a block model, which scores rows in blocks; None for all others.
         micro_batch_size: rows of every batch.
         data_rank: which share of the rows is this rank's.
         data_size: number of shares.
@@ -34,6 +35,7 @@ class Scorer(Protocol):
     causal: bool
     right_shift: bool
     within_document: bool
+    block_size: int | None
     micro_batch_size: int
     data_rank: int
     data_size: int

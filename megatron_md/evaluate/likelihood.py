@@ -37,7 +37,8 @@ class LikelihoodOptions:
     Attributes:
         rows: most rows; 256 if None, all of them where words are counted.
         files: how text files are read.
-        estimator: which positions are masked; a causal run is scored exactly whatever it says.
+        estimator: which positions are masked; a causal run is scored exactly whatever it says, a block model by the
+            exact count of each block.
         seed: of the masks.
         passes: least passes with new masks.
         stderr: go on until the masks' part of the standard error is at most this, in nats per token.
@@ -87,8 +88,9 @@ def _table(
 ) -> NelboTable:
     train = replace(saved.config.train, micro_batch_size=options.micro_batch_size)
     scorer = load_model(replace(saved, config=replace(saved.config, train=train)), world, tokenizer)
-    name: EstimatorName = "autoregressive" if scorer.causal else options.estimator
-    estimator = Estimator(name, seed=options.seed, right_shift=scorer.causal and scorer.right_shift)
+    name: EstimatorName = "autoregressive" if scorer.causal else "exact" if scorer.block_size else options.estimator
+    is_shifted = scorer.causal and scorer.right_shift
+    estimator = Estimator(name, seed=options.seed, right_shift=is_shifted, block_size=scorer.block_size)
     text = saved.label
     with progress(text, visible=world.is_main) as move:
 

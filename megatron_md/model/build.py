@@ -240,9 +240,10 @@ def state_dict_metadata() -> dict[str, Any]:
 
 
 def needs_own_attention(config: Config) -> bool:
-    """Whether a run hides pairs of tokens from each other, by documents or by annealing, or cuts rows between ranks."""
-    within_documents = config.data.document_attention == "within_document"
-    return within_documents or config.objective.attention_annealing > 0.0 or config.parallel.context > 1
+    """Whether a run hides tokens from each other, by documents, blocks or annealing, or cuts rows between ranks."""
+    keys = config.objective
+    is_whole = config.data.document_attention == "full" and not keys.block_stages and not keys.attention_annealing
+    return not is_whole or config.parallel.context > 1
 
 
 def _build_chunk(

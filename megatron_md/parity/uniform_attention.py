@@ -47,6 +47,7 @@ class UniformAttentionStepper:
     """What the loop and the callbacks ask of a `Stepper`, for this model in one process."""
 
     causal = right_shift = within_document = False
+    block_size: int | None = None
     data_rank, data_size = 0, 1
 
     def __init__(self, config: ParityConfig, objective: Objective) -> None:

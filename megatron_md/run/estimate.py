@@ -73,7 +73,8 @@ def predicted_fraction(config: Config) -> float:
         return 1.0
     schedule = law_of_rates(config.objective)
     moments = [(step + 0.5) / 16 for step in range(16)]
-    return sum(schedule.mean(progress) for progress in moments) / len(moments)
+    clean = 1.0 if config.objective.autoregressive_weight else 0.0  # a causal clean half is predicted as well
+    return clean + sum(schedule.mean(progress) for progress in moments) / len(moments)
 
 
 def highest_fraction(config: Config) -> float:
@@ -82,7 +83,23 @@ def highest_fraction(config: Config) -> float:
         return 1.0
     schedule = law_of_rates(config.objective)
     moments = [(step + 0.5) / 16 for step in range(16)]
-    return max(float(schedule.inverse_cdf(np.ones(1), progress)[0]) for progress in moments)
+    clean = 1.0 if config.objective.autoregressive_weight else 0.0
+    return clean + max(float(schedule.inverse_cdf(np.ones(1), progress)[0]) for progress in moments)
+
+
+def mean_of_blocks(config: Config) -> tuple[float, float]:
+    """Of block diffusion, averaged over the run: pairs that attention sees per token of text, and copies of the text.
+
+    Both halves of a row [x_t, x_0] see the blocks before each, half of the row on average, and the block: L + S pairs
+    for a token and its copy. A row of a single block has no copy, unless that is predicted.
+    """
+    length, begin, pairs, copies = config.data.seq_length, 0.0, 0.0, 0.0
+    for stage in config.objective.block_stages:
+        share, begin = stage.until - begin, stage.until
+        is_whole = stage.size >= length and not config.objective.autoregressive_weight
+        pairs += share * (length if is_whole else length + stage.size)
+        copies += share * (1 if is_whole else 2)
+    return pairs, copies
 
 
 def training_flops_per_token(
@@ -107,9 +124,13 @@ def training_flops_per_token(
     attention = 4.0 * config.data.seq_length * query
     if config.objective.name == "autoregressive":
         attention /= 2.0
+    copies = 1.0
+    if config.objective.block_stages:
+        pairs, copies = mean_of_blocks(config)
+        attention = 4.0 * pairs * query
     head = (predicted_fraction(config) if fraction is None else fraction) * 2.0 * model.hidden * vocab
-    frozen = model.layers * 2.0 * layer_matrices(model) + head
-    trained = 2.0 * (config.lora.layer_parameters(model) * model.layers if config.lora else 0)
+    frozen = copies * model.layers * 2.0 * layer_matrices(model) + head
+    trained = copies * 2.0 * (config.lora.layer_parameters(model) * model.layers if config.lora else 0)
     attended = model.layers * attention
     again = {"none": 0.0, "selective": attended, "full": frozen - head + trained + attended}[config.train.recompute]
     passes = 3.0 if config.lora is None else 2.0
@@ -181,7 +202,8 @@ class _Activations:
         parallel, train = config.parallel, config.train
         self.is_first, self.is_last = stage == 0, stage == parallel.pipeline - 1
         self.width = 2 if train.uses_bf16("cpu") else 4
-        self.rows = train.micro_batch_size * config.data.seq_length / parallel.context
+        self.copies = 1 if mean_of_blocks(config)[1] <= 1.0 else 2
+        self.rows = self.copies * train.micro_batch_size * config.data.seq_length / parallel.context
         self.hidden = self.width * self.rows * config.model.hidden
         self.own_hidden = self.hidden / (parallel.tensor if parallel.sequence_parallel else 1)
 
@@ -245,7 +267,7 @@ class _Activations:
         """
         objective, model, tensor = self.config.objective, self.config.model, self.config.parallel.tensor
         vocab = padded_vocab(self.config) / tensor
-        positions = highest_fraction(self.config) * self.rows
+        positions = highest_fraction(self.config) * self.rows / self.copies
         chunk = min(float(objective.head_chunk), positions)
         next_chunk = min(chunk, positions - chunk)
         weight = vocab * model.hidden if self.config.lora is None else 0.0
@@ -301,7 +323,9 @@ def report(config: ResolvedConfig, layout: Layout, corpora: Sequence[Passes] = (
     total_tokens = Progress.start(config).total_tokens
     tokens_per_step = train.global_batch_size * config.data.seq_length
     memory = memory_per_rank(config, layout)
-    attention = "causal attention" if config.objective.name == "autoregressive" else "full L x L attention"
+    attention = {"autoregressive": "causal attention", "block_diffusion": "rows twice, attention in blocks"}.get(
+        config.objective.name, "full L x L attention"
+    )
     usual = _scaled(6.0 * count, "FLOP", 1000)
     parts = ("weights", "gradients", "optimizer", "activations", "head")
     shares = ", ".join(f"{part} {_scaled(getattr(memory, part), 'B', 1024)}" for part in parts)

@@ -162,13 +162,19 @@ def uniform_batch(config: ResolvedConfig, mask_rate: float) -> CorruptedBatch:
     shift = int(config.objective.right_shift)
     count = max(1, min(round(mask_rate * rows * length), rows * length - shift))
     positions_M = shift + np.arange(count, dtype=np.int64) * (rows * length - shift) // count
+    block = config.objective.final_block_size
+    if block == length:
+        block = None
+    if block is not None:  # rows [x_t, x_0]
+        positions_M += positions_M // length * length
     return CorruptedBatch(
-        tokens_BL=np.zeros((rows, length), dtype=np.int64),
+        tokens_BL=np.zeros((rows, length if block is None else 2 * length), dtype=np.int64),
         positions_M=positions_M,
         targets_M=np.zeros(count, dtype=np.int64),
         weights_M=np.ones(count, dtype=np.float32),
         denominator=rows * length,
         mask_rate_B=np.full(rows, mask_rate, dtype=np.float32),
+        block_size=block,
     )
 
 

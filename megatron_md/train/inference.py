@@ -18,6 +18,7 @@ from megatron_md.config import ResolvedConfig
 from megatron_md.diffusion.proposal import guide
 from megatron_md.diffusion.sampler import OnStep, Sample, sample
 from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.errors import UserError
 from megatron_md.parallel import World, sum_over_ranks
 from megatron_md.train.step import ForwardPass
 
@@ -33,7 +34,7 @@ class Inference(ForwardPass):
         self, config: ResolvedConfig, world: World, chunks: list[Any], *, causal: bool, mask_token_id: int
     ) -> None:
         super().__init__(config, world, chunks)
-        self.causal, self.right_shift = causal, self.shift.enabled
+        self.causal, self.right_shift, self.block_size = causal, self.shift.enabled, config.objective.final_block_size
         self.data_rank, self.data_size, self.device = world.data_rank, world.data_size, world.device
         self.max_length = config.model.max_length
         self._vocab = config.model.vocab
@@ -46,6 +47,8 @@ class Inference(ForwardPass):
 
         Every rank of a replica of the model calls this with the same tokens, and gets the same logits.
         """
+        if self.block_size is not None:
+            raise UserError("objective.name block_diffusion: a block model gives no logits of whole rows")
         if self._bos_token_id is not None:
             bos_B1 = tokens_BL.new_full((len(tokens_BL), 1), self._bos_token_id)
             tokens_BL = torch.cat((bos_B1, tokens_BL[:, :-1]), dim=1)

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.nn.utils import get_total_norm
 
@@ -28,6 +29,7 @@ from megatron_md.diffusion.annealing import hidden_pairs
 from megatron_md.diffusion.objective import Objective
 from megatron_md.errors import UserError
 from megatron_md.model.attention import additive_mask, packed_documents
+from megatron_md.model.block_attention import BlockRows, documents_of
 from megatron_md.model.head import Prediction, PredictionLoss
 from megatron_md.parallel import World
 from megatron_md.train import ema
@@ -89,6 +91,7 @@ class ForwardPass:
         self.micro_batch_size = config.train.micro_batch_size
         self.within_document = config.data.document_attention == "within_document"
         self.shift = RightShift(config.objective.right_shift)
+        self.is_clean_causal = config.objective.autoregressive_weight > 0.0
         self.bucket = CUDA_BUCKET if world.device.type == "cuda" else 1
         self.row_slice = RowSlice.here()
         # megatron-core's interleaved schedule takes whole rounds over the pipeline only.
@@ -138,16 +141,32 @@ class ForwardPass:
             _to_device(np.pad(batch.weights_M[here], filling), device),
         )
         # Every pipeline stage has the batch, so the boundaries need not travel from stage to stage.
-        documents = None if batch.cu_seqlens is None else packed_documents(batch.cu_seqlens, device)
-        inputs = self.inputs(_to_device(batch.tokens_BL, device))
-        output = model(*inputs, attention_mask, labels=prediction, packed_seq_params=documents)
+        seen = self._seen_apart(batch)
+        copies = seen.copies if isinstance(seen, BlockRows) else 1
+        inputs = self.inputs(_to_device(batch.tokens_BL, device), copies=copies)
+        output = model(*inputs, attention_mask, labels=prediction, packed_seq_params=seen)
         return output, partial(self._loss, batch.denominator, count)
 
-    def inputs(self, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and their positions, of this rank's slice of the rows."""
+    def _seen_apart(self, batch: CorruptedBatch) -> PackedSeqParams | None:
+        """What attention keeps apart: documents, blocks, or nothing."""
+        device, cuts = self.world.device, batch.cu_seqlens
+        if batch.block_size is None:
+            return None if cuts is None else packed_documents(cuts, device)
+        length = batch.tokens_BL.shape[1] // 2
+        return BlockRows(
+            qkv_format="sbhd",
+            block_size=batch.block_size,
+            length=length,
+            causal_until=length if self.is_clean_causal else 0,
+            document_BL=None if cuts is None else documents_of(cuts, length, device),
+        )
+
+    def inputs(self, tokens_BL: torch.Tensor, *, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their positions, of this rank's slice of the rows, which hold a text so many times."""
         length = tokens_BL.shape[1]
         assert length % self.row_slice.size == 0, "the config's checks refuse such rows"
-        positions_BL = torch.arange(length, device=tokens_BL.device).expand_as(tokens_BL)
+        positions_L = torch.arange(length // copies, device=tokens_BL.device).repeat(copies)
+        positions_BL = positions_L.expand_as(tokens_BL)
         return self.row_slice.of(tokens_BL), self.row_slice.of(positions_BL)
 
     def _loss(

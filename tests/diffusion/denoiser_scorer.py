@@ -20,6 +20,7 @@ class DenoiserScorer:
     data_size = 1
     within_document = False
     right_shift = False
+    block_size = None
 
     def __init__(
         self,

@@ -268,6 +268,10 @@ def check_exportable(config: Config, family: Family) -> None:
         UserError: it cannot, or would not; names the key.
     """
     model, objective = config.model, config.objective
+    if objective.block_stages:
+        raise UserError(
+            f"objective.name is block_diffusion, and {family.name} knows no blocks: no family here does yet"
+        )
     if not family.causal and objective.name == "autoregressive":
         raise UserError(
             f"objective.name is autoregressive, and {family.name} is no causal model; export as a causal one"

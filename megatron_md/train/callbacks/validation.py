@@ -22,7 +22,8 @@ from megatron_md.train.trainer import Trainer
 def nelbo_record(table: NelboTable, rate_bins: int) -> Record:
     """A table's figures as in `metrics.jsonl`; a bin of the rate, ((k-1)/K, k/K], that holds no row is None."""
     report = table.report()
-    ce_by_bin = {math.ceil(point.rate * rate_bins - 1e-9): point.ce for point in table.curve(rate_bins)}
+    points = [] if table.estimator.block_size else table.curve(rate_bins)
+    ce_by_bin = {math.ceil(point.rate * rate_bins - 1e-9): point.ce for point in points}
     by_rate = [ce_by_bin.get(k, math.nan) for k in range(1, rate_bins + 1)]
     return {
         "val_nelbo": report.nelbo,
@@ -69,5 +70,6 @@ class Validation(Callback):
     def validate(self) -> NelboTable:
         """The exact-count NELBO of a denoiser, or the exact cross-entropy of a causal model; equal on all ranks."""
         name: EstimatorName = "autoregressive" if self.scorer.causal else "exact"
-        estimator = Estimator(name, self.keys.seed, right_shift=self.scorer.causal and self.scorer.right_shift)
+        is_shifted = self.scorer.causal and self.scorer.right_shift
+        estimator = Estimator(name, self.keys.seed, right_shift=is_shifted, block_size=self.scorer.block_size)
         return evaluate_nelbo(self.scorer, self.rows, estimator, mask_token_id=self.mask_token_id, may_be_infinite=True)
