@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from megatron_md.commands.arguments import TEMPLATE
 from megatron_md.diffusion.names import strategies
+from megatron_md.diffusion.sampler_config import CacheName
 from megatron_md.errors import UserError
 from megatron_md.messages import printable
 
 SAMPLER_KEYS = (
     "steps", "block", "strategy", "temperature", "seed", "top_p", "guidance", "threshold", "factor", "eos",
-    "confidence_eos_eot_inf",
+    "confidence_eos_eot_inf", "cache",
 )  # fmt: skip
 
 
@@ -37,6 +38,12 @@ def add_sampler_arguments(group: argparse._ArgumentGroup, *, length: int) -> Non
         action="store_true",
         default=None,
         help="generate what ends a text after all else",
+    )
+    group.add_argument(
+        "--cache",
+        choices=get_args(CacheName),
+        help="keys and values kept between steps: all that is exact (auto, the default: of block models), none, or "
+        "approximately those before a block or around it (prefix, dual)",
     )
     group.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -19,6 +20,14 @@ from megatron_md.diffusion.unmasking import Choice, transfer_counts
 from megatron_md.errors import UserError
 
 Denoiser = Callable[[torch.Tensor], torch.Tensor]
+
+
+@runtime_checkable
+class BlockDenoiser(Protocol):
+    """A denoiser that is asked for one block after the other, so that it need not compute all of the canvas."""
+
+    def of_block(self, canvas_BL: torch.Tensor, block: slice, *, is_guide: bool = False) -> torch.Tensor:
+        """Logits [B, K, V] of a block; what lies before it does not change any more."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +138,40 @@ def infill(
     return run.fill(0)
 
 
+def fill_model_blocks(
+    denoiser: BlockDenoiser,
+    canvas_BL: torch.Tensor,
+    config: SamplerConfig,
+    size: int,
+    *,
+    mask_token_id: int,
+    eos_token_id: int | None = None,
+    eot_token_ids: Sequence[int] = (),
+    on_step: OnStep | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Sample:
+    """Fill a canvas for a model of blocks of `size` tokens, which divide it from its first token on.
+
+    Rows may be open from different places on. A block takes its share of `config.steps`, rounded up. Arguments as for
+    `infill`, but for `config.length`: tokens that are wanted of each row.
+
+    Raises:
+        UserError: as for `sample`.
+    """
+    is_open_L = (canvas_BL == mask_token_id).any(dim=0).nonzero()
+    first = int(is_open_L[0]) // size * size if len(is_open_L) else canvas_BL.shape[1]
+    blocks = [slice(at, min(at + size, canvas_BL.shape[1])) for at in range(first, canvas_BL.shape[1], size)]
+    steps = min(size, -(-config.total_steps * size // config.length))
+    run = _Run(denoiser, canvas_BL.clone(), config, mask_token_id, eos_token_id, eot_token_ids, on_step, seeds)
+    return run.fill_blocks(blocks, steps)
+
+
 class _Run:
     """The one loop: a canvas on its way from masked to full."""
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Denoiser | BlockDenoiser,
         canvas_BL: torch.Tensor,
         config: SamplerConfig,
         mask_token_id: int,
@@ -163,19 +200,24 @@ class _Run:
             torch.Generator(device=canvas_BL.device).manual_seed(seed)
             for seed in ([config.seed] if seeds is None else seeds)
         ]
-        self.forward_passes = 0
-        self.steps_done = 0
+        self.forward_passes = self.steps_done = self.most_steps = 0
 
     @torch.no_grad()
     def fill(self, start: int) -> Sample:
-        """All blocks, the first of which begins at `start`."""
-        for number in range(self.config.blocks):
-            first = start + number * self.config.block_size
-            self._fill_block(slice(first, first + self.config.block_size))
+        """All blocks of the config's size, the first of which begins at `start`."""
+        size, steps = self.config.block_size, self.config.total_steps // self.config.blocks
+        firsts = range(start, self.canvas_BL.shape[1], size)
+        return self.fill_blocks([slice(first, first + size) for first in firsts], steps)
+
+    @torch.no_grad()
+    def fill_blocks(self, blocks: Sequence[slice], steps: int) -> Sample:
+        """Blocks from left to right, in at most so many steps each."""
+        self.most_steps = steps * len(blocks)
+        for block in blocks:
+            self._fill_block(block, steps)
         return Sample(self.canvas_BL, self.forward_passes, self.steps_done, self.fixed_step_BL)
 
-    def _fill_block(self, block: slice) -> None:
-        steps = self.config.total_steps // self.config.blocks
+    def _fill_block(self, block: slice, steps: int) -> None:
         quota_BS = transfer_counts((self.canvas_BL[:, block] == self.mask_token_id).sum(dim=1), steps)
         logits_BKV: torch.Tensor | None = None
         for step in range(steps):
@@ -236,21 +278,23 @@ class _Run:
             probability_BL[is_closed_BL] = 0.0
         self.fixed_step_BL[is_committed_BL] = self.steps_done
         if self.on_step is not None:
-            self.on_step(
-                SamplerStep(self.steps_done, config.total_steps, self.canvas_BL, is_committed_BL, probability_BL)
-            )
+            self.on_step(SamplerStep(self.steps_done, self.most_steps, self.canvas_BL, is_committed_BL, probability_BL))
         return bool(is_committed_BL.any())
 
     def _logits(self, block: slice) -> torch.Tensor:
         """The denoiser's logits of the block, guided if wanted."""
-        conditional_BKV = self.denoiser(self.canvas_BL)[:, block]
-        self.forward_passes += 1
+        conditional_BKV = self._denoised(self.canvas_BL, block)
         if self.config.guidance == 0.0:
             return conditional_BKV
         without_given_BL = self.canvas_BL.masked_fill(self.is_given_BL, self.mask_token_id)
-        unconditional_BKV = self.denoiser(without_given_BL)[:, block]
-        self.forward_passes += 1
+        unconditional_BKV = self._denoised(without_given_BL, block, is_guide=True)
         return guide(conditional_BKV.float(), unconditional_BKV.float(), self.config.guidance)
+
+    def _denoised(self, canvas_BL: torch.Tensor, block: slice, *, is_guide: bool = False) -> torch.Tensor:
+        self.forward_passes += 1
+        if isinstance(self.denoiser, BlockDenoiser):
+            return self.denoiser.of_block(canvas_BL, block, is_guide=is_guide)
+        return self.denoiser(canvas_BL)[:, block]
 
     def _close_after_end(self) -> torch.Tensor:
         """Turn what follows a row's settled end into `<eos>` (but for given tokens); the positions that changed."""

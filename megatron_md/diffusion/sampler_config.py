@@ -10,6 +10,7 @@ from megatron_md.diffusion.names import strategies
 from megatron_md.errors import UserError
 
 EosHandling = Literal["keep", "stop", "suppress"]
+CacheName = Literal["auto", "none", "prefix", "dual"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class SamplerConfig:
         confidence_eos_eot_inf: commit positions whose proposal is `<eos>`, or another token that ends a turn, after all
             others (LLaDA's option of this name). Confidences are then without those tokens.
         seed: of all random draws.
+        cache: keys and values that are kept between steps: `auto` all that is exact (of a block model everything before
+            the block, of others nothing), `none`; `prefix` and `dual`, of denoisers that see whole rows, what lies
+            before the block or all around it as it was when the block began (Fast-dLLM; approximate).
     """
 
     length: int
@@ -48,6 +52,7 @@ class SamplerConfig:
     factor: float = 1.0
     eos: EosHandling = "keep"
     confidence_eos_eot_inf: bool = False
+    cache: CacheName = "auto"
 
     def __post_init__(self) -> None:
         for key, value in (("length", self.length), ("steps", self.total_steps), ("block", self.block_size)):
@@ -57,6 +62,8 @@ class SamplerConfig:
         self._check_numbers()
         if self.eos not in get_args(EosHandling):
             raise UserError(f"eos must be one of {', '.join(get_args(EosHandling))}, got {self.eos!r}")
+        if self.cache not in get_args(CacheName):
+            raise UserError(f"cache must be one of {', '.join(get_args(CacheName))}, got {self.cache!r}")
         strategies.check(self.strategy)
 
     def _check_division(self) -> None:

@@ -27,7 +27,8 @@ from megatron_md.evaluate.load import load_model
 from megatron_md.evaluate.prompts import batches
 from megatron_md.parallel import World, shared
 from megatron_md.run.saved import SavedRun
-from megatron_md.train.inference import Inference, fill
+from megatron_md.train.filling import fill
+from megatron_md.train.inference import Inference
 
 # Requests of a rank between two writings: few, so that little is lost, and more than one, so that ranks wait less for
 # each other.
@@ -178,7 +179,9 @@ class Answerer:
             ]
 
         def work(part: list[Continuation]) -> list[Answer]:
-            groups = batches([(len(one.prompt), one.config, one.eot_token_ids) for one in part], size)
+            in_blocks = self.model.block_size is not None  # takes prompts of different lengths together
+            keys = [(0 if in_blocks else len(one.prompt), one.config, one.eot_token_ids) for one in part]
+            groups = batches(keys, size)
             found = shared(self._world, [[part[at] for at in group] for group in groups], batch)
             by_place = {
                 at: answer

@@ -19,7 +19,8 @@ from megatron_md.messages import tell
 from megatron_md.parallel import World
 from megatron_md.plugins import import_plugins
 from megatron_md.run.saved import SavedRun
-from megatron_md.train.inference import Inference, fill
+from megatron_md.train.filling import fill
+from megatron_md.train.inference import Inference
 
 HELP = "/reset forgets the conversation, /system TEXT begins a new one with another system text, /quit ends the chat"
 

@@ -31,7 +31,8 @@ from megatron_md.evaluate.load import is_causal, load_model
 from megatron_md.evaluate.rows import evaluation_rows
 from megatron_md.parallel import World, shared
 from megatron_md.run.saved import SavedRun
-from megatron_md.train.inference import Inference, fill
+from megatron_md.train.filling import fill
+from megatron_md.train.inference import Inference
 
 Tokens = list[int]
 

@@ -27,7 +27,8 @@ from megatron_md.messages import printable, progress, tell
 from megatron_md.parallel import World, shared
 from megatron_md.plugins import import_plugins
 from megatron_md.run.saved import SavedRun
-from megatron_md.train.inference import fill
+from megatron_md.train.decoder import Decoder
+from megatron_md.train.filling import check_block_model, fill
 
 TYPING_SECONDS = 7 * 86400.0  # how long other ranks wait for a line
 
@@ -152,7 +153,7 @@ def refuse_of_causal(saved: SavedRun, keys: Mapping[str, Any]) -> None:
     Raises:
         UserError: one was given.
     """
-    for name in ("infill", "steps", "block", "strategy", "guidance"):
+    for name in ("infill", "steps", "block", "strategy", "guidance", "cache"):
         if keys.get(name):
             raise UserError(f"{saved.checkpoint}: a causal model writes one token after the other; leave --{name} out")
 
@@ -175,6 +176,9 @@ class Requests:
         self._context = saved.config.model.max_length
         if is_causal(saved, mask_token_id=tokenizer.mask_token_id):
             refuse_of_causal(saved, {"infill": options.infill, **options.sampler})
+        self._block_size = saved.config.objective.final_block_size
+        if self._block_size is not None and options.infill:
+            raise UserError("--infill: a block model sees nothing behind a block; it continues texts only")
         self.speech = Speech(template_of(saved, tokenizer, options.template), tokenizer) if options.chat else None
         self._config = self._sampler(self._context, steps=None) if options.infill else self._sampler(options.length)
 
@@ -199,6 +203,7 @@ class Requests:
         elif self._config.guidance and not tokens:
             raise UserError("--guidance needs a prompt to do without; give one or leave it out")
         check_fits(len(tokens), self._config.length, self._context)
+        check_block_model(self._block_size, self._config)
         return Request(prompt, tuple(tokens), self._config)
 
     def _asked(self, prompt: Prompt) -> list[int]:
@@ -252,7 +257,9 @@ class Writer:
         """Generate the samples of each request, and add them to `texts` and `output`; every rank calls this."""
         options, world = self._options, self._world
         samples = range(options.samples)
-        groups = batches([(len(request.tokens), request.config) for request in requests], options.batch_size)
+        in_blocks = self._denoiser.block_size is not None  # takes prompts of different lengths together
+        keys = [(0 if in_blocks else len(request.tokens), request.config) for request in requests]
+        groups = batches(keys, options.batch_size)
         jobs = [(group, sample) for group in groups for sample in samples]
         alone = len(requests) == 1
         at_once = alone and world.data_size == 1
@@ -331,7 +338,13 @@ class Writer:
             )
         canvas_BL = torch.tensor(rows, dtype=torch.int64, device=self._denoiser.device)
         return infill(
-            self._denoiser, canvas_BL, config, mask_token_id=mask, eos_token_id=eos, on_step=on_step, seeds=seeds
+            Decoder(self._denoiser, config.cache),
+            canvas_BL,
+            config,
+            mask_token_id=mask,
+            eos_token_id=eos,
+            on_step=on_step,
+            seeds=seeds,
         )
 
     def _decode(self, tokens: list[int]) -> str:

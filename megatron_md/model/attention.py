@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_md.batch import Int32Array
 from megatron_md.errors import UserError
 from megatron_md.model.block_attention import BlockRows, attend_in_blocks
+from megatron_md.model.kept_rows import KeptRows
 from megatron_md.model.ulysses import own_slice, whole_rows
 
 try:
@@ -74,14 +75,19 @@ class _Rotary(torch.autograd.Function):
         return _rotated(grad_LBHD, cos, sin, -1.0), None, None
 
 
-def apply_rotary(x_LBHD: torch.Tensor, base: float, copies: int = 1) -> torch.Tensor:
-    """Rotate pairs (j, j + d/2) of each head of x [L, B, heads, d] by their position's angles.
+def apply_rotary(x_LBHD: torch.Tensor, base: float, seen: PackedSeqParams | None = None) -> torch.Tensor:
+    """Rotate pairs (j, j + d/2) of each head of x [L, B, heads, d] by the angles of their positions.
 
-    Rows may be so many copies of the same positions, one after the other.
+    Those are 0 to L - 1, unless the rows hold a text twice (`BlockRows`) or are a slice (`KeptRows`).
     """
-    tables = rotary_tables(len(x_LBHD) // copies, x_LBHD.shape[-1], base, x_LBHD.device)
+    copies = seen.copies if isinstance(seen, BlockRows) else 1
+    start, length = (seen.start, seen.length) if isinstance(seen, KeptRows) else (0, len(x_LBHD) // copies)
+    tables = rotary_tables(length, x_LBHD.shape[-1], base, x_LBHD.device)
     if copies > 1:
         tables = (tables[0].repeat(copies, 1, 1, 1), tables[1].repeat(copies, 1, 1, 1))
+    elif length != len(x_LBHD):
+        own = slice(start, start + len(x_LBHD))
+        tables = (tables[0][own], tables[1][own])
     rotated: torch.Tensor = _Rotary.apply(x_LBHD, *tables)
     return rotated
 
@@ -165,8 +171,8 @@ class SDPACoreAttention(torch.nn.Module):
                 only; None hides nothing.
             attn_mask_type: ignored, as in megatron-core's local attention.
             attention_bias: must be None.
-            packed_seq_params: `packed_documents` of the rows, or the `BlockRows` of a block model; None: each row is
-                one document.
+            packed_seq_params: `packed_documents` of the rows, the `BlockRows` of a block model, or the `KeptRows` of a
+                slice; None: each row is one document.
 
         Returns:
             [L, B, heads * d].
@@ -188,13 +194,14 @@ class SDPACoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """As `forward`, of whole rows."""
         length, rows, heads, width = query.shape
-        blocks = packed_seq_params if isinstance(packed_seq_params, BlockRows) else None
         if self.rotary_base is not None:
-            copies = 1 if blocks is None else blocks.copies
-            query, key = (apply_rotary(x, self.rotary_base, copies) for x in (query, key))
-        if blocks is not None:
-            context = attend_in_blocks(query, key, value, blocks, self._attend, self.softmax_scale)
+            query, key = (apply_rotary(x, self.rotary_base, packed_seq_params) for x in (query, key))
+        if isinstance(packed_seq_params, BlockRows):
+            context = attend_in_blocks(query, key, value, packed_seq_params, self._attend, self.softmax_scale)
             return context.reshape(length, rows, heads * width)
+        if isinstance(packed_seq_params, KeptRows):
+            key, value = packed_seq_params.around(id(self), key, value)
+            attention_mask, packed_seq_params = packed_seq_params.mask, None
         if packed_seq_params is None:
             return self._attend(query, key, value, attention_mask).reshape(length, rows, heads * width)
         query, key, value = (x_LBHD.transpose(0, 1).flatten(0, 1) for x_LBHD in (query, key, value))

@@ -127,20 +127,30 @@ def _flex() -> tuple[Any, Any]:
 def attend_by_runs(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: BlockRows, attend: Attend
 ) -> torch.Tensor:
-    """`attend_in_blocks` by `attend`, a run of blocks at a time."""
-    length, place = rows.length, torch.arange(len(query), device=query.device)
-    clean_from = length * (rows.copies - 1)
-    run = rows.block_size * max(1, RUN // rows.block_size)
-    halves: list[list[torch.Tensor]] = [[], []]
-    for half in range(rows.copies):
-        for start in range(0, length, run):
-            own = slice(half * length + start, half * length + min(start + run, length))
-            # Blocks of a run see each other's clean tokens; a single one sees none of its own from x_t.
-            is_single, is_noisy = run == rows.block_size, own.start < clean_from
-            stop = clean_from + (start if is_noisy and is_single else min(start + run, length))
-            seen = [slice(clean_from, stop), own] if is_noisy else [slice(clean_from, stop)]
-            keys, values, places = (torch.cat([x[part] for part in seen]) for x in (key, value, place))
-            is_all_seen = is_single and not rows.causal_until and rows.document_BL is None
-            mask = None if is_all_seen else rows.mask(place[own], places, (half, start))
-            halves[half].append(attend(query[own], keys, values, mask))
-    return torch.cat([part for half in halves for part in half])
+    """`attend_in_blocks` by `attend`, a run of blocks at a time.
+
+    The gradient of `split` is put together once; that of a slice for each run would be a whole tensor.
+    """
+    size, run = rows.block_size, rows.block_size * max(1, RUN // rows.block_size)
+    place = torch.arange(len(query), device=query.device)
+    # Runs of x_t (none in rows of one copy) and of x_0: places, queries, keys and values of each.
+    tables = [[half.split(run) for half in x.split(rows.length)] for x in (place, query, key, value)]
+    noisy, clean = ([list(zip(*half, strict=True)) for half in zip(*tables, strict=True)] + [[]])[:2]
+    if rows.copies == 1:
+        noisy, clean = [], noisy
+    is_all_seen = run == size and not rows.causal_until and rows.document_BL is None
+    parts: list[list[torch.Tensor]] = [[], []]
+    for number, own in enumerate(clean):
+        before = clean[:number]
+        of_noisy = [([noisy[number]], [*before, noisy[number]])] if noisy else []
+        groups = [*of_noisy, ([own], [*before, own])]
+        if noisy and run > size:  # blocks of a run see each other's clean tokens, so that both halves share their keys
+            groups = [([noisy[number], own], [*before, own, noisy[number]])]
+        for group, (asking, seen) in enumerate(groups):
+            (queries_at, queries, *_), (keys_at, _, keys, values) = (
+                [torch.cat(columns) for columns in zip(*runs, strict=True)] for runs in (asking, seen)
+            )
+            mask = None if is_all_seen else rows.mask(queries_at, keys_at, (number, group))
+            for half, part in enumerate(attend(queries, keys, values, mask).split(len(own[0]))):
+                parts[half + group].append(part)
+    return torch.cat([part for half in parts for part in half])

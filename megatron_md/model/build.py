@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
@@ -61,22 +62,24 @@ class Denoiser(GPTModel):
         return self._excluded
 
     def _postprocess(
-        self, *, hidden_states: torch.Tensor, labels: Prediction | None = None, **unused: Any
+        self, *, hidden_states: torch.Tensor, labels: Prediction | torch.Tensor | None = None, **unused: Any
     ) -> torch.Tensor | PredictionLoss:
         return self.output_layer(hidden_states, labels) if self.post_process else hidden_states
 
-    def _head(self, hidden_LBH: torch.Tensor, prediction: Prediction | None) -> torch.Tensor | PredictionLoss:
+    def _head(
+        self, hidden_LBH: torch.Tensor, prediction: Prediction | torch.Tensor | None
+    ) -> torch.Tensor | PredictionLoss:
+        """The loss of a prediction; logits [M, V] at flat positions, or of all [B, L, V]."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         if prediction is None:
             logits, _ = self._project(hidden_LBH, weight=weight, runtime_gather_output=True)
-            logits_BLV = logits.transpose(0, 1)[..., : self.real_vocab].float()
-            never = torch.tensor(self.excluded_tokens, dtype=torch.int64, device=logits.device)
-            return logits_BLV.index_fill(2, never, float("-inf"))
+            return self._predicted(logits.transpose(0, 1))
         tp = self.pg_collection.tp
-        hidden_MH = select_hidden(
-            hidden_LBH, prediction.positions_M, sequence_parallel=self.config.sequence_parallel, tp_group=tp
-        )
+        positions_M = prediction if isinstance(prediction, torch.Tensor) else prediction.positions_M
+        hidden_MH = select_hidden(hidden_LBH, positions_M, sequence_parallel=self.config.sequence_parallel, tp_group=tp)
+        if isinstance(prediction, torch.Tensor):
+            return self._predicted(gather_from_tensor_model_parallel_region(hidden_MH @ weight.t(), group=tp))
         return masked_cross_entropy(
             hidden_MH,
             weight,
@@ -87,6 +90,11 @@ class Denoiser(GPTModel):
             tp_group=tp,
             is_weight_shared=tied and self.pre_process,
         )
+
+    def _predicted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits fp32 [..., V] of the vocabulary, -inf for what is never predicted."""
+        never = torch.tensor(self.excluded_tokens, dtype=torch.int64, device=logits.device)
+        return logits[..., : self.real_vocab].float().index_fill(-1, never, float("-inf"))
 
 
 # Fields of megatron-core's configs that other keys of ours decide, so that nothing else goes by a wrong value.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,8 @@ from torch.nn.functional import cross_entropy
 from megatron_md.batch import CorruptedBatch, Int64Array
 from megatron_md.config import ResolvedConfig
 from megatron_md.diffusion.proposal import guide
-from megatron_md.diffusion.sampler import OnStep, Sample, sample
-from megatron_md.diffusion.sampler_config import SamplerConfig
 from megatron_md.errors import UserError
+from megatron_md.model.kept_rows import KeptRows
 from megatron_md.parallel import World, sum_over_ranks
 from megatron_md.train.step import ForwardPass
 
@@ -116,41 +115,33 @@ class Inference(ForwardPass):
         dist.broadcast(logits_BLV, src=source, group=parallel_state.get_pipeline_model_parallel_group())
         return logits_BLV
 
+    @torch.no_grad()
+    def logits_of_slice(self, tokens_BL: torch.Tensor, wanted: slice, rows: KeptRows) -> torch.Tensor:
+        """Logits fp32 [B, K, V] at the `wanted` places of a slice of rows, whose other keys and values are kept.
+
+        Args:
+            tokens_BL: the slice's token ids.
+            wanted: places in the slice.
+            rows: where the slice lies, and what is kept; it keeps more then.
+        """
+        count, length = tokens_BL.shape
+        place_K = torch.arange(wanted.start, wanted.stop)
+        position_M = (torch.arange(count)[:, None] * length + place_K).flatten().numpy()
+        here, own_M = self.row_slice.find(position_M, length)
+        step = partial(self._slice_step, torch.from_numpy(own_M).to(self.device), rows)
+        with self._looking():
+            outputs = self.through(step, [tokens_BL], (count, length), forward_only=True, collect_non_loss_data=True)
+        logits_BKV = None
+        if self.world.is_last_stage:
+            whole_MV = self.row_slice.whole_logits(outputs[0], here, len(position_M))
+            logits_BKV = whole_MV.unflatten(0, (count, len(place_K)))
+        return self._from_last_stage(logits_BKV, (count, len(place_K)))
+
+    def _slice_step(
+        self, position_M: torch.Tensor, rows: KeptRows, iterator: Iterator[torch.Tensor], model: Any
+    ) -> tuple[Any, Any]:
+        inputs = self.inputs(next(iterator), start=rows.start)
+        return model(*inputs, None, labels=position_M, packed_seq_params=rows), lambda logits, non_loss_data: logits
+
     def _logits_step(self, iterator: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
         return model(*self.inputs(next(iterator)), None), lambda logits_BLV, non_loss_data: logits_BLV
-
-
-def fill(
-    denoiser: Inference,
-    prompts_BP: Sequence[Sequence[int]],
-    config: SamplerConfig,
-    *,
-    mask_token_id: int,
-    eos_token_id: int,
-    eot_token_ids: Sequence[int] = (),
-    on_step: OnStep | None = None,
-    seeds: Sequence[int] | None = None,
-) -> Sample:
-    """Continue prompts of one length; a causal model fills one token after the other, whatever the steps and strategy.
-
-    Where nothing predicts a row's first token (`right_shift`) an `<eos>` stands for an empty prompt.
-
-    Raises:
-        UserError: as for `sampler.sample`.
-    """
-    if denoiser.right_shift:
-        prompts_BP = [prompt or [eos_token_id] for prompt in prompts_BP]
-    if denoiser.causal:
-        config = replace(config, steps=config.length, block=1, strategy="low_confidence")
-    prompts = torch.tensor([list(prompt) for prompt in prompts_BP], dtype=torch.int64, device=denoiser.device)
-    return sample(
-        denoiser,
-        prompts,
-        config,
-        mask_token_id=mask_token_id,
-        eos_token_id=eos_token_id,
-        eot_token_ids=eot_token_ids,
-        max_length=denoiser.max_length,
-        on_step=on_step,
-        seeds=seeds,
-    )

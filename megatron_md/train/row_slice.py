@@ -73,6 +73,15 @@ class RowSlice:
         totals = sums.split([len(part) for part in parts])
         return [PredictionLoss(loss[0], nll_M) for loss, nll_M in zip(totals[::2], totals[1::2], strict=True)]
 
+    def whole_logits(self, own_XV: torch.Tensor, here: Int64Array | slice, positions: int) -> torch.Tensor:
+        """[positions, V] on every rank of the group, from those that each found `here` in its slice."""
+        if self.size == 1:
+            return own_XV
+        whole_MV = own_XV.new_zeros((positions, own_XV.shape[1]))
+        whole_MV[here] = own_XV
+        dist.all_reduce(whole_MV, group=self.group)
+        return whole_MV
+
     def whole_rows(self, slice_BLV: torch.Tensor) -> torch.Tensor:
         """[B, L, V] on every rank of the group, from each one's [B, L / size, V]."""
         if self.size == 1:

@@ -60,7 +60,9 @@ def sample_requests(config: Config, tokenizer: Tokenizer) -> list[SampleRequest]
 
 
 def _rounded(sampler: SamplerConfig, prompt_length: int, config: Config) -> SamplerConfig:
-    multiple = config.parallel.row_slices
+    multiple, size = config.parallel.row_slices, config.objective.final_block_size
+    if size is not None and size % multiple == 0:
+        return sampler  # a block model's canvas is whole blocks
     length = sampler.length + -(prompt_length + sampler.length) % multiple
     try:
         return replace(sampler, length=length)

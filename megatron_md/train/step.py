@@ -161,11 +161,11 @@ class ForwardPass:
             document_BL=None if cuts is None else documents_of(cuts, length, device),
         )
 
-    def inputs(self, tokens_BL: torch.Tensor, *, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and their positions, of this rank's slice of the rows, which hold a text so many times."""
+    def inputs(self, tokens_BL: torch.Tensor, *, copies: int = 1, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and their positions from `start` on, of this rank's slice of rows that hold a text so many times."""
         length = tokens_BL.shape[1]
         assert length % self.row_slice.size == 0, "the config's checks refuse such rows"
-        positions_L = torch.arange(length // copies, device=tokens_BL.device).repeat(copies)
+        positions_L = torch.arange(start, start + length // copies, device=tokens_BL.device).repeat(copies)
         positions_BL = positions_L.expand_as(tokens_BL)
         return self.row_slice.of(tokens_BL), self.row_slice.of(positions_BL)
 

@@ -27,7 +27,7 @@ def scored(folder: Path) -> None:
     from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods, document_log_likelihoods
     from megatron_md.evaluate.load import load_model
     from megatron_md.run.saved import Placement, open_run
-    from megatron_md.train.inference import fill
+    from megatron_md.train.filling import fill
 
     def expected(tokens: list[int], first: int) -> float:
         with HuggingFaceFolder(folder / "hf") as hf:

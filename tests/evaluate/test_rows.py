@@ -28,6 +28,7 @@ class Uniform:
     """A model that knows nothing, and remembers what it was asked."""
 
     causal, right_shift, within_document = False, False, False
+    block_size: int | None = None
     micro_batch_size, data_rank, data_size = 4, 0, 1
 
     def __init__(self) -> None:

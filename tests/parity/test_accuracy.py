@@ -17,6 +17,7 @@ class Oracle:
     """A scorer whose model knows the label of the rows whose first bit is 1, and takes the other one elsewhere."""
 
     causal = right_shift = within_document = False
+    block_size: int | None = None
 
     def __init__(self, micro_batch_size: int, data_rank: int = 0, data_size: int = 1) -> None:
         self.micro_batch_size, self.data_rank, self.data_size = micro_batch_size, data_rank, data_size

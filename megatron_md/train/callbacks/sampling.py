@@ -14,7 +14,8 @@ from megatron_md.files import append
 from megatron_md.messages import tell
 from megatron_md.train.callback import Callback, StepResult
 from megatron_md.train.callbacks.metrics import MetricsWriter, truncate_metrics
-from megatron_md.train.inference import Inference, fill
+from megatron_md.train.filling import fill
+from megatron_md.train.inference import Inference
 from megatron_md.train.sample_requests import sample_requests
 from megatron_md.train.trainer import Trainer
 

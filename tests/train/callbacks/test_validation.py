@@ -58,6 +58,7 @@ class LogV:
     """A model of which nothing is known but that all V tokens are equally likely; `nats` for each."""
 
     causal = right_shift = within_document = False
+    block_size: int | None = None
     micro_batch_size, data_rank, data_size = 2, 0, 1
 
     def __init__(self, nats: float) -> None:
