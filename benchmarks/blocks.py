@@ -51,7 +51,7 @@ def steps_of(shape: str, block: int, device: str) -> tuple[dict[str, Callable[[]
     """The steps by name, and the tokens of one."""
     is_cuda = device == "cuda"
     length, size = (ON_CUDA if is_cuda else ROWS)[shape]
-    keys = {"preset": shape} if is_cuda else {"preset": shape, "vocab": 8192}
+    keys = {"preset": shape, "vocab": 32768 if is_cuda else 8192}
     config = resolve(
         Config(
             model=config_from_mapping({"model": keys}).model,

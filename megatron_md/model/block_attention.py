@@ -51,7 +51,7 @@ class BlockRows(PackedSeqParams):
         query_at, key_at = query % self.length, key % self.length
         query_block, key_block = query_at // self.block_size, key_at // self.block_size
         is_before, is_own = key_block < query_block, key_block == query_block
-        is_own = is_own & (is_noisy_query == is_noisy_key)
+        is_own = is_own & ~(is_noisy_query ^ is_noisy_key)  # torch 2.11 and 2.13 compile no == of booleans
         if self.causal_until:
             is_own = is_own & (is_noisy_query | (query_at >= self.causal_until) | (key_at <= query_at))
         is_seen = (is_before & ~is_noisy_key) | is_own
