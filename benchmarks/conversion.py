@@ -41,7 +41,7 @@ def make_folder(directory: Path, family_name: str, size: str) -> tuple[int, int]
     """A folder of random weights, one file of at most 1 GB in memory at a time; parameters and tensors."""
     family = FAMILIES[family_name]
     model = ResolvedModel(
-        **SIZES[size], qkv_bias=family_name in ("qwen2", "dream"), qk_norm=family_name == "qwen3"
+        **SIZES[size], qkv_bias=family_name in ("qwen2", "dream"), qk_norm=family_name in ("qwen3", "sdar")
     )  # fmt: skip
     shapes = {
         name: shape for move in moves(family, model) for name, shape in zip(move.theirs, move.shapes, strict=True)
@@ -51,10 +51,11 @@ def make_folder(directory: Path, family_name: str, size: str) -> tuple[int, int]
     def read(name: str) -> torch.Tensor:
         return torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
 
+    keys = {"block_size": 4} if family.in_blocks else {}
     directory.mkdir()
     write_folder(
         directory,
-        config=json.dumps(family.write_config(model, {}, model.max_length), indent=2).encode(),
+        config=json.dumps(family.write_config(model, keys, model.max_length), indent=2).encode(),
         shards=plan_shards({name: 2 * math.prod(shape) for name, shape in shapes.items()}),
         read=read,
         companions={},

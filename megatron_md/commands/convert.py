@@ -8,6 +8,7 @@ from typing import get_args
 
 from megatron_md.checkpoint.directory import Weights
 from megatron_md.checkpoint.hf.families import FAMILIES, Direction, check_asked
+from megatron_md.commands.arguments import positive
 from megatron_md.commands.stoppable import stoppable_progress
 from megatron_md.messages import say
 
@@ -16,6 +17,7 @@ EXAMPLES = """examples:
   megatron-md convert LLaDA-8B-Base runs/llada-8b --family llada --to megatron --dry-run
   megatron-md convert runs/llada-8b LLaDA-8B-continued --family llada --to hf --dtype bf16 --verify
   megatron-md convert Qwen3-0.6B runs/qwen3 --family qwen3 --to megatron --add-mask-token
+  megatron-md convert SDAR-4B-Chat runs/sdar --family sdar --to megatron --block-size 4
   megatron-md convert runs/lora adapters --family llada --to peft
   megatron-md convert runs/lora runs/merged --to megatron
 
@@ -40,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", choices=get_args(Weights), default="model", help="a run's weights, or their average"
     )
     parser.add_argument("--add-mask-token", action="store_true", help="add <|mask|> to a causal model's vocabulary")
+    parser.add_argument(
+        "--block-size", type=positive, metavar="N", help="of a block model whose config.json does not say"
+    )
     parser.add_argument("--verify", action="store_true", help="compare the logits of both sides (needs transformers)")
     parser.add_argument("--dry-run", action="store_true", help="check the source, print the table, write nothing")
     parser.add_argument("--trust", action="store_true", help="open a checkpoint that has no manifest to verify it by")
@@ -52,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
         UserError: bad input; nothing has been written then.
     """
     source, target = Path(args.source), None if args.dry_run else Path(args.target)
-    check_asked(source, target, args.family, args.to, add_mask_token=args.add_mask_token, weights=args.weights)
+    asked = {key: getattr(args, key) for key in ("add_mask_token", "block_size", "weights")}
+    check_asked(source, target, args.family, args.to, **asked)
     from megatron_md.checkpoint.hf.convert import convert, open_conversion
 
-    keys = {key: getattr(args, key) for key in ("family", "to", "dtype", "add_mask_token", "trust", "weights")}
+    keys = {**asked, **{key: getattr(args, key) for key in ("family", "to", "dtype", "trust")}}
     if args.dry_run:
         with open_conversion(args.source, **keys) as conversion:
             _print_table(conversion.table())

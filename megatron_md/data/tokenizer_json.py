@@ -19,7 +19,7 @@ from megatron_md.json_file import parse_json, read_json, read_regular
 
 CONFIG_NAME, TEMPLATE_NAME = "tokenizer_config.json", "chat_template.jinja"
 CUSTOMARY = {
-    "mask_token": ("<mask>", "<|mask|>", "<|mdm_mask|>", "[MASK]"),
+    "mask_token": ("<mask>", "<|mask|>", "<|mdm_mask|>", "<|MASK|>", "[MASK]"),
     "eos_token": ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>"),
     "pad_token": ("<pad>", "<|pad|>", "<|padding|>", "[PAD]"),
 }

@@ -15,6 +15,7 @@ from megatron_md.checkpoint.hf.tensors import moves
 from megatron_md.config import ResolvedModel
 
 FAMILY_NAMES = tuple(FAMILIES)
+BLOCK_SIZE = 4  # of the folders of block models
 
 
 def shape_of(family: str, *, kv_heads: int = 2, tied: bool = False, vocab: int = 67) -> ResolvedModel:
@@ -24,7 +25,7 @@ def shape_of(family: str, *, kv_heads: int = 2, tied: bool = False, vocab: int =
         hidden=32,
         heads=4,
         kv_heads=kv_heads,
-        head_dim=16 if family == "qwen3" else 8,
+        head_dim=16 if family in ("qwen3", "sdar") else 8,
         ffn=48,
         tied=tied,
         vocab=vocab,
@@ -32,7 +33,7 @@ def shape_of(family: str, *, kv_heads: int = 2, tied: bool = False, vocab: int =
         rope_theta=5000.0,
         norm_eps=1e-6,
         qkv_bias=family in ("qwen2", "dream"),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "sdar"),
     )
 
 
@@ -54,7 +55,8 @@ def write_model(
         for name, shape in zip(move.theirs, move.shapes, strict=True):
             noise = torch.randn(shape, generator=generator) * std
             tensors[name] = (noise + 1.0 if "norm" in name or "ln_f" in name else noise).to(dtype)
-    content = {**table.write_config(model, {"eos_token_id": 2, "mask_token_id": 5}, 64), **config}
+    keys = {"eos_token_id": 2, "mask_token_id": 5, **({"block_size": BLOCK_SIZE} if table.in_blocks else {})}
+    content = {**table.write_config(model, keys, 64), **config}
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     folder.mkdir(parents=True)
     write_folder(

@@ -98,6 +98,10 @@ def test_an_interrupt_ends_it_between_two_tensors_and_leaves_nothing(
         (["{no}", "{new}", "--family", "llama", "--to", "megatron"], "nowhere: no such file or folder"),
         (["{hf}", "{new}", "--family", "llama", "--to", "hf", "--add-mask-token"], "belongs to --to megatron"),
         (["{hf}", "{new}", "--family", "llama", "--to", "megatron", "--add-mask-token"], "tokenizer.json: missing"),
+        (
+            ["{hf}", "{new}", "--family", "llama", "--to", "megatron", "--block-size", "4"],
+            "--block-size is said of a folder of sdar that goes --to megatron",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

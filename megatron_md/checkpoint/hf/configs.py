@@ -14,6 +14,7 @@ LLADA_CODE = "GSAI-ML/LLaDA-8B-Base"
 MOST, MOST_LAYERS = 10**9, 10_000  # of any size of a model
 LONGEST_ROW = 4096  # of a converted run, and where a config does not say
 DREAM_CODE = "Dream-org/Dream-v0-Base-7B"
+SDAR_CODE = "JetLM/SDAR-1.7B-Chat"
 
 
 class UnsupportedConfigError(UserError):
@@ -195,6 +196,43 @@ def write_dream(model: ResolvedModel, tokens: Mapping[str, int], length: int) ->
         "AutoModel": f"{DREAM_CODE}--modeling_dream.DreamModel",
     }
     return {**content, "auto_map": code}
+
+
+def write_sdar(model: ResolvedModel, keys: Mapping[str, int], length: int) -> dict[str, Any]:
+    """A `config.json` of SDAR; its `block_size` is among the keys."""
+    content = write_llama_like(model, keys, length, architecture="SDARForCausalLM", model_type="sdar")
+    return {
+        **content,
+        "auto_map": {
+            "AutoConfig": f"{SDAR_CODE}--configuration_sdar.SDARConfig",
+            "AutoModel": f"{SDAR_CODE}--modeling_sdar.SDARModel",
+            "AutoModelForCausalLM": f"{SDAR_CODE}--modeling_sdar.SDARForCausalLM",
+        },
+        "attention_bias": False,
+        "fuse_cross_entropy": True,  # which its code asks for in every forward pass, and which has no default
+        "initializer_range": model.init_std,
+        "max_window_layers": model.layers,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "use_cache": False,
+        "use_sliding_window": False,
+    }
+
+
+def read_block_size(config: Mapping[str, Any], asked: int | None, longest: int) -> int:
+    """The tokens of a block of a block model: what its `config.json` says, else what is `asked` for.
+
+    Raises:
+        UnsupportedConfigError: neither says, they differ, or no row holds such a block.
+    """
+    given = config.get("block_size")
+    if given is None and asked is None:
+        raise UnsupportedConfigError("block_size is missing; say by --block-size what the model was trained with")
+    if asked is not None and given not in (None, asked):
+        raise UnsupportedConfigError(
+            f"block_size is {_shown(given)}, and --block-size {asked}; leave that out, or correct the file"
+        )
+    return _whole({"block_size": asked if given is None else given}, "block_size", longest)
 
 
 def write_llada(model: ResolvedModel, tokens: Mapping[str, int], length: int) -> dict[str, Any]:

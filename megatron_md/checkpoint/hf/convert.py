@@ -20,7 +20,7 @@ from megatron_md import run_files
 from megatron_md.checkpoint.contract import model_identity
 from megatron_md.checkpoint.directory import CONFIG_NAME, RECORD_NAME, Weights, check_weights, find_checkpoint
 from megatron_md.checkpoint.hf import original
-from megatron_md.checkpoint.hf.configs import LONGEST_ROW, MOST
+from megatron_md.checkpoint.hf.configs import LONGEST_ROW, MOST, read_block_size
 from megatron_md.checkpoint.hf.families import Direction, Family, check_asked, check_exportable, is_run
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder, write_folder
 from megatron_md.checkpoint.hf.peft import AdapterExport, open_adapter_export
@@ -55,6 +55,7 @@ class Import:
         config: content of `config.json`.
         tokenizer: content of its tokenizer's file, or None where it has none.
         has_new_token: config and tokenizer have got a mask token that the source lacks.
+        block_size: of a block model; None: it is none.
     """
 
     folder: HuggingFaceFolder
@@ -64,6 +65,7 @@ class Import:
     config: bytes
     tokenizer: bytes | None
     has_new_token: bool
+    block_size: int | None = None
 
     @property
     def parts(self) -> int:
@@ -100,16 +102,18 @@ class Import:
 
     def _run_config(self, target: Path) -> ResolvedConfig:
         """The model, its tokenizer, and the objective that its weights were trained with."""
-        causal = self.family.causal
+        causal, size = self.family.causal, self.block_size or 1
+        longest = min(self.model.max_length, LONGEST_ROW)
         return ResolvedConfig(
             run_dir=str(target),
             model=self.model,
             data=DataConfig(
                 tokenizer=None if self.tokenizer is None else str(target / run_files.TOKENIZER),
-                seq_length=min(self.model.max_length, LONGEST_ROW),
+                seq_length=max(size, longest - longest % size),  # of whole blocks
             ),
             objective=ObjectiveConfig(
-                name="autoregressive" if causal else "masked_diffusion",
+                name="autoregressive" if causal else "block_diffusion" if self.block_size else "masked_diffusion",
+                block_size=self.block_size,
                 mask_logit="keep",
                 right_shift=causal or self.family.right_shift,
             ),
@@ -118,7 +122,12 @@ class Import:
 
 @contextmanager
 def open_import(
-    source: Path, family: Family, *, dtype: torch.dtype | None = None, add_mask_token: bool = False
+    source: Path,
+    family: Family,
+    *,
+    dtype: torch.dtype | None = None,
+    add_mask_token: bool = False,
+    block_size: int | None = None,
 ) -> Iterator[Import]:
     """Open a folder, check it against its family, and plan how its tensors become ours.
 
@@ -128,23 +137,27 @@ def open_import(
     with HuggingFaceFolder(source) as folder:
         try:
             model = family.read_config(folder.config)
+            size = read_block_size(folder.config, block_size, model.max_length) if family.in_blocks else None
         except (TypeError, ValueError) as error:
             raise UserError(f"{source / 'config.json'}: not a {family.name} model that is supported: {error}") from None
         check_folder(folder, family, model)
         config = read_regular(source / "config.json", "download it again")
         files = [source / name for name in (original.JSON_TOKENIZER, original.SENTENCEPIECE)]
         tokenizer = next((file.read_bytes() for file in files if file.is_file()), None)
+        new_keys = {} if size is None else {"block_size": size}
         rows = 0
         if add_mask_token:
             if not files[0].is_file():
                 raise UserError(f"{files[0]}: missing; a mask token is added to the tokenizer and the weights together")
             tokenizer, token = _with_mask_token(files[0])
             rows = max(0, token + 1 - model.vocab)
-            sizes = {key: model.vocab + rows for key in ("vocab_size", "embedding_size") if key in folder.config}
-            config = (json.dumps({**folder.config, **sizes, "mask_token_id": token}, indent=2) + "\n").encode()
+            new_keys |= {key: model.vocab + rows for key in ("vocab_size", "embedding_size") if key in folder.config}
+            new_keys["mask_token_id"] = token
+        if not new_keys.items() <= folder.config.items():
+            config = (json.dumps({**folder.config, **new_keys}, indent=2) + "\n").encode()
         slices = import_slices(folder, family, model, dtype=dtype, extra_rows=rows)
         model = replace(model, vocab=model.vocab + rows)
-        yield Import(folder, family, model, slices, config, tokenizer, add_mask_token)
+        yield Import(folder, family, model, slices, config, tokenizer, add_mask_token, size)
 
 
 def _with_mask_token(path: Path) -> tuple[bytes, int]:
@@ -246,6 +259,7 @@ def open_conversion(
     to: Direction,
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
+    block_size: int | None = None,
     trust: bool = False,
     weights: Weights = "model",
 ) -> AbstractContextManager[Import | Export | AdapterExport | Merge]:
@@ -255,7 +269,7 @@ def open_conversion(
         UserError: it cannot be converted.
     """
     source = Path(source)
-    kind = check_asked(source, None, family, to, add_mask_token=add_mask_token)
+    kind = check_asked(source, None, family, to, add_mask_token=add_mask_token, block_size=block_size)
     torch_dtype = DTYPES[dtype] if dtype else None
     if to == "megatron" and is_run(source):
         return open_merge(source, dtype=torch_dtype, weights=weights)
@@ -264,7 +278,7 @@ def open_conversion(
         return open_export(source, kind, dtype=torch_dtype, trust=trust, weights=weights)
     if to == "peft":
         return open_adapter_export(source, kind, dtype=torch_dtype, weights=weights)
-    return open_import(source, kind, dtype=torch_dtype, add_mask_token=add_mask_token)
+    return open_import(source, kind, dtype=torch_dtype, add_mask_token=add_mask_token, block_size=block_size)
 
 
 def convert(
@@ -275,6 +289,7 @@ def convert(
     to: Direction,
     dtype: Dtype | None = None,
     add_mask_token: bool = False,
+    block_size: int | None = None,
     trust: bool = False,
     weights: Weights = "model",
     verify: bool = False,
@@ -288,10 +303,11 @@ def convert(
     Args:
         source: what to convert.
         target: new.
-        family: llada, dream, llama, qwen2 or qwen3; None merges the adapters of a run `to` megatron.
+        family: llada, dream, llama, qwen2, qwen3 or sdar; None merges the adapters of a run `to` megatron.
         to: the direction; peft writes the adapters of a run alone.
         dtype: data type of the weights; as they are if None.
         add_mask_token: add a mask token to a causal model's vocabulary; towards `megatron` only.
+        block_size: of a block model whose `config.json` does not say; towards `megatron` only.
         trust: open a checkpoint that has no manifest to verify it by.
         weights: of a run, `ema` takes the average of the weights, in their data type.
         verify: compare the logits of both sides (needs transformers).
@@ -305,11 +321,11 @@ def convert(
         UserError: bad input; nothing has been written then.
     """
     source, target = Path(source), Path(target)
-    kind = check_asked(source, target, family, to, add_mask_token=add_mask_token, weights=weights)
+    asked: dict[str, Any] = {"add_mask_token": add_mask_token, "block_size": block_size, "weights": weights}
+    kind = check_asked(source, target, family, to, **asked)
     if verify and (kind is None or to == "peft"):
         raise UserError("--verify compares a run with a folder of whole weights; leave it out")
-    keys: dict[str, Any] = {"family": family, "to": to, "dtype": dtype, "add_mask_token": add_mask_token}
-    ready = open_conversion(source, **keys, trust=trust, weights=weights)
+    ready = open_conversion(source, family=family, to=to, dtype=dtype, trust=trust, **asked)
     with ready as conversion, progress(conversion.parts) as advance:
         conversion.write(target, advance=advance)
     if to == "megatron":

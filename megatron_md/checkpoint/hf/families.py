@@ -20,8 +20,9 @@ from megatron_md.checkpoint.hf.configs import (
     write_dream,
     write_llada,
     write_llama_like,
+    write_sdar,
 )
-from megatron_md.config import Config, ResolvedModel
+from megatron_md.config import Config, ObjectiveConfig, ResolvedModel
 from megatron_md.errors import UserError
 
 Layout = Literal["plain", "qkv", "gate_up"]
@@ -68,9 +69,11 @@ class Family:
         name: what the command line calls it.
         rules: the tensors.
         read_config: the shape of a model by its `config.json`.
-        write_config: a `config.json` for a model: (model, special token ids, longest row) -> content.
+        write_config: a `config.json` for a model: (model, what it says beside the shape: special token ids, a block
+            model's `block_size`, longest row) -> content.
         causal: the published weights are those of a causal language model.
         right_shift: the logits at a position predict the token to its right.
+        in_blocks: its models are block models.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Family:
     write_config: Callable[[ResolvedModel, Mapping[str, int], int], dict[str, Any]]
     causal: bool = False
     right_shift: bool = False
+    in_blocks: bool = False
 
 
 def _rules(
@@ -203,6 +207,13 @@ FAMILIES: dict[str, Family] = {
         _llama_family("llama", "LlamaForCausalLM"),
         _llama_family("qwen2", "Qwen2ForCausalLM", bias=True),
         _llama_family("qwen3", "Qwen3ForCausalLM", qk_norm=True),
+        Family(
+            "sdar",
+            _llama_like(biases=False, qk_norm=True),
+            partial(read_llama_like, model_type="sdar", qkv_bias=False, qk_norm=True),
+            write_sdar,
+            in_blocks=True,
+        ),
     )
 }
 
@@ -230,6 +241,7 @@ def check_asked(
     to: Direction,
     *,
     add_mask_token: bool,
+    block_size: int | None = None,
     weights: Weights = "model",
 ) -> Family | None:
     """The family of a conversion, which is refused as far as that can be told before torch is imported.
@@ -240,6 +252,7 @@ def check_asked(
         family: name of the family; a run that stays one (adapters merged with their weights) needs none.
         to: the direction.
         add_mask_token: a mask token is asked for.
+        block_size: the block size of a block model, where it is said.
         weights: a run's own, or their average.
 
     Raises:
@@ -250,6 +263,8 @@ def check_asked(
         raise UserError(f"--family is missing: {', '.join(FAMILIES)}")
     if add_mask_token and to != "megatron":
         raise UserError("--add-mask-token belongs to --to megatron")
+    if block_size is not None and not (kind and kind.in_blocks and to == "megatron" and not is_run(source)):
+        raise UserError(f"--block-size is said of a folder of {_block_families()} that goes --to megatron")
     if target is not None and target.exists():
         raise UserError(f"{target}: exists already; choose another folder, or remove it")
     if not source.exists():
@@ -268,10 +283,7 @@ def check_exportable(config: Config, family: Family) -> None:
         UserError: it cannot, or would not; names the key.
     """
     model, objective = config.model, config.objective
-    if objective.block_stages:
-        raise UserError(
-            f"objective.name is block_diffusion, and {family.name} knows no blocks: no family here does yet"
-        )
+    _check_blocks(objective, family)
     if not family.causal and objective.name == "autoregressive":
         raise UserError(
             f"objective.name is autoregressive, and {family.name} is no causal model; export as a causal one"
@@ -288,6 +300,30 @@ def check_exportable(config: Config, family: Family) -> None:
     for key, wanted in ours.items():
         if wanted != has[key]:
             fitting = "qwen2 or dream" if model.qkv_bias else "qwen3" if model.qk_norm else "llada or llama"
-            raise UserError(f"model.{key} is {wanted}, which {family.name} cannot express; export as {fitting}")
+            train = f"train with model.{key}={str(not wanted).lower()}"
+            way_out = train if family.in_blocks else f"export as {fitting}"
+            raise UserError(f"model.{key} is {wanted}, which {family.name} cannot express; {way_out}")
     if model.position != "rope":
         raise UserError(f"model.position is {model.position}: no family has it; only rope can be exported")
+
+
+def _check_blocks(objective: ObjectiveConfig, family: Family) -> None:
+    """As `check_exportable`: block models go to families of block models, and nothing else does."""
+    if objective.block_stages and not family.in_blocks:
+        raise UserError(
+            f"objective.name is {objective.name}, and the code of {family.name} knows no blocks; export as "
+            f"{_block_families()}"
+        )
+    if family.in_blocks and not objective.block_stages:
+        raise UserError(
+            f"objective.name is {objective.name}, and {family.name} is for block models; export as another family"
+        )
+    if objective.autoregressive_weight:
+        raise UserError(
+            f"objective.autoregressive_weight is {objective.autoregressive_weight:g}: the clean half is causal then, "
+            f"and the code of {family.name} has it see whole blocks; only models trained with 0 can be exported"
+        )
+
+
+def _block_families() -> str:
+    return " or ".join(family.name for family in FAMILIES.values() if family.in_blocks)

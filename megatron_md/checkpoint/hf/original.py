@@ -127,6 +127,8 @@ def _is_same_model(config: ResolvedConfig, family: Family, kept: Mapping[str, An
     """Whether a kept `config.json` of the family is still true: a run may have gone on with another rope_theta."""
     before = family.read_config(kept)
     now = replace(config.model, init_std=before.init_std)
+    if family.in_blocks and kept.get("block_size") != config.objective.final_block_size:
+        return False
     same_length = not config.model.is_length_given or config.model.max_length == before.max_length
     return same_length and family.write_config(now, {}, before.max_length) == family.write_config(
         before, {}, before.max_length
@@ -134,7 +136,9 @@ def _is_same_model(config: ResolvedConfig, family: Family, kept: Mapping[str, An
 
 
 def _written(config: ResolvedConfig, family: Family, tokens: Mapping[str, int]) -> bytes:
-    content = family.write_config(config.model, tokens, config.model.max_length)
+    size = config.objective.final_block_size
+    keys = {**tokens, "block_size": size} if size is not None else tokens
+    content = family.write_config(config.model, keys, config.model.max_length)
     return (json.dumps(content, indent=2) + "\n").encode()
 
 

@@ -1,6 +1,7 @@
 """Compares the logits of a converted model with those of the `transformers` class of its family.
 
-LLaDA's network is Llama's and Dream's is Qwen2's, each without the causal mask: their published code is not needed.
+LLaDA's network is Llama's and Dream's is Qwen2's, each without the causal mask, and SDAR's is Qwen3's with one of
+blocks: their published code is not needed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from megatron_md.config import ParallelConfig, ResolvedConfig, ResolvedModel, lo
 from megatron_md.data.corpus import documents, texts
 from megatron_md.data.optional import optional_package
 from megatron_md.data.tokenizer import Tokenizer
+from megatron_md.model.block_attention import BlockRows
 from megatron_md.model.build import build_model
 
-REFERENCE = {"llada": "llama", "dream": "qwen2"}
+REFERENCE = {"llada": "llama", "dream": "qwen2", "sdar": "qwen3"}
 PRECISIONS: dict[Literal["fp32", "bf16"], torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS, LENGTH, SEED = 2, 64, 1234
+BOTH = {"bidirectional attention": False, "causal attention": True}  # which is causal
 
 
 def reference_model(folder: HuggingFaceFolder, family: Family, dtype: torch.dtype) -> Any:
@@ -61,12 +64,18 @@ def reference_model(folder: HuggingFaceFolder, family: Family, dtype: torch.dtyp
 
 
 @torch.no_grad()
-def reference_logits(network: Any, tokens_BL: torch.Tensor, *, causal: bool) -> torch.Tensor:
-    """Logits fp32 [B, L, V] of a `transformers` model, under a bidirectional or a causal attention mask."""
+def reference_logits(
+    network: Any, tokens_BL: torch.Tensor, *, causal: bool, block_size: int | None = None
+) -> torch.Tensor:
+    """Logits fp32 [B, L, V] of a `transformers` model, whose tokens see all others, those to their left, or blocks.
+
+    With a `block_size` a token sees its own block and those before it: causal attention in blocks of one token each.
+    """
     length, dtype = tokens_BL.shape[1], network.dtype
-    forbidden = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
-    bias = (forbidden if causal else torch.zeros_like(forbidden)).expand(len(tokens_BL), 1, -1, -1)
-    logits: torch.Tensor = network(tokens_BL, attention_mask=bias).logits
+    block_L = torch.arange(length) // (block_size or (1 if causal else length))
+    is_hidden_LL = block_L[None] > block_L[:, None]
+    bias_LL = torch.zeros((length, length), dtype=dtype).masked_fill(is_hidden_LL, torch.finfo(dtype).min)
+    logits: torch.Tensor = network(tokens_BL, attention_mask=bias_LL.expand(len(tokens_BL), 1, -1, -1)).logits
     return logits.float()
 
 
@@ -79,10 +88,12 @@ def our_model(config: ResolvedConfig, checkpoint: Path, *, causal: bool, weights
 
 
 @torch.no_grad()
-def our_logits(network: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
-    """Logits fp32 [B, L, V] of our model."""
-    positions_BL = torch.arange(tokens_BL.shape[1]).expand_as(tokens_BL)
-    logits: torch.Tensor = network(tokens_BL, positions_BL, None)
+def our_logits(network: Any, tokens_BL: torch.Tensor, block_size: int | None = None) -> torch.Tensor:
+    """Logits fp32 [B, L, V] of our model, with a `block_size` in blocks."""
+    length = tokens_BL.shape[1]
+    positions_BL = torch.arange(length).expand_as(tokens_BL)
+    rows = BlockRows(qkv_format="sbhd", block_size=block_size, length=length, copies=1) if block_size else None
+    logits: torch.Tensor = network(tokens_BL, positions_BL, None, packed_seq_params=rows)
     return logits
 
 
@@ -106,6 +117,8 @@ def inputs(model: ResolvedModel, tokenizer: Path | None) -> dict[str, torch.Tens
 def compare_logits(folder_path: Path, run_path: Path, family: Family, weights: Weights = "model") -> Iterator[str]:
     """Lines with the largest difference of the logits, for fp32 and bf16, each attention and each of `inputs`.
 
+    Attention is bidirectional and causal, or that of a block model.
+
     Raises:
         UserError: one of the two cannot be opened.
     """
@@ -117,6 +130,8 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family, weights: W
         parameters = sum(math.prod(tensor.shape) for tensor in folder.tensors.values())
         tokenizer, why = _tokenizer(checkpoint.parent.parent)
         rows = inputs(model, tokenizer)
+        size = saved.objective.final_block_size if family.in_blocks else None
+        attentions = {f"attention in blocks of {size}": False} if size else BOTH
         if tokenizer is None:
             yield f"demo text: left out, {why}"
         for precision, dtype in PRECISIONS.items():
@@ -126,19 +141,20 @@ def compare_logits(folder_path: Path, run_path: Path, family: Family, weights: W
                 continue
             config = replace(saved, train=replace(saved.train, precision=precision, device="cpu"))
             with parallel.session(config):
-                for causal in (False, True):
+                for attention, causal in attentions.items():
                     # One model in memory at a time: an 8B one fills a machine.
                     network = reference_model(folder, family, dtype)
-                    expected = {name: reference_logits(network, rows[name], causal=causal) for name in rows}
+                    expected = {
+                        name: reference_logits(network, rows[name], causal=causal, block_size=size) for name in rows
+                    }
                     del network
                     network = our_model(config, checkpoint, causal=causal, weights=weights)
-                    attention = "causal" if causal else "bidirectional"
                     for name, tokens_BL in rows.items():
-                        logits_BLV = our_logits(network, tokens_BL)[..., : model.vocab]
+                        logits_BLV = our_logits(network, tokens_BL, size)[..., : model.vocab]
                         difference = (logits_BLV - expected[name]).abs().max().item()
                         relative = difference / expected[name].abs().max().item()
                         figures = f"{difference:.1e} ({relative:.1e} relative)"
-                        yield f"{precision}, {attention} attention, {name}: max |difference of logits| {figures}"
+                        yield f"{precision}, {attention}, {name}: max |difference of logits| {figures}"
                     del network
 
 

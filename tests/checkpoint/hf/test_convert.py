@@ -18,7 +18,8 @@ from megatron_md.checkpoint.hf.convert import open_export, open_import
 from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder
 from megatron_md.checkpoint.storage import TensorReader
-from megatron_md.config import load_config
+from megatron_md.config import load_config, to_yaml
+from megatron_md.config.objective import BlockStage
 from tests.checkpoint.hf_models import FAMILY_NAMES, contents, shape_of, write_model, write_tokenizer
 from tests.ranks import RankError, run_ranks
 
@@ -154,6 +155,46 @@ def test_a_run_of_ours_becomes_llada_and_llama(tmp_path: Path) -> None:
     ):
         export(tmp_path / "run", tmp_path / "qwen3", "qwen3")
     assert not (tmp_path / "qwen3").exists()
+
+
+def test_a_block_run_of_ours_becomes_sdar_and_a_run_again(tmp_path: Path) -> None:
+    run_ranks(save_blocks, 1, tmp_path / "run")
+    with pytest.raises(ValueError, match="the code of qwen3 knows no blocks; export as sdar"):
+        export(tmp_path / "run", tmp_path / "qwen3", "qwen3")
+    export(tmp_path / "run", tmp_path / "hf", "sdar")
+    assert json.loads((tmp_path / "hf/config.json").read_text())["block_size"] == 8
+    convert(tmp_path / "hf", tmp_path / "again", "sdar")
+    before, after = (TensorReader(latest_checkpoint(tmp_path / name) or tmp_path) for name in ("run", "again"))
+    for name, (shape, _) in after.tensors.items():
+        assert torch.equal(after.read(name, (0,) * len(shape), shape), before.read(name, (0,) * len(shape), shape))
+    export(tmp_path / "again", tmp_path / "hf2", "sdar")
+    assert contents(tmp_path / "hf2") == contents(tmp_path / "hf")
+
+
+def test_a_folder_of_a_block_model_becomes_a_run_in_blocks(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", "sdar", shape_of("sdar"), block_size=None)
+    convert(tmp_path / "hf", tmp_path / "run", "sdar", block_size=7)
+    config = load_config(tmp_path / "run/config.yaml")
+    assert (config.objective.name, config.objective.block_size, config.data.seq_length) == ("block_diffusion", 7, 63)
+    assert (config.objective.mask_logit, config.objective.right_shift) == ("keep", False)
+    export(tmp_path / "run", tmp_path / "back", "sdar")
+    before, after = (contents(tmp_path / name) for name in ("hf", "back"))
+    own, told = (json.loads(folder.pop("config.json")) for folder in (before, after))
+    assert told == {**own, "block_size": 7} and before == after
+
+
+def save_blocks(run_dir: Path) -> None:
+    """A checkpoint of a small run with a curriculum of block sizes."""
+    from megatron_md.checkpoint.manager import CheckpointManager
+    from megatron_md.train.progress import Progress
+    from tests.small_run import small_run, variant
+
+    stages = [BlockStage(2, 0.5), BlockStage(8)]
+    config = variant(model={"qk_norm": True}, objective={"name": "block_diffusion", "block_size": stages})
+    with small_run(config) as run:
+        run.train(0, 1)
+        manager = CheckpointManager(run_dir, keep_last=2, resolved_config=to_yaml(config))
+        manager.save(run.chunks, run.optimizer, Progress(1, 8, 256, 10_000))
 
 
 def save_own(run_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "hf"
 
 
-def refusal(folder: Path, family: str = "llama") -> str:
-    with pytest.raises(UserError) as error, open_import(folder, FAMILIES[family]):
+def refusal(folder: Path, family: str = "llama", **keys: Any) -> str:
+    with pytest.raises(UserError) as error, open_import(folder, FAMILIES[family], **keys):
         pass
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
@@ -61,7 +62,13 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder: Path, tmp_path: P
 
 def test_another_family_and_unsupported_configs_are_refused(folder: Path, tmp_path: Path) -> None:
     wrong = "config.json: not a {0} model that is supported: model_type is 'llama'; only {1!r} is supported"
-    for family, model_type in (("llada", "llada"), ("dream", "Dream"), ("qwen2", "qwen2"), ("qwen3", "qwen3")):
+    for family, model_type in (
+        ("llada", "llada"),
+        ("dream", "Dream"),
+        ("qwen2", "qwen2"),
+        ("qwen3", "qwen3"),
+        ("sdar", "sdar"),
+    ):
         assert wrong.format(family, model_type) in refusal(folder, family)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -84,6 +91,22 @@ def test_another_family_and_unsupported_configs_are_refused(folder: Path, tmp_pa
     assert "config.json: cannot be read" in refusal(folder)
     with pytest.raises(FolderError, match="no such folder"):
         HuggingFaceFolder(tmp_path / "nowhere")
+
+
+def test_a_block_size_is_known_and_fits(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", "sdar", shape_of("sdar"))
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    for value, asked, text in (
+        (4, 8, "block_size is 4, and --block-size 8; leave that out, or correct the file"),
+        (None, None, "block_size is missing; say by --block-size what the model was trained with"),
+        (None, 65, "block_size is 65; only whole numbers from 1 to 64"),
+        (0, None, "block_size is 0; only whole numbers"),
+        ("4", None, "block_size is '4'; only whole numbers"),
+    ):
+        path.write_text(json.dumps({**config, "block_size": value}))
+        said = refusal(path.parent, "sdar", block_size=asked)
+        assert text in said and str(path) in said
 
 
 def test_pickles_half_written_files_and_foreign_paths_are_refused(folder: Path, tmp_path: Path) -> None:

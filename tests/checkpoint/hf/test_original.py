@@ -13,6 +13,7 @@ import pytest
 from megatron_md import run_files
 from megatron_md.checkpoint.hf.original import hand_on
 from megatron_md.config import load_config, to_yaml
+from megatron_md.config.objective import BlockStage
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.writer import Tokenised, Vocabulary, write_corpus
 from tests.checkpoint.hf.test_convert import convert, export
@@ -114,6 +115,17 @@ def test_a_config_that_is_no_longer_true_is_not_given_back(
     changed = content_of(tmp_path / "back")
     assert changed[their] == value and "transformers_version" not in changed
     assert (changed["mask_token_id"], changed["eos_token_id"]) == (5, 2)
+
+
+def test_another_block_size_is_written_into_the_config(tmp_path: Path) -> None:
+    write_model(tmp_path / "hf", "sdar", shape_of("sdar"), transformers_version="4.52.4")
+    convert(tmp_path / "hf", tmp_path / "run", "sdar")
+    edit(tmp_path / "run", "objective", block_size=[BlockStage(4, 0.5), BlockStage(8)])
+    export(tmp_path / "run", tmp_path / "back", "sdar")
+    changed = content_of(tmp_path / "back")
+    assert changed["block_size"] == 8 and "transformers_version" not in changed
+    assert (changed["mask_token_id"], changed["eos_token_id"], changed["fuse_cross_entropy"]) == (5, 2, True)
+    assert changed["auto_map"]["AutoModelForCausalLM"] == "JetLM/SDAR-1.7B-Chat--modeling_sdar.SDARForCausalLM"
 
 
 def test_another_family_with_the_same_tensors_has_its_own_config(tmp_path: Path) -> None:

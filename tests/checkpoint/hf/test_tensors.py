@@ -11,6 +11,7 @@ from megatron_md.checkpoint.hf.families import FAMILIES, check_exportable, famil
 from megatron_md.checkpoint.hf.tensors import merge, moves, split, table
 from megatron_md.checkpoint.storage import Slice, TensorReader, write_tensors
 from megatron_md.config import Config, ObjectiveConfig
+from megatron_md.config.objective import BlockStage
 from tests.checkpoint.hf_models import FAMILY_NAMES, shape_of
 
 
@@ -72,8 +73,27 @@ def test_what_a_family_cannot_express_is_refused() -> None:
             check_exportable(Config(model=shape_of(family), objective=objective), FAMILIES[family])
     for objective in (causal, shifted, ObjectiveConfig()):
         check_exportable(Config(model=shape_of("llama"), objective=objective), FAMILIES["llama"])
-    with pytest.raises(ValueError, match="--family bert: unknown; known are llada, dream, llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="--family bert: unknown; known are llada, dream, llama, qwen2, qwen3, sdar"):
         family_named("bert")
+
+
+def test_block_models_go_to_families_of_block_models_and_nothing_else_does() -> None:
+    stages = [BlockStage(1, 0.5), BlockStage(8)]
+    for size in (4, stages):
+        blocks = ObjectiveConfig(name="block_diffusion", block_size=size)
+        check_exportable(Config(model=shape_of("sdar"), objective=blocks), FAMILIES["sdar"])
+        for family in (name for name in FAMILY_NAMES if name != "sdar"):
+            text = f"objective.name is block_diffusion, and the code of {family} knows no blocks; export as sdar"
+            with pytest.raises(ValueError, match=text):
+                check_exportable(Config(model=shape_of(family), objective=blocks), FAMILIES[family])
+    causal_half = ObjectiveConfig(name="block_diffusion", block_size=4, autoregressive_weight=0.5)
+    for family, objective, text in (
+        ("sdar", ObjectiveConfig(), "objective.name is masked_diffusion, and sdar is for block models; export as"),
+        ("sdar", causal_half, "objective.autoregressive_weight is 0.5: the clean half is causal then, .* with 0 can"),
+        ("llada", blocks, r"model.qk_norm is False, which sdar cannot express; train with model.qk_norm=true"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            check_exportable(Config(model=shape_of(family), objective=objective), FAMILIES["sdar"])
 
 
 def test_slices_are_made_one_at_a_time_and_read_back(tmp_path: Path) -> None:
