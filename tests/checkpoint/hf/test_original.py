@@ -12,7 +12,7 @@ import pytest
 
 from megatron_md import run_files
 from megatron_md.checkpoint.hf.original import hand_on
-from megatron_md.config import load_config, to_yaml
+from megatron_md.config import Config, load_config, to_yaml
 from megatron_md.config.objective import BlockStage
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.data.writer import Tokenised, Vocabulary, write_corpus
@@ -59,6 +59,25 @@ def test_transformers_reads_the_tokenizer_alike(tmp_path: Path) -> None:
     assert theirs.eos_token_id == 300
 
 
+def going_on(run: Path, target: Path, **objective: Any) -> Config:
+    """One step of training, with a corpus of the run's tokenizer, from the weights of a converted run."""
+    config = load_config(run / "config.yaml")
+    vocabulary = Vocabulary.of(Tokenizer(run / "tokenizer.model"))
+    documents = [Tokenised(np.arange(100) % 11, 100) for _ in range(10)]
+    corpus = target.with_name("corpus")
+    write_corpus([documents], vocabulary, corpus, shard_tokens=1500)
+    return replace(
+        config,
+        run_dir=str(target),
+        data=replace(config.data, train=str(corpus / "manifest.json"), seq_length=32),
+        objective=replace(config.objective, **objective),
+        train=replace(config.train, steps=1, global_batch_size=4, micro_batch_size=4, device="cpu"),
+        checkpoint=replace(config.checkpoint, load=str(run), load_only="model"),
+        validation=replace(config.validation, sequences=0),
+        log=replace(config.log, tensorboard=False),
+    )
+
+
 @pytest.mark.distributed
 def test_a_run_that_goes_on_from_a_converted_one_gives_its_files_back(tmp_path: Path) -> None:
     hf, run, more, back = (tmp_path / name for name in ("hf", "run", "more", "back"))
@@ -66,25 +85,26 @@ def test_a_run_that_goes_on_from_a_converted_one_gives_its_files_back(tmp_path: 
     write_tokenizer(hf)
     (hf / "configuration_llada.py").write_text("")
     convert(hf, run, "llada", add_mask_token=True)
-    config = load_config(run / "config.yaml")
-    vocabulary = Vocabulary.of(Tokenizer(run / "tokenizer.model"))
-    documents = [Tokenised(np.arange(100) % 11, 100) for _ in range(10)]
-    write_corpus([documents], vocabulary, tmp_path / "corpus", shard_tokens=1500)
-    config = replace(
-        config,
-        run_dir=str(more),
-        data=replace(config.data, train=str(tmp_path / "corpus/manifest.json"), seq_length=32),
-        train=replace(config.train, steps=1, global_batch_size=4, micro_batch_size=4, device="cpu"),
-        checkpoint=replace(config.checkpoint, load=str(run), load_only="model"),
-        validation=replace(config.validation, sequences=0),
-        log=replace(config.log, tensorboard=False),
-    )
-    assert run_ranks(pretrain, 1, config) == [0]
+    assert run_ranks(pretrain, 1, going_on(run, more)) == [0]
     export(more, back, "llada")
     before, after = contents(run / run_files.ORIGINAL), contents(back)
     assert all(after[name] == data for name, data in before.items() if name != "source.json")
     assert set(after) == set(contents(hf)) and content_of(back)["transformers_version"] == "4.46.3"
     assert Tokenizer(back).mask_token_id == Tokenizer(more / "tokenizer.model").mask_token_id == 12
+
+
+@pytest.mark.distributed
+def test_a_causal_model_becomes_a_block_model_with_its_tokenizer(tmp_path: Path) -> None:
+    hf, run, more, back = (tmp_path / name for name in ("hf", "run", "more", "back"))
+    write_model(hf, "qwen3", shape_of("qwen3"))
+    write_tokenizer(hf)
+    convert(hf, run, "qwen3", add_mask_token=True)
+    keys = {"name": "block_diffusion", "block_size": 4, "mask_logit": "keep", "right_shift": False}
+    assert run_ranks(pretrain, 1, going_on(run, more, **keys)) == [0]
+    export(more, back, "sdar")
+    written = content_of(back)
+    assert (written["model_type"], written["block_size"], written["mask_token_id"]) == ("sdar", 4, 12)
+    assert Tokenizer(back).mask_token_id == 12
 
 
 def edit(run: Path, section: str, **keys: Any) -> None:
