@@ -93,6 +93,19 @@ class CleanBatch(Rows):
 
 
 @dataclass(frozen=True)
+class RowNoise:
+    """What the noise on a micro-batch's masked embeddings is drawn from.
+
+    Attributes:
+        std: of each element.
+        seeds: of each row.
+    """
+
+    std: float
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class CorruptedBatch:
     """What an objective hands to the model, on the host: inputs, and where to predict what at which weight.
 
@@ -112,6 +125,7 @@ class CorruptedBatch:
         block_size: None, or the rows are [masked, clean] with 2L positions, and attention sees blocks of so many
             tokens: a masked position its own block and the clean ones before it, a clean one those up to its own.
             `cu_seqlens` are those of the L tokens.
+        noise: on the embeddings of masked tokens; None: none. The trainer fills it in.
     """
 
     tokens_BL: Int64Array
@@ -123,6 +137,7 @@ class CorruptedBatch:
     cu_seqlens: list[Int32Array] | None = None
     is_hidden_LL: BoolArray | None = None
     block_size: int | None = None
+    noise: RowNoise | None = None
 
 
 @dataclass(frozen=True)

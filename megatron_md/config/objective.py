@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from megatron_md.config.schema import STRICT, Doc, Fraction, PositiveInt
 
@@ -25,6 +25,16 @@ class BlockStage:
         PositiveInt, Doc("tokens of a block; data.seq_length: no blocks, but masked diffusion of whole rows")
     ]
     until: Annotated[Fraction, Doc("share of the run's tokens at which the next stage begins; 1 in the last one")] = 1.0
+
+
+@dataclass(frozen=True)
+class MaskNoiseConfig:
+    """Gaussian noise on the embeddings of masked tokens as training starts."""
+
+    __pydantic_config__ = STRICT
+
+    std: Annotated[PositiveFloat, Doc("standard deviation of each element at the start; it falls to 0 in a line")]
+    until: Annotated[Fraction, Doc("share of the run's tokens after which there is none")]
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,10 @@ class ObjectiveConfig:
         Fraction,
         Doc("share of the run over which attention grows from causal to bidirectional, for starts from causal models"),
     ] = 0.0
+    mask_noise: Annotated[
+        MaskNoiseConfig | None,
+        Doc("noise on masked embeddings, for starts from models without a mask token; null: none"),
+    ] = None
     min_mask_rate: Annotated[float, Field(gt=0.0, lt=1.0, description="floor of t in training")] = 1e-3
     head_chunk: Annotated[PositiveInt, Doc("masked positions per chunk of the LM head and cross-entropy")] = 1024
     options: Annotated[dict[str, Any], Doc("keyword arguments of a third-party objective")] = field(
@@ -119,6 +133,8 @@ class ObjectiveConfig:
         yield from self._problems_of_pairs(run)
         yield from self._problems_of_token_rate()
         yield from self._problems_of_blocks(run)
+        if self.mask_noise is not None and self.name == "autoregressive":
+            yield "objective.mask_noise: autoregressive masks nothing; set null"
         is_within = run.data.document_attention == "within_document"
         if self.right_shift and is_within:
             yield (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch.nn.utils import get_total_norm
 
 from megatron_md.batch import CleanBatch, CorruptedBatch, RightShift
@@ -34,6 +36,7 @@ from megatron_md.model.head import Prediction, PredictionLoss
 from megatron_md.parallel import World
 from megatron_md.train import ema
 from megatron_md.train.bad_numbers import not_finite
+from megatron_md.train.mask_noise import MaskNoise, row_noise
 from megatron_md.train.optimizer import optimizer_updates
 from megatron_md.train.row_slice import RowSlice
 
@@ -78,6 +81,7 @@ def corrupt(config: Config, objective: Objective, batches: Sequence[CleanBatch])
             objective.corrupt(replace(batch, is_maskable_BL=shift.scorable(batch.is_maskable_BL))),
             cu_seqlens=batch.cu_seqlens if within_document else batch.seen_apart(),
             is_hidden_LL=is_hidden_LL,
+            noise=row_noise(config, batch.position.progress, batch.sample_index_B),
         )
         for batch in batches
     ]
@@ -91,6 +95,7 @@ class ForwardPass:
         self.micro_batch_size = config.train.micro_batch_size
         self.within_document = config.data.document_attention == "within_document"
         self.shift = RightShift(config.objective.right_shift)
+        self.mask_noise: MaskNoise | None = None
         self.is_clean_causal = config.objective.autoregressive_weight > 0.0
         self.bucket = CUDA_BUCKET if world.device.type == "cuda" else 1
         self.row_slice = RowSlice.here()
@@ -144,7 +149,8 @@ class ForwardPass:
         seen = self._seen_apart(batch)
         copies = seen.copies if isinstance(seen, BlockRows) else 1
         inputs = self.inputs(_to_device(batch.tokens_BL, device), copies=copies)
-        output = model(*inputs, attention_mask, labels=prediction, packed_seq_params=seen)
+        with nullcontext() if self.mask_noise is None else self.mask_noise.of(batch.noise):
+            output = model(*inputs, attention_mask, labels=prediction, packed_seq_params=seen)
         return output, partial(self._loss, batch.denominator, count)
 
     def _seen_apart(self, batch: CorruptedBatch) -> PackedSeqParams | None:
@@ -199,6 +205,12 @@ class Stepper(ForwardPass):
                 f"objective.attention_annealing: attention of {objective.name} is always causal; set it to 0"
             )
         core = chunks[0].config
+        embedding = getattr(unwrap_model(chunks[0]), "embedding", None)  # of the first pipeline stage
+        if config.objective.mask_noise is not None and embedding is not None:
+            mask_token_id = getattr(objective, "mask_token_id", None)
+            if mask_token_id is None:
+                raise UserError(f"objective.mask_noise: {objective.name} does not tell its mask_token_id; set null")
+            self.mask_noise = MaskNoise(embedding, mask_token_id, sequence_parallel=core.sequence_parallel)
         core.finalize_model_grads_func = finalize_model_grads
         core.grad_scale_func = optimizer.scale_loss
 
