@@ -284,18 +284,15 @@ class BlockDiffusion:
 
     def reduce(self, nll_M: torch.Tensor, corrupted: CorruptedBatch) -> Metrics:
         """`masked_ce`, `mean_mask_rate` over blocks, `autoregressive_ce` of clean halves; see `Objective.reduce`."""
+        metrics = mean_metrics(nll_M, corrupted)
+        if not self.autoregressive_weight:
+            return metrics
         length = corrupted.tokens_BL.shape[1]
-        is_clean_M = np.zeros(len(nll_M), dtype=np.bool_)
-        if corrupted.block_size is not None:
-            is_clean_M = corrupted.positions_M % length >= length // 2
-        is_clean = torch.from_numpy(is_clean_M).to(nll_M.device)
-        nll_M, clean = nll_M.double(), int(is_clean_M.sum())
-        metrics: Metrics = {
-            "masked_ce": (nll_M[~is_clean].sum(), float(len(nll_M) - clean)),
-            "mean_mask_rate": (float(corrupted.mask_rate_B.sum(dtype=np.float64)), float(len(corrupted.mask_rate_B))),
-            "autoregressive_ce": (nll_M[is_clean].sum(), float(clean)),
-        }
-        return {name: metrics[name] for name in self.metric_names}
+        is_clean_M = corrupted.positions_M % length >= length // 2
+        clean, total = int(is_clean_M.sum()), metrics["masked_ce"][0]
+        of_clean = (nll_M * torch.from_numpy(is_clean_M).to(nll_M.device)).sum(dtype=torch.float64)
+        masked = (total - of_clean, float(len(nll_M) - clean))
+        return {**metrics, "masked_ce": masked, "autoregressive_ce": (of_clean, float(clean))}
 
     def _uniforms(self, batch: CleanBatch, blocks: int) -> FloatArray:
         """One for each block of these rows, stratified over all blocks of the global batch."""

@@ -65,7 +65,9 @@ def activate(compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> No
     from megatron.core.tensor_parallel import random as core_random
 
     from megatron_md import parallel
+    from megatron_md.model import block_attention
 
+    block_attention.attend_by_tiles = _flash_in_blocks
     gpt_layer_specs.HAVE_TE = False  # its kernels take real tensors only
     core_random._get_cuda_rng_state = lambda *args, **keys: torch.empty(0)
     core_random._set_cuda_rng_state = lambda *args, **keys: None
@@ -81,6 +83,15 @@ def _join(device: torch.device, timeout: timedelta) -> None:
 def fake_tensors() -> FakeTensorMode:
     """The mode in which tensors have a shape, a type and a device, and no values."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _flash_in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Any, scale: float
+) -> torch.Tensor:
+    """A flash kernel over as many pairs as FlexAttention's tiles of 128 hold: (L + S) / 2 keys for each query."""
+    seen = min(len(key), (rows.length + max(rows.block_size, 128)) // 2)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key[:seen], value[:seen]))
+    return _flash(query, key, value, scale=scale).permute(2, 0, 1, 3)
 
 
 def _all_gather_object(objects: list[Any], own: Any, group: Any = None) -> None:

@@ -89,6 +89,8 @@ def assumed(config: ResolvedConfig, hardware: Hardware, values: Assumptions) -> 
     ]
     if config.data.document_attention == "within_document":
         lines.append("attention over whole rows, though data.document_attention keeps documents apart")
+    if config.objective.block_stages:
+        lines.append("attention in blocks as a flash kernel over as many pairs as FlexAttention's tiles of 128 hold")
     if config.objective.attention_annealing:
         lines.append("attention without hidden pairs, as after objective.attention_annealing")
     return lines
