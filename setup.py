@@ -9,6 +9,7 @@ setup(
             "presets/*.yaml",
             "parity/reference.json",
             "evaluate/trace.html",
+            "report/page.html",
             "simulate/guard.cpp",
             "simulate/devices/*.yaml",
             "py.typed",

@@ -40,6 +40,7 @@ COMMANDS = {
     "window": ("megatron_md.commands.window", "predict a window of mask rates from a corpus"),
     "schedule": ("megatron_md.commands.schedule", "fit a mask schedule to a pilot run"),
     "plot": ("megatron_md.commands.plot", "draw a run's losses"),
+    "report": ("megatron_md.commands.report", "write all that a run, or several, found as one page"),
     "sweep": ("megatron_md.commands.sweep", "train many variants of a run, with several seeds, and compare them"),
     "parity": ("megatron_md.commands.parity", "the k-parity task: theory against training, and a check of a machine"),
     "doctor": ("megatron_md.commands.doctor", "say what is installed here, what is missing, and whether training runs"),
@@ -52,6 +53,7 @@ EXAMPLES = """examples:
   megatron-md train examples/tiny/demo.yaml --nproc-per-node 2
   megatron-md train examples/8b/pretrain.yaml --dry-run --world-size 64
   megatron-md plot runs/demo
+  megatron-md report runs/demo
 """
 
 

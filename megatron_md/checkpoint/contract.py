@@ -66,20 +66,21 @@ def resume_contract(
 
 def config_changes(checkpoint: Path, resolved_config: str) -> dict[str, list[Any]]:
     """Keys in which a config differs from the checkpoint's: [value there, value now] by dotted name."""
-    then = _flat(redacted(config_loader.read_yaml(str(checkpoint / CONFIG_NAME))))
-    now = _flat(config_loader.parse_yaml(resolved_config, "config"))
+    then = flat(redacted(config_loader.read_yaml(str(checkpoint / CONFIG_NAME))))
+    now = flat(config_loader.parse_yaml(resolved_config, "config"))
     keys = sorted(then.keys() | now.keys())
     return {key: [then.get(key), now.get(key)] for key in keys if then.get(key) != now.get(key)}
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted names."""
     if isinstance(value, float) and not math.isfinite(value):
         value = str(value)  # which equals itself, and which JSON knows
     if not isinstance(value, dict) or not value:
         return {prefix: value} if prefix else {}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
     return found
 
 

@@ -9,14 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megatron_md.checkpoint.contract import reason
 from megatron_md.messages import redacted, say, shown
-from megatron_md.run.epochs import Passes
+from megatron_md.run.epochs import told_passes
 from megatron_md.run.inspection import Changes, Inspection, compare_config, inspect, newest_checkpoint
 
 EXAMPLES = """examples:
@@ -98,7 +97,7 @@ def _show_state(console: Console, found: Inspection) -> None:
         if newest is not None and newest.step == step and newest.tokens is not None:
             tokens = f", {newest.tokens:,} of {newest.total_tokens:,} tokens"
         _print(console, f"step {step}{total}{tokens}")
-    for line in _corpora(found.status.get("corpora")):
+    for line in told_passes(found.status.get("corpora")):
         _print(console, line)
     best = found.status.get("best_val_nelbo")
     if isinstance(best, (int, float)):
@@ -116,14 +115,6 @@ def _show_state(console: Console, found: Inspection) -> None:
     if isinstance(versions, dict):
         names = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
         _print(console, f"written with {names}")
-
-
-def _corpora(value: Any) -> list[str]:
-    """How often each corpus is gone through, from a `summary.json` that may say anything."""
-    try:
-        return [f"{made.corpus}: {made}" for made in TypeAdapter(list[Passes]).validate_python(value or [])]
-    except ValidationError:
-        return []
 
 
 def _table(found: Inspection, verified: bool) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from megatron_md.errors import UserError
 from megatron_md.files import replacing
 from megatron_md.json_file import read_json
 from megatron_md.messages import shown, tell
-from megatron_md.train.records import damage, has_overfitted, lowest, read_lines
+from megatron_md.train.records import damage, has_overfitted, is_number, lowest, read_lines
+
+_LARGEST = 1e30  # beyond it matplotlib's ticks overflow
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -31,14 +34,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _series(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Tokens and values of a metric, where it was logged and is finite."""
-    pairs = [(r["tokens"], r[key]) for r in records if _has_numbers(r, "tokens", key)]
+def series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Tokens and values of a metric, where it was logged, is finite, and no larger than a picture takes."""
+    pairs = [(float(r["tokens"]), float(r[key])) for r in records if _has_numbers(r, "tokens", key)]
     return [tokens for tokens, _ in pairs], [value for _, value in pairs]
 
 
 def _has_numbers(record: dict[str, Any], *keys: str) -> bool:
-    return all(isinstance(record.get(key), (int, float)) for key in keys)
+    return all(is_number(record.get(key)) and abs(record[key]) < _LARGEST for key in keys)
 
 
 def plot_run(run_dir: Path, output: Path) -> None:
@@ -61,10 +64,10 @@ def plot_run(run_dir: Path, output: Path) -> None:
         ("loss", "training objective", "#b8b8b8"),
         ("masked_ce", "cross-entropy at masked tokens (training)", "#4c78a8"),
     ):
-        tokens, values = _series(records, key)
+        tokens, values = series(records, key)
         if values:
             axes.plot(tokens, values, label=label, color=color, linewidth=1.2)
-    _draw_validation(axes, records)
+    draw_validation(axes, records)
     entropy = _unigram_entropy(run_dir)
     if entropy is not None:
         axes.axhline(entropy, color="black", linestyle="--", linewidth=1.0, label=f"unigram entropy {entropy:.3f}")
@@ -76,8 +79,10 @@ def plot_run(run_dir: Path, output: Path) -> None:
     save_figure(figure, output)
 
 
-def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
-    """The validation NELBO with a band of one standard error."""
+def draw_validation(
+    axes: Any, records: Sequence[dict[str, Any]], *, name: str = "validation NELBO", color: Any = "#e4572e"
+) -> None:
+    """The validation NELBO with a band of one standard error, its minimum marked where the run has overfitted."""
     scored = [r for r in records if _has_numbers(r, "tokens", "val_nelbo")]
     if not scored:
         return
@@ -86,9 +91,9 @@ def _draw_validation(axes: Any, records: list[dict[str, Any]]) -> None:
     errors = [r["val_nelbo_stderr"] if _has_numbers(r, "val_nelbo_stderr") else 0.0 for r in scored]
     low = [value - error for value, error in zip(values, errors, strict=True)]
     high = [value + error for value, error in zip(values, errors, strict=True)]
-    label = f"validation NELBO, last {values[-1]:.3f} ± {errors[-1]:.3f}"
-    axes.plot(tokens, values, color="#e4572e", marker="o", markersize=4, linewidth=1.5, label=label)
-    axes.fill_between(tokens, low, high, color="#e4572e", alpha=0.25, linewidth=0)
+    label = f"{name}, last {values[-1]:.3f} ± {errors[-1]:.3f}"
+    axes.plot(tokens, values, color=color, marker="o", markersize=4, linewidth=1.5, label=label)
+    axes.fill_between(tokens, low, high, color=color, alpha=0.25, linewidth=0)
     best = lowest(scored)
     if best is not None and has_overfitted(scored):
         label = f"lowest {best['val_nelbo']:.3f}, at step {best['step']}: overfitted from there"

@@ -10,6 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from megatron_md.evaluate.canvas import Decode, hue, pieces
+from megatron_md.html_page import filled
 from megatron_md.messages import printable
 
 if TYPE_CHECKING:
@@ -76,11 +77,5 @@ def trace_page(recorder: Recorder, decode: Decode, *, title: str, facts: dict[st
     page = resources.files("megatron_md.evaluate").joinpath("trace.html").read_text(encoding="utf-8")
     script = page.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    values = {
-        "SCRIPT": digest,
-        "TITLE": html.escape(title),
-        "DATA": json.dumps(data).replace("<", "\\u003c"),
-    }
-    # In one pass: what is put in is not looked at again.
-    head, *parts = page.split("{{")
-    return head + "".join(values[part.split("}}", 1)[0]] + part.split("}}", 1)[1] for part in parts)
+    data_text = json.dumps(data).replace("<", "\\u003c")
+    return filled(page, {"SCRIPT": digest, "TITLE": html.escape(title), "DATA": data_text})

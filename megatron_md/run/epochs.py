@@ -7,6 +7,9 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_md.config import Config, ConfigError
 from megatron_md.config.schema import MOST
@@ -37,6 +40,14 @@ class Passes:
 
     def __str__(self) -> str:
         return f"{self.unique_tokens:,} unique tokens in {self.documents:,} documents, {self.epochs:.2f} epochs"
+
+
+def told_passes(value: Any) -> list[str]:
+    """How often each corpus is gone through, from the `corpora` of a summary.json that may say anything."""
+    try:
+        return [f"{made.corpus}: {made}" for made in TypeAdapter(list[Passes]).validate_python(value or [])]
+    except ValidationError:
+        return []
 
 
 def passes(config: Config, stream: RowStream) -> list[Passes]:

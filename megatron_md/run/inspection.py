@@ -128,7 +128,7 @@ def inspect(path: Path, *, verified: bool = False) -> Inspection:
     if not directory.is_dir() and not (path / run_files.CONFIG).is_file():
         raise UserError(f"{path}: neither a run (no config.yaml, no checkpoints/) nor a checkpoint (no progress.json)")
     found.status = _noted(found.notes, _json, path / run_files.SUMMARY, {})
-    if found.status.get("status") == "running" and _is_free(path / run_files.LOCK):
+    if is_killed(path, found.status):
         found.notes.append("no job on this machine holds the run: it was killed, unless it runs on another machine")
     found.environment = _noted(found.notes, _json, path / run_files.ENVIRONMENT, {})
     found.total_steps = _noted(found.notes, _total_steps, path / run_files.CONFIG, None)
@@ -207,8 +207,11 @@ def _summarise(directory: Path, verified: bool) -> CheckpointSummary:
     return summary
 
 
-def _is_free(path: Path) -> bool:
-    """Whether a run's lock is there and no job holds it."""
+def is_killed(run_dir: Path, summary: dict[str, Any]) -> bool:
+    """Whether a run that says it is running has a lock that no job on this machine holds."""
+    path = run_dir / run_files.LOCK
+    if summary.get("status") != "running":
+        return False
     try:
         if not path.is_file():
             return False

@@ -51,7 +51,7 @@ def damage(path: Path, lines: list[Line]) -> str | None:
 def lowest(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The record with the lowest validation NELBO, the first of equal ones; None if nothing was validated."""
     return min(
-        (one for one in records if _is_number(one.get("val_nelbo"))), key=lambda one: one["val_nelbo"], default=None
+        (one for one in records if is_number(one.get("val_nelbo"))), key=lambda one: one["val_nelbo"], default=None
     )
 
 
@@ -61,10 +61,11 @@ def has_overfitted(records: Sequence[dict[str, Any]]) -> bool:
     if best is None or newest is None:
         return False
     error = newest.get("val_nelbo_stderr")
-    return bool(newest["val_nelbo"] - best["val_nelbo"] > (error if _is_number(error) else 0.0))
+    return bool(newest["val_nelbo"] - best["val_nelbo"] > (error if is_number(error) else 0.0))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a figure of a record is one: null stands for what is not finite, and a foreign file may hold anything."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 

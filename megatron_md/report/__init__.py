@@ -1,0 +1,1 @@
+"""All that runs found and what they were, as one page."""
