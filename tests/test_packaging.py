@@ -115,6 +115,6 @@ def test_wheel_holds_the_presets_and_nothing_of_the_tests(tmp_path: Path) -> Non
     names = zipfile.ZipFile(wheel).namelist()
     for preset in preset_names():
         assert f"megatron_md/presets/{preset}.yaml" in names
-    assert "megatron_md/evaluate/trace.html" in names
+    assert {"megatron_md/evaluate/trace.html", "megatron_md/report/page.html"} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"megatron_md"}
     assert any(name.endswith("entry_points.txt") for name in names)

@@ -92,7 +92,7 @@ def draw_validation(
     low = [value - error for value, error in zip(values, errors, strict=True)]
     high = [value + error for value, error in zip(values, errors, strict=True)]
     label = f"{name}, last {values[-1]:.3f} ± {errors[-1]:.3f}"
-    axes.plot(tokens, values, color=color, marker="o", markersize=4, linewidth=1.5, label=label)
+    axes.plot(tokens, values, color=color, marker="o" if len(values) <= 60 else "", markersize=4, lw=1.5, label=label)
     axes.fill_between(tokens, low, high, color=color, alpha=0.25, linewidth=0)
     best = lowest(scored)
     if best is not None and has_overfitted(scored):

@@ -19,7 +19,8 @@ from megatron_md.train.records import has_overfitted, is_number, lowest
 
 T = TypeVar("T")
 SIZE = (5.2, 3.2)  # inches: as wide as a phone, so that texts are drawn there in their own size
-MOST_POINTS = 400  # of a curve; beyond them a point is the mean of several, and a band their range
+MOST_POINTS = 400  # of a curve; beyond them a point is the mean of several, and of one run a band their range
+LONGEST_LABEL = 200  # characters
 MOST_RATES = 5  # validations of one run whose cross-entropy by mask rate is drawn
 
 
@@ -44,17 +45,18 @@ class _Metric:
     title: str
     absent: str = "not logged"
     is_log: bool = False
+    is_steady: bool = False  # of many values some are drawn, not means
 
 
 _METRICS = (
     _Metric("loss", "Loss: the training objective, nats per token"),
     _Metric("masked_ce", "Cross-entropy at masked tokens (training), nats"),
-    _Metric("lr", "Learning rate"),
+    _Metric("lr", "Learning rate", is_steady=True),
     _Metric("grad_norm", "Gradient norm before clipping", is_log=True),
     _Metric("tokens_per_second", "Throughput, tokens per second"),
     _Metric("mfu", "Model FLOPs utilisation", "not logged: the peak of the device is not known"),
-    _Metric("memory_gib", "Peak memory of the main process, GiB"),
-    _Metric("skipped_total", "Skipped steps, in all", "no step was skipped"),
+    _Metric("memory_gib", "Peak memory of the main process, GiB", is_steady=True),
+    _Metric("skipped_total", "Skipped steps, in all", "no step was skipped", is_steady=True),
 )
 
 
@@ -92,7 +94,7 @@ def draw_schedules(runs: Sequence[Recorded]) -> list[Chart]:
         found.setdefault(*described(run.config))
     return [
         _chart(
-            label,
+            label if len(label) <= LONGEST_LABEL else f"{label[:LONGEST_LABEL]}…",
             partial(_draw_densities, law=law),
             "not drawn: there are no rates, or they come from a file or module that is not read here",
         )
@@ -129,7 +131,7 @@ def _inline(document: str, title: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # alike in all charts; what is referred to is named by a salted hash
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r" font-family: [^;\"]*;?", "", svg)
-    svg = svg.replace("#000000", "currentColor")
+    svg = svg.replace("#000000", "currentColor").replace("#8c1c13", "var(--warn)")
     for number, color in enumerate(COLORS):
         svg = svg.replace(color.lower(), f"var(--color-{number})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escaped(title)}"', 1)
@@ -202,6 +204,8 @@ def _draw_metric(axes: Any, runs: Sequence[Recorded], colors: Sequence[Any], met
     if not values or (metric.key == "skipped_total" and not any(values)):
         return False
     for run, color, (tokens, own) in zip(runs, colors, curves, strict=True):
+        if metric.is_steady:
+            tokens, own = spread(tokens, MOST_POINTS), spread(own, MOST_POINTS)
         if own:
             _draw_curve(axes, tokens, own, color, _label(run) if len(runs) > 1 else None, with_band=len(runs) == 1)
     axes.yaxis.set_major_formatter(FuncFormatter(_number))
@@ -228,11 +232,13 @@ def _draw_curve(
     axes.plot(at, mean, color=color, label=label, linewidth=1.2)
     if with_band:
         low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
-        axes.fill_between(at, low, high, color=color, alpha=0.25, linewidth=0, label="range of the points of each mean")
+        axes.fill_between(at, low, high, color=color, alpha=0.3, linewidth=0.6)  # its edge shows a single spike
 
 
 def _draw_events(axes: Any, runs: Sequence[Recorded], colors: Sequence[Any]) -> bool:
     """A row for each kind of event, at the steps where they were; what has no step is in the table only."""
+    from matplotlib.ticker import FuncFormatter
+
     kinds: dict[str, int] = {}
     for number, (run, color) in enumerate(zip(runs, colors, strict=True)):
         at: dict[str, list[float]] = {}
@@ -248,6 +254,7 @@ def _draw_events(axes: Any, runs: Sequence[Recorded], colors: Sequence[Any]) -> 
     axes.set_yticks(range(len(kinds)), [plain(kind)[:20] for kind in kinds])
     axes.set_ylim(len(kinds) - 0.5, -0.7)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(FuncFormatter(_number))
     return bool(kinds)
 
 

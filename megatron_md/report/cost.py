@@ -31,7 +31,7 @@ def device_hours(run: Recorded) -> float | None:
     """Hours that the run has held devices (or CPU processes): those of each start times its processes.
 
     From each start to the last sign of life before the next one: validation, saves and steps that were undone
-    included, the time between starts not. None where there is no time at all.
+    included, the time between starts not. None where the files tell no time.
     """
     times = sorted(float(line["time"]) for line in (*run.events, *run.records) if is_number(line.get("time")))
     if not times:
@@ -43,7 +43,7 @@ def device_hours(run: Recorded) -> float | None:
     for (start, processes), (following, _) in pairwise([*starts, (math.inf, 0)]):
         last = times[bisect_left(times, following) - 1]
         total += max(last - start, 0.0) * processes
-    return total / 3600
+    return total / 3600 if math.isfinite(total) else None
 
 
 def _processes(recorded: object, run: Recorded) -> int:

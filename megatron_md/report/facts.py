@@ -15,26 +15,29 @@ Facts = dict[str, str]
 
 
 def facts(run: Recorded) -> Facts:
-    """State, progress and figures; only what the run's files tell."""
+    """State, progress and figures, in the same order for every run; empty where the run's files do not tell."""
     newest = run.records[-1] if run.records else {}
-    found: Facts = {"state": _state(run), "progress": _progress(run, newest)}
-    if is_number(newest.get("time")):
-        found["last step logged"] = moment(newest["time"])
-    found |= _validation(run)
-    rate = run.found.status.get("tokens_per_second")
-    found["tokens per second"] = (
-        f"{number(rate)} on average" if is_number(rate) else number(newest.get("tokens_per_second"))
-    )
-    found["MFU"] = f"{newest['mfu']:.1%}" if is_number(newest.get("mfu")) else ""
-    found["peak memory"] = f"{newest['memory_gib']:.2f} GiB" if is_number(newest.get("memory_gib")) else ""
-    found["skipped steps"] = number(newest.get("skipped_total"))
+    rate, mfu, memory = run.found.status.get("tokens_per_second"), newest.get("mfu"), newest.get("memory_gib")
+    objective = parameters = ""
     if run.config is not None:
-        found["objective"] = run.config.objective.name
-        found["parameters"] = f"{parameter_count(run.config.model):,}"
+        objective, parameters = run.config.objective.name, f"{parameter_count(run.config.model):,}"
         if run.config.lora is not None:
-            found["parameters"] += f" frozen, {trained_count(run.config):,} in adapters"
-    found["corpus"] = "\n".join(told_passes(run.found.status.get("corpora")))
-    return {name: value for name, value in found.items() if value}
+            parameters += f" frozen, {trained_count(run.config):,} in adapters"
+    return {
+        "state": _state(run),
+        "progress": _progress(run, newest),
+        "last step logged": moment(newest.get("time")),
+        **_validation(run),
+        "tokens per second": f"{number(rate)} on average"
+        if is_number(rate)
+        else number(newest.get("tokens_per_second")),
+        "MFU": f"{mfu:.1%}" if is_number(mfu) else "",
+        "peak memory": f"{number(memory)} GiB" if is_number(memory) else "",
+        "skipped steps": number(newest.get("skipped_total")),
+        "objective": objective,
+        "parameters": parameters,
+        "corpus": "\n".join(told_passes(run.found.status.get("corpora"))),
+    }
 
 
 def cost(run: Recorded, price: float | None) -> Facts:
@@ -54,7 +57,8 @@ def number(value: Any) -> str:
     """A figure in few digits; nothing where it is none."""
     if not is_number(value):
         return ""
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 or value == round(value) else f"{value:.4g}"
+    is_whole = abs(value) >= 1e4 or value == round(value)
+    return f"{value:,.0f}" if is_whole and abs(value) < 1e15 else f"{value:.4g}"
 
 
 def moment(seconds: Any) -> str:
@@ -86,14 +90,15 @@ def _progress(run: Recorded, newest: dict[str, Any]) -> str:
 def _validation(run: Recorded) -> Facts:
     scored = [record for record in run.records if is_number(record.get("val_nelbo"))]
     if not scored:
-        return {"validation NELBO": "none yet"}
-    last = scored[-1]
+        return {"validation NELBO": "none yet", "perplexity at most": "", "lowest NELBO": ""}
+    last, best = scored[-1], lowest(scored)
     error = f" ± {last['val_nelbo_stderr']:.4f}" if is_number(last.get("val_nelbo_stderr")) else ""
-    found = {"validation NELBO": f"{last['val_nelbo']:.4f}{error} nats per token, at step {last['step']:,}"}
-    if is_number(last.get("val_ppl_bound")):
-        found["perplexity at most"] = number(last["val_ppl_bound"])
-    best = lowest(scored)
+    lowest_text = ""
     if best is not None and best is not last:
         overfitted = ": overfitted from there" if has_overfitted(scored) else ""
-        found["lowest NELBO"] = f"{best['val_nelbo']:.4f}, at step {best['step']:,}{overfitted}"
-    return found
+        lowest_text = f"{best['val_nelbo']:.4f}, at step {best['step']:,}{overfitted}"
+    return {
+        "validation NELBO": f"{last['val_nelbo']:.4f}{error} nats per token, at step {last['step']:,}",
+        "perplexity at most": number(last.get("val_ppl_bound")),
+        "lowest NELBO": lowest_text,
+    }

@@ -8,7 +8,7 @@ from importlib import resources
 
 from megatron_md import __version__
 from megatron_md.html_page import escaped, filled
-from megatron_md.report.charts import Chart, draw_charts, draw_schedules
+from megatron_md.report.charts import MOST_POINTS, Chart, draw_charts, draw_schedules
 from megatron_md.report.facts import cost, facts
 from megatron_md.report.recorded import Recorded
 from megatron_md.report.tables import config_table, environment_table, events_table, facts_table, samples_list
@@ -28,7 +28,7 @@ def report_page(runs: Sequence[Recorded], *, price: float | None = None, refresh
     page = resources.files("megatron_md.report").joinpath("page.html").read_text(encoding="utf-8")
     sections = {
         "Figures": facts_table(runs, [facts(run) for run in runs]) + _notes(runs),
-        "Curves": _charts(draw_charts(runs)),
+        "Curves": _charts(draw_charts(runs)) + _CURVES_NOTE,
         "Mask schedule": _charts(draw_schedules(runs)),
         "Samples": samples_list(runs),
         "Cost": facts_table(runs, [cost(run, price) for run in runs]) + _COST_NOTE,
@@ -48,6 +48,10 @@ def report_page(runs: Sequence[Recorded], *, price: float | None = None, refresh
     return filled(page, values)
 
 
+_CURVES_NOTE = (
+    f'<p class="faint">A curve of more than {MOST_POINTS} values has means of so many stretches, and their range as a '
+    "band where there is one run.</p>"
+)
 _COST_NOTE = (
     '<p class="faint">FLOPs: of the tokens trained, recomputation included, as <code>train --dry-run</code> counts '
     "them. Device-hours: processes times the hours from each start to its last sign of life.</p>"

@@ -65,12 +65,12 @@ def read_run(path: Path) -> Recorded:
     if (path / run_files.METRICS).is_file():
         try:
             records = read_metrics(path)
-        except (OSError, UserError) as error:
+        except (OSError, ValueError) as error:
             found.notes.append(str(error))
     try:
         settings = flat(read_yaml(path / run_files.CONFIG))
         config = load_resolved(path / run_files.CONFIG)
-    except (OSError, UserError) as error:
+    except (OSError, ValueError) as error:
         found.notes.append(str(error))
     return Recorded(
         path,

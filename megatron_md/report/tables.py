@@ -21,9 +21,9 @@ LONGEST_VALUE, LONGEST_TEXT = 300, 1000  # characters
 
 
 def facts_table(runs: Sequence[Recorded], found: Sequence[Mapping[str, str]]) -> str:
-    """Facts by name, a column for each run."""
-    names = dict.fromkeys(name for facts in found for name in facts)
-    return _table(_columns(runs), [[name, *(facts.get(name, "") for facts in found)] for name in names])
+    """Facts by name, a column for each run, without those that are empty everywhere."""
+    names = [name for name in found[0] if any(facts[name] for facts in found)]
+    return _table(_columns(runs), [[name, *(_cut(facts[name], LONGEST_VALUE) for facts in found)] for name in names])
 
 
 def config_table(runs: Sequence[Recorded]) -> str:
@@ -60,7 +60,7 @@ def _events(run: Recorded) -> str:
         return _absent("no events.jsonl")
     rows = []
     for event in reversed(run.events[-MOST_EVENTS:]):
-        details = {key: value for key, value in event.items() if key not in ("time", "event", "step")}
+        details = {key: _short(value) for key, value in event.items() if key not in ("time", "event", "step")}
         said = ", ".join(f"{key} {_value(details, key)}" for key in details)
         rows.append(
             [moment(event.get("time")).removesuffix(" UTC"), _value(event, "event"), _value(event, "step"), said]
@@ -111,10 +111,12 @@ def _value(values: Mapping[str, Any], key: str) -> str:
     if key not in values:
         return ""
     (value,) = redacted({key.rpartition(".")[2]: values[key]}).values()
-    if isinstance(value, float):
-        value = float(f"{value:.6g}")
     text = value if isinstance(value, str) and value else json.dumps(value, default=str, ensure_ascii=False)
     return _cut(text, LONGEST_VALUE)
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _cut(text: str, longest: int) -> str:
@@ -125,11 +127,16 @@ def _absent(text: str) -> str:
     return f'<p class="absent">{escaped(text)}</p>'
 
 
+def _breakable(name: str) -> str:
+    """A dotted name that a narrow page may break at its dots and underscores."""
+    return escaped(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows that begin with their name; beyond `MOST_ROWS` their number is told."""
     head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in columns)
     lines = [
-        f'<tr><th scope="row">{escaped(name)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in cells)}</tr>'
+        f'<tr><th scope="row">{_breakable(name)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in cells)}</tr>'
         for name, *cells in rows[:MOST_ROWS]
     ]
     body = "\n".join([f"<thead><tr>{head}</tr></thead>" if head else "", "<tbody>", *lines, "</tbody>"])
