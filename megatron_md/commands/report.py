@@ -11,7 +11,7 @@ from megatron_md.errors import UserError
 from megatron_md.files import replace_file
 from megatron_md.messages import say
 from megatron_md.report.page import report_page
-from megatron_md.report.recorded import read_run
+from megatron_md.report.recorded import read_runs
 
 WATCH_SECONDS = 60.0
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(run_dirs: list[Path], output: Path, price: float | None, watch: float | None) -> bool:
     """Write the page, which refreshes itself while it is watched and a run lasts; says whether one does."""
-    runs = [read_run(path) for path in run_dirs]
+    runs = read_runs(run_dirs)
     is_running = any(found.is_running for found in runs)
     page = report_page(runs, price=price, refresh_seconds=watch if is_running else None)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_md.evaluate.plot import COLORS, arm_colors, draw_validation, plain, series
+from megatron_md.evaluate.plot import COLORS, draw_validation, plain, series
 from megatron_md.html_page import escaped
 from megatron_md.report.recorded import Recorded
 from megatron_md.report.schedule import Densities, described
@@ -68,23 +69,29 @@ def spread(items: Sequence[T], most: int) -> list[T]:
 
 
 def draw_charts(runs: Sequence[Recorded]) -> list[Chart]:
-    """All charts of a run, or of several in the same axes."""
-    own: dict[str, Any] = {"runs": runs, "colors": arm_colors(len(runs))}
-    metrics = [_chart(kind.title, partial(_draw_metric, metric=kind, **own), kind.absent) for kind in _METRICS]
+    """All charts of a run, or of several in the same axes, without a legend then: `run_colors` is that of all."""
+    own: dict[str, Any] = {"runs": runs, "colors": _colors(len(runs))}
+    chart = partial(_chart, has_legend=len(runs) == 1)
+    metrics = [chart(kind.title, partial(_draw_metric, metric=kind, **own), kind.absent) for kind in _METRICS]
     return [
-        _chart(
+        chart(
             "Validation NELBO, nats per token, ± one standard error",
             partial(_draw_nelbo, **own),
             "no validation yet: validation.every_steps asks for them",
         ),
-        _chart(
+        chart(
             "Cross-entropy by mask rate (validation), nats per masked token",
             partial(_draw_rates, **own),
             "no validation of a masked model yet",
         ),
         *metrics,
-        _chart("Events", partial(_draw_events, **own), "events.jsonl has none"),
+        chart("Events", partial(_draw_events, **own), "events.jsonl has none"),
     ]
+
+
+def run_colors(count: int) -> list[str]:
+    """The runs' colours in the charts, as CSS."""
+    return [_named_colors(color.lower()) for color in _colors(count)]
 
 
 def draw_schedules(runs: Sequence[Recorded]) -> list[Chart]:
@@ -102,7 +109,15 @@ def draw_schedules(runs: Sequence[Recorded]) -> list[Chart]:
     ]
 
 
-def _chart(title: str, draw: Callable[[Any], bool], absent: str) -> Chart:
+def _colors(count: int) -> list[str]:
+    """A colour for each run that reads on a light page and on a dark one."""
+    if count <= len(COLORS):
+        return list(COLORS[:count])
+    channels = (colorsys.hls_to_rgb(number / count, 0.5, 0.65) for number in range(count))
+    return ["#" + "".join(f"{round(255 * channel):02x}" for channel in rgb) for rgb in channels]
+
+
+def _chart(title: str, draw: Callable[[Any], bool], absent: str, *, has_legend: bool = True) -> Chart:
     """A chart, if `draw` has found something."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -116,7 +131,7 @@ def _chart(title: str, draw: Callable[[Any], bool], absent: str) -> Chart:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         handles, labels = axes.get_legend_handles_labels()
-        if labels:
+        if labels and has_legend:
             axes.legend(handles, labels, frameon=False, fontsize=9)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -131,10 +146,15 @@ def _inline(document: str, title: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # alike in all charts; what is referred to is named by a salted hash
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r" font-family: [^;\"]*;?", "", svg)
-    svg = svg.replace("#000000", "currentColor").replace("#8c1c13", "var(--warn)")
+    return _named_colors(svg).replace("<svg", f'<svg role="img" aria-label="{escaped(title)}"', 1)
+
+
+def _named_colors(text: str) -> str:
+    """Colours as variables of the page, which has them lighter where it is dark; black is its ink."""
+    text = text.replace("#000000", "currentColor").replace("#8c1c13", "var(--warn)")
     for number, color in enumerate(COLORS):
-        svg = svg.replace(color.lower(), f"var(--color-{number})")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escaped(title)}"', 1)
+        text = text.replace(color.lower(), f"var(--color-{number})")
+    return text
 
 
 def _tokens_axis(axes: Any) -> None:
@@ -148,11 +168,6 @@ def _number(value: float, _: object = None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def _label(run: Recorded) -> str:
-    name = plain(str(run.path))
-    return name if len(name) <= 32 else f"…{name[-31:]}"
-
-
 def _draw_nelbo(axes: Any, runs: Sequence[Recorded], colors: Sequence[Any]) -> bool:
     drawn = False
     for run, color in zip(runs, colors, strict=True):
@@ -163,7 +178,7 @@ def _draw_nelbo(axes: Any, runs: Sequence[Recorded], colors: Sequence[Any]) -> b
             kept = sorted([*kept, best], key=lambda record: int(record["step"]))
         if kept:
             drawn = True
-            draw_validation(axes, kept, name=_label(run) if len(runs) > 1 else "NELBO", color=color)
+            draw_validation(axes, kept, name="NELBO", color=color)
         entropy: Any = run.found.status.get("unigram_entropy")
         if len(runs) == 1 and kept and is_number(entropy) and abs(entropy) < 1e3:
             axes.axhline(entropy, color="black", linestyle="--", linewidth=1.0, label=f"unigram entropy {entropy:.3f}")
@@ -179,7 +194,7 @@ def _draw_rates(axes: Any, runs: Sequence[Recorded], colors: Sequence[Any]) -> b
         for number, record in enumerate(shown, start=1):
             ce_K = np.array([float(ce) if is_number(ce) else np.nan for ce in record["val_ce_by_rate"]])
             rate_K = (np.arange(len(ce_K)) + 0.5) / len(ce_K)
-            label = f"step {record['step']:,}" if len(runs) == 1 else _label(run)
+            label = f"step {record['step']:,}"
             style = {"color": color, "alpha": number / len(shown), "linewidth": 1.4}
             axes.plot(rate_K, ce_K, label=label, marker="o", markersize=2.5, **style)
             drawn = True
@@ -203,11 +218,11 @@ def _draw_metric(axes: Any, runs: Sequence[Recorded], colors: Sequence[Any], met
     values = [value for _, own in curves for value in own]
     if not values or (metric.key == "skipped_total" and not any(values)):
         return False
-    for run, color, (tokens, own) in zip(runs, colors, curves, strict=True):
+    for color, (tokens, own) in zip(colors, curves, strict=True):
         if metric.is_steady:
             tokens, own = spread(tokens, MOST_POINTS), spread(own, MOST_POINTS)
         if own:
-            _draw_curve(axes, tokens, own, color, _label(run) if len(runs) > 1 else None, with_band=len(runs) == 1)
+            _draw_curve(axes, tokens, own, color, with_band=len(runs) == 1)
     axes.yaxis.set_major_formatter(FuncFormatter(_number))
     if metric.is_log and min(values) > 0.0:
         axes.set_yscale("log")
@@ -220,16 +235,14 @@ def _draw_metric(axes: Any, runs: Sequence[Recorded], colors: Sequence[Any], met
     return True
 
 
-def _draw_curve(
-    axes: Any, tokens: Sequence[float], values: Sequence[float], color: Any, label: str | None, *, with_band: bool
-) -> None:
+def _draw_curve(axes: Any, tokens: Sequence[float], values: Sequence[float], color: Any, *, with_band: bool) -> None:
     if len(values) <= MOST_POINTS:
-        axes.plot(tokens, values, color=color, label=label, linewidth=1.2)
+        axes.plot(tokens, values, color=color, linewidth=1.2)
         return
     starts = np.linspace(0, len(values), MOST_POINTS, endpoint=False).astype(int)
     counts = np.diff([*starts, len(values)])
     at, mean = (np.add.reduceat(np.asarray(all_), starts) / counts for all_ in (tokens, values))
-    axes.plot(at, mean, color=color, label=label, linewidth=1.2)
+    axes.plot(at, mean, color=color, linewidth=1.2)
     if with_band:
         low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
         axes.fill_between(at, low, high, color=color, alpha=0.3, linewidth=0.6)  # its edge shows a single spike
@@ -245,12 +258,10 @@ def _draw_events(axes: Any, runs: Sequence[Recorded], colors: Sequence[Any]) -> 
         for event in run.events:
             if is_number(event.get("step")) and 0 <= event["step"] < 1e15:
                 at.setdefault(str(event["event"]), []).append(float(event["step"]))
-        label = _label(run) if len(runs) > 1 else None
         for kind, steps in list(at.items())[:20]:
             height = kinds.setdefault(kind, len(kinds)) + 0.5 * number / len(runs)
             steps = spread(sorted(steps), MOST_POINTS)
-            axes.plot(steps, [height] * len(steps), "o", color=color, markersize=4, alpha=0.7, label=label)
-            label = None
+            axes.plot(steps, [height] * len(steps), "o", color=color, markersize=4, alpha=0.7)
     axes.set_yticks(range(len(kinds)), [plain(kind)[:20] for kind in kinds])
     axes.set_ylim(len(kinds) - 0.5, -0.7)
     axes.set_xlabel("step")

@@ -8,7 +8,7 @@ from importlib import resources
 
 from megatron_md import __version__
 from megatron_md.html_page import escaped, filled
-from megatron_md.report.charts import MOST_POINTS, Chart, draw_charts, draw_schedules
+from megatron_md.report.charts import MOST_POINTS, Chart, draw_charts, draw_schedules, run_colors
 from megatron_md.report.facts import cost, facts
 from megatron_md.report.recorded import Recorded
 from megatron_md.report.tables import config_table, environment_table, events_table, facts_table, samples_list
@@ -28,7 +28,7 @@ def report_page(runs: Sequence[Recorded], *, price: float | None = None, refresh
     page = resources.files("megatron_md.report").joinpath("page.html").read_text(encoding="utf-8")
     sections = {
         "Figures": facts_table(runs, [facts(run) for run in runs]) + _notes(runs),
-        "Curves": _charts(draw_charts(runs)) + _CURVES_NOTE,
+        "Curves": _legend(runs) + _charts(draw_charts(runs)) + _CURVES_NOTE,
         "Mask schedule": _charts(draw_schedules(runs)),
         "Samples": samples_list(runs),
         "Cost": facts_table(runs, [cost(run, price) for run in runs]) + _COST_NOTE,
@@ -41,7 +41,7 @@ def report_page(runs: Sequence[Recorded], *, price: float | None = None, refresh
         refresh = f'<meta http-equiv="refresh" content="{max(1, round(refresh_seconds))}">\n'
     values = {
         "REFRESH": refresh,
-        "TITLE": escaped(", ".join(str(run.path) for run in runs)),
+        "TITLE": escaped(", ".join(run.name for run in runs)),
         "WRITTEN": f"{time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}, megatron-md {__version__}",
         "BODY": "\n".join(f"<h2>{title}</h2>\n{html}" for title, html in sections.items()),
     }
@@ -58,6 +58,13 @@ _COST_NOTE = (
 )
 
 
+def _legend(runs: Sequence[Recorded]) -> str:
+    """The colours of several runs, once for all charts."""
+    colors = zip(run_colors(len(runs)), runs, strict=True)
+    entries = (f'<span><b style="color: {color}">■</b> {escaped(run.name)}</span>' for color, run in colors)
+    return f'<p class="legend">{" ".join(entries)}</p>' if len(runs) > 1 else ""
+
+
 def _charts(charts: Sequence[Chart]) -> str:
     """The drawings in a grid, and below it a line for each that there is not."""
     drawn, absent = [], []
@@ -70,5 +77,6 @@ def _charts(charts: Sequence[Chart]) -> str:
 
 
 def _notes(runs: Sequence[Recorded]) -> str:
-    notes = "".join(f"<li>{escaped(note)}</li>" for run in runs for note in run.found.notes)
+    told = [f"{run.name}: {note}" if len(runs) > 1 else note for run in runs for note in run.found.notes]
+    notes = "".join(f"<li>{escaped(note)}</li>" for note in told)
     return f'<ul class="notes">{notes}</ul>' if notes else ""

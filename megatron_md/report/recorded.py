@@ -5,7 +5,9 @@ Nothing is unpickled, imported or run, and torch is not needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ class Recorded:
 
     Attributes:
         path: its directory.
+        name: what the page calls it.
         found: what `inspect` tells, with notes of what cannot be read.
         records: of metrics.jsonl.
         events: of events.jsonl.
@@ -35,6 +38,7 @@ class Recorded:
     """
 
     path: Path
+    name: str
     found: Inspection
     records: list[dict[str, Any]]
     events: list[dict[str, Any]]
@@ -74,6 +78,7 @@ def read_run(path: Path) -> Recorded:
         found.notes.append(str(error))
     return Recorded(
         path,
+        str(path),
         found,
         records,
         _lines(path / run_files.EVENTS, "event"),
@@ -82,6 +87,19 @@ def read_run(path: Path) -> Recorded:
         config,
         is_killed(path, found.status),
     )
+
+
+def read_runs(paths: Sequence[Path]) -> list[Recorded]:
+    """Read several runs, which are called by what of their paths is not common to all.
+
+    Raises:
+        UserError: see `read_run`.
+    """
+    runs = [read_run(path) for path in paths]
+    if len({path.absolute() for path in paths}) < 2:
+        return runs
+    common = os.path.commonpath([path.absolute() for path in paths])
+    return [replace(run, name=os.path.relpath(run.path.absolute(), common)) for run in runs]
 
 
 def _lines(path: Path, key: str) -> list[dict[str, Any]]:

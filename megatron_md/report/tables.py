@@ -99,12 +99,12 @@ def _text(text: str) -> str:
 
 
 def _heading(run: Recorded, runs: Sequence[Recorded]) -> str:
-    return f"<h3>{escaped(run.path)}</h3>\n" if len(runs) > 1 else ""
+    return f"<h3>{escaped(run.name)}</h3>\n" if len(runs) > 1 else ""
 
 
 def _columns(runs: Sequence[Recorded]) -> list[str]:
     """A column for names and one for each run; no heads where there is one run alone."""
-    return ["", *(str(run.path) for run in runs)] if len(runs) > 1 else []
+    return ["", *(run.name for run in runs)] if len(runs) > 1 else []
 
 
 def _value(values: Mapping[str, Any], key: str) -> str:

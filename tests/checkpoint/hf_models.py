@@ -11,6 +11,7 @@ import torch
 
 from megatron_md.checkpoint.hf.families import FAMILIES
 from megatron_md.checkpoint.hf.folder import plan_shards, write_folder
+from megatron_md.checkpoint.hf.model_card import CARD_NAME
 from megatron_md.checkpoint.hf.tensors import moves
 from megatron_md.config import ResolvedModel
 
@@ -71,8 +72,8 @@ def write_model(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Every file of a folder but its card, which an export adds."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != CARD_NAME}
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from megatron_md.report.page import report_page
-from megatron_md.report.recorded import read_run
+from megatron_md.report.recorded import read_run, read_runs
 from tests.hostile import changed_bytes, changed_json, changed_yaml, fuzz
 from tests.report.recorded_run import EVENTS, SAMPLES, SUMMARY, lines, records, write_recorded_run
 
@@ -41,7 +41,7 @@ class Parsed(HTMLParser):
 
 
 def page_of(*runs: Path, **options: float) -> Parsed:
-    page = report_page([read_run(run) for run in runs], **options)
+    page = report_page(read_runs(runs), **options)
     assert not re.search(r"https?://|url\((?!#)|@import", page), "the page loads something"
     parsed = Parsed(page)
     assert not parsed.tags & {"script", "img", "iframe", "object", "link", "a", "form", "foreignobject"}
@@ -73,7 +73,14 @@ def test_several_runs_share_the_charts_and_show_the_keys_in_which_they_differ(ru
     other = write_recorded_run(tmp_path / "other", objective={"name": "autoregressive"}, optimizer={"lr": 0.5})
     text = page_of(run, other).text
     assert "0.5" in text and "optimizer.lr" in text and "train.steps" not in text
-    assert "other, last 4.920" in text and "none, autoregressive: not drawn" in text
+    assert "■ run" in text and "■ other" in text and "none, autoregressive: not drawn" in text
+
+
+def test_many_runs_have_a_colour_each(run: Path, tmp_path: Path) -> None:
+    runs = [run, *(write_recorded_run(tmp_path / f"run_{number}") for number in range(9))]
+    page = report_page(read_runs(runs))
+    assert len(set(re.findall(r'<b style="color: (#[0-9a-f]{6})">■</b>', page))) == 10
+    assert "NELBO, last" not in page and len(page) < 1_000_000
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "samples.jsonl", "summary.json", "env.json"])

@@ -23,6 +23,7 @@ from megatron_md.checkpoint.hf import original
 from megatron_md.checkpoint.hf.configs import LONGEST_ROW, MOST, read_block_size
 from megatron_md.checkpoint.hf.families import Direction, Family, check_asked, check_exportable, is_run
 from megatron_md.checkpoint.hf.folder import HuggingFaceFolder, write_folder
+from megatron_md.checkpoint.hf.model_card import CARD_NAME, model_card
 from megatron_md.checkpoint.hf.peft import AdapterExport, open_adapter_export
 from megatron_md.checkpoint.hf.tensors import Exporter, check_folder, import_slices, table
 from megatron_md.checkpoint.integrity import verify
@@ -248,8 +249,10 @@ def open_export(
     with guarded(checkpoint):
         reader = open_reader(checkpoint, config, dtype=dtype, weights=weights)
         exporter = Exporter(reader, family, config.model, dtype=dtype)
-        run = checkpoint.parent.parent
-        yield Export(family, config.model, exporter, original.surroundings(run, config, family, exporter.tensors))
+        beside = original.surroundings(checkpoint.parent.parent, config, family, exporter.tensors)
+        card = model_card(checkpoint, config, family, weights, hf_config=beside.config)
+        # A card that its owner has put beside the kept files stays as it is.
+        yield Export(family, config.model, exporter, replace(beside, companions={CARD_NAME: card, **beside.companions}))
 
 
 def open_conversion(

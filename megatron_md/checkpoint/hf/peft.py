@@ -16,6 +16,7 @@ import torch
 
 from megatron_md.checkpoint.directory import AVERAGE, CONFIG_NAME, Weights, check_weights, find_checkpoint
 from megatron_md.checkpoint.hf.families import FAMILIES, Family, check_exportable
+from megatron_md.checkpoint.hf.model_card import CARD_NAME, model_card
 from megatron_md.checkpoint.hf.peft_config import CONFIG_NAME as PEFT_CONFIG
 from megatron_md.checkpoint.hf.peft_config import WEIGHTS_NAME, modules, written
 from megatron_md.checkpoint.integrity import verify
@@ -51,12 +52,14 @@ class AdapterExport:
         config: of the run.
         reader: of the checkpoint.
         dtype: of the tensors; as they are if None.
+        card: content of README.md.
     """
 
     family: Family
     config: ResolvedConfig
     reader: TensorReader
     dtype: torch.dtype | None
+    card: bytes
 
     @property
     def parts(self) -> int:
@@ -94,6 +97,7 @@ class AdapterExport:
                 raise UserError(f"{target}: cannot be written ({error})") from error
             sync(partial / WEIGHTS_NAME)
             write_synced(partial / PEFT_CONFIG, json.dumps(content, indent=2) + "\n")
+            write_synced(partial / CARD_NAME, self.card)
 
 
 @contextmanager
@@ -115,7 +119,8 @@ def open_adapter_export(
     with guarded(checkpoint):
         reader = TensorReader(checkpoint, instead=AVERAGE if weights == "ema" else "")
         check_adapters(reader.tensors, config)
-        yield AdapterExport(family, config, reader, dtype)
+        card = model_card(checkpoint, config, family, weights, hf_config=None)
+        yield AdapterExport(family, config, reader, dtype, card)
 
 
 def load_adapters(shards: list[Any], folder: Path, config: ResolvedConfig) -> None:

@@ -18,6 +18,7 @@ from megatron_md.config import LoraConfig, ResolvedConfig
 from tests.adapted_run import KEYS, adapted_config, train_adapters, write_base
 from tests.checkpoint.hf.test_convert import export
 from tests.checkpoint.hf.test_verify import lines, relative
+from tests.checkpoint.hf_models import contents
 from tests.ranks import run_ranks
 
 
@@ -28,6 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_adapters(folder)
     for family in ("llada", "llama"):
         to_peft(folder / "lora", folder / f"peft_{family}", family)
+        card = (folder / f"peft_{family}" / "README.md").read_text()
+        assert "library_name: peft" in card and "Adapters of a masked-diffusion" in card and str(folder) not in card
     return folder
 
 
@@ -40,7 +43,7 @@ def to_peft(run: Path, target: Path, family: str) -> None:
 def test_a_merged_export_has_the_layout_of_its_base_and_the_logits_of_the_run(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     export(folder / "lora", tmp_path / "merged", "llada")
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == {path.name for path in (folder / "hf").iterdir()}
+    assert contents(tmp_path / "merged").keys() == contents(folder / "hf").keys()
     assert (tmp_path / "merged" / "config.json").read_bytes() == (folder / "hf" / "config.json").read_bytes()
     with HuggingFaceFolder(tmp_path / "merged") as merged, HuggingFaceFolder(folder / "hf") as base:
         assert merged.shards() == base.shards()
