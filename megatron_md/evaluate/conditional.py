@@ -77,6 +77,8 @@ def conditional_log_likelihoods(
             the mask token, a prompt is empty whose answer's first token nothing predicts then, or the estimator does
             not fit the model.
     """
+    if scorer.block_size is not None:
+        raise UserError("a block model's likelihood of answers is not estimated: evaluate tells the NELBO of corpora")
     if scorer.causal != estimator.causal:
         right = "'autoregressive'" if scorer.causal else "'monte_carlo' or 'left_to_right'"
         raise UserError(f"method {estimator.method!r} does not fit this model; choose {right}")

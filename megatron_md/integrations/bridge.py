@@ -82,6 +82,8 @@ class DiffusionTask:
         given = config if isinstance(config, Config) else load_config(config, overrides)
         if given.parallel.context > 1:
             raise UserError("parallel.context above 1 is for our own trainer only: set it to 1")
+        if given.objective.block_stages or given.objective.mask_noise:
+            raise UserError("objective.block_size and mask_noise are for our own trainer only: set them to null")
         check_config(given, int(os.environ.get("WORLD_SIZE", "1")))
         import_plugins(given)
         given = count_steps(given)

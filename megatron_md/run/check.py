@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_md.config import Config, ConfigError, ResolvedConfig, resolve
 from megatron_md.data.cache import Cache
 from megatron_md.data.mixture import MixtureSchedule
@@ -159,6 +161,8 @@ def _check_objective(config: Config, trust: bool) -> Iterator[str]:
     if not config.imports and objective.name not in objectives.built_in:
         known, close = ", ".join(objectives.built_in), nearest(objective.name, objectives.built_in)
         yield f"objective.name {objective.name!r} is unknown{close} (known: {known}; add others by imports)"
+    if objective.block_stages and float(schedule.cdf(np.zeros(1))[0]) > 0.0:
+        yield f"objective.mask_schedule {schedule} has a rate of exactly 0, at which a block predicts nothing: raise it"
     if objective.pairs == "antithetic" and isinstance(schedule, Point):
         yield f"objective.pairs antithetic mirrors the mask rate, which {schedule} does not vary: set none"
     if objective.importance and not law_of_rates(objective).has_full_support():
