@@ -167,8 +167,8 @@ class ObjectiveConfig:
             yield f"objective.block_size: its stages end at {ends[1:]}; let `until` grow, to 1 in the last one"
         if self.right_shift or self.attention_annealing or self.token_rate is not None or self.pairs != "none":
             yield (
-                "objective.name block_diffusion does not go with right_shift, attention_annealing, token_rate or pairs: "
-                "set them back"
+                "objective.name block_diffusion does not go with right_shift, attention_annealing, token_rate or "
+                "pairs: set them back"
             )
         if self.autoregressive_weight and self.normalise == "masked":
             yield "objective.normalise masked does not count what autoregressive_weight weighs: set maskable or null"

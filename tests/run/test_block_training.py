@@ -142,7 +142,7 @@ def test_generate_refuses_in_one_line(
         (["objective.block_size=8", "objective.right_shift=true"], "does not go with right_shift"),
         (["objective.block_size=8", "objective.token_rate={name: position, strength: 1}"], "does not go with"),
         (["objective.block_size=8", "data.random_length_fraction=0.1"], "data.random_length_fraction"),
-        (["objective.block_size=8", "objective.pairs=antithetic"], "token_rate or pairs"),
+        (["objective.block_size=8", "objective.pairs=antithetic"], "or pairs: set them back"),
         (["objective.block_size=8", "objective.mask_schedule=point:0"], "has a rate of exactly 0"),
         (["objective.block_size=8", "parallel.context=3"], "parallel.context 3 does not divide"),
         (["objective.block_size=0"], "block_size"),
