@@ -37,11 +37,11 @@ def corpus(trained: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "runs"), [("windows", 33), ("50m", 5), ("repeat", 30)])
+@pytest.mark.parametrize(("name", "runs"), [("windows", 33), ("50m", 5), ("repeat", 30), ("blocks", 18)])
 def test_the_arms_of_a_study_can_be_run(name: str, runs: int, trained: Path, tmp_path: Path) -> None:
     smaller = ['sweep.grid={"data.max_tokens": [1024, 4096]}'] if name == "repeat" else []
     study = Study(STUDIES / f"{name}.yaml", [*corpus(trained), *smaller, f"run_dir={tmp_path / 'study'}"])
-    assert len(study.runs) == runs and study.runs[0].arm == {"repeat": "AR"}.get(name, "U[0, 1]")
+    assert len(study.runs) == runs and study.runs[0].arm == {"repeat": "AR", "blocks": "AR"}.get(name, "U[0, 1]")
 
 
 def test_rivals_cost_the_same_and_get_their_best_rate(

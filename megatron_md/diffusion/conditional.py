@@ -7,6 +7,7 @@ Monte Carlo (LLaDA, Nie et al. 2025): with n answer tokens and l ~ U{1..n} of th
 the NELBO of the answer (nelbo.py), with the prompt always visible. In a minibatch of b draws l is evenly spaced over
 1..n from one random offset. Left to right instead adds up the chain rule, -log p(a_i | prompt, a_1 .. a_{i-1}) with all
 tokens from i on masked: n forward passes, nothing random, the log-likelihood of the model that decodes in that order.
+A block model masks l of the n answer tokens of each block, with n/l for each of them, and sees clean blocks before it.
 With classifier-free guidance w the logits c of each copy become u + (1 + w)(c - u), where u are those of the copy whose
 prompt is masked too (LLaDA's `cfg`). numpy only.
 """
@@ -21,6 +22,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from megatron_md.batch import BatchPosition, BoolArray, CleanBatch, CorruptedBatch, Int64Array
+from megatron_md.diffusion.blocks import with_clean_half
 from megatron_md.diffusion.corruption import FloatArray, assemble, shift_right, uniforms
 from megatron_md.errors import UserError
 
@@ -76,6 +78,8 @@ class MaskedAnswers:
         is_scored_DL: where the clean token is to be predicted.
         weight_D: log p(answer | prompt) is minus the sum over copies of weight * (summed cross-entropy).
         minibatch: copies that belong together; those groups are independent of each other.
+        weight_DL: of a block model, what each position's cross-entropy counts in its copy; None: 1.
+        block_size: of a block model.
     """
 
     clean_L: Int64Array
@@ -83,6 +87,8 @@ class MaskedAnswers:
     is_scored_DL: BoolArray
     weight_D: FloatArray
     minibatch: int
+    weight_DL: FloatArray | None = None
+    block_size: int | None = None
 
     def micro_batches(self, size: int) -> Iterator[CorruptedBatch]:
         """The copies in batches of `size`; the last one is filled up with copies that score nothing."""
@@ -92,7 +98,7 @@ class MaskedAnswers:
             index_B = np.where(is_real_B, index_B, start)
             is_scored_BL = self.is_scored_DL[index_B] & is_real_B[:, None]
             clean = CleanBatch(np.tile(self.clean_L, (size, 1)), is_scored_BL, index_B, BatchPosition(0, size))
-            yield assemble(
+            masked = assemble(
                 clean,
                 tokens_BL=self.tokens_DL[index_B],
                 is_scored_BL=is_scored_BL,
@@ -100,6 +106,14 @@ class MaskedAnswers:
                 denominator=1,
                 mask_rate_B=np.ones(size),
             )
+            yield masked if self.block_size is None else with_clean_half(masked, clean, self.block_size)
+
+    def sums(self, nll_M: FloatArray, batch: CorruptedBatch, start: int) -> FloatArray:
+        """Each copy's summed cross-entropy in a batch that begins with copy `start`: [B]."""
+        row_M, column_M = np.divmod(batch.positions_M, batch.tokens_BL.shape[1])
+        weight_M = None if self.weight_DL is None else self.weight_DL[start + row_M, column_M]
+        weighted_M = nll_M if weight_M is None else nll_M * weight_M
+        return np.bincount(row_M, weighted_M, minlength=len(batch.tokens_BL)).astype(np.float64)
 
     def log_likelihood(self, sum_D: FloatArray) -> tuple[float, float]:
         """Estimate and its standard error, from each copy's summed cross-entropy.
@@ -152,6 +166,7 @@ def masked_answers(
     *,
     mask_token_id: int,
     question: int = 0,
+    block_size: int | None = None,
 ) -> MaskedAnswers:
     """The copies of a prompt and answer that the estimator wants scored.
 
@@ -164,6 +179,7 @@ def masked_answers(
         estimator: how.
         mask_token_id: what masked positions become (the BOS of a causal model).
         question: its number.
+        block_size: of a block model.
 
     Raises:
         UserError: the answer is empty.
@@ -173,6 +189,7 @@ def masked_answers(
     length = len(answer)
     clean_L = np.array([*prompt, *answer], dtype=np.int64)
     is_answer_L = np.arange(len(clean_L)) >= len(prompt)
+    weight_DL: FloatArray | None = None
     if estimator.causal:
         tokens_DL = clean_L[None] if estimator.right_shift else shift_right(clean_L[None], mask_token_id)
         return MaskedAnswers(clean_L, tokens_DL, is_answer_L[None], np.ones(1), 0)
@@ -182,16 +199,32 @@ def masked_answers(
         is_scored_DL = np.arange(len(clean_L)) == place_D
         weight_D, minibatch = np.ones(length), 0
     else:
-        counts = [
-            evenly_spaced_counts(length, estimator.minibatch, float(u))
-            for u in uniforms(estimator.seed, "answer/offset", question, estimator.draws // estimator.minibatch)
-        ]
-        count_D = np.concatenate(counts)
-        is_masked_DL = np.zeros((estimator.draws, len(clean_L)), dtype=bool)
-        for draw, count in enumerate(count_D.tolist()):
-            u_N = uniforms(estimator.seed, "answer/is_masked", (question, draw), length)
-            is_masked_DL[draw, len(prompt) + np.argsort(u_N, kind="stable")[:count]] = True
-        is_scored_DL = is_masked_DL
-        weight_D, minibatch = length / (count_D * estimator.draws), estimator.minibatch
+        weight_DL = _monte_carlo_weights(len(prompt), length, estimator, question, block_size)
+        is_scored_DL = is_masked_DL = weight_DL > 0.0
+        weight_D, minibatch = np.full(estimator.draws, 1.0 / estimator.draws), estimator.minibatch
+        if block_size is None:  # all of a copy's masked positions count the same
+            weight_D, weight_DL = weight_DL.max(axis=1) / estimator.draws, None
     tokens_DL = np.where(is_masked_DL, mask_token_id, clean_L)
-    return MaskedAnswers(clean_L, tokens_DL, is_scored_DL, weight_D, minibatch)
+    return MaskedAnswers(clean_L, tokens_DL, is_scored_DL, weight_D, minibatch, weight_DL, block_size)
+
+
+def _monte_carlo_weights(
+    start: int, length: int, estimator: ConditionalEstimator, question: int, block_size: int | None
+) -> FloatArray:
+    """n/l at the l masked positions of each piece of n answer tokens, 0 elsewhere: [D, L].
+
+    A piece is the answer from `start` on, or what of it lies in one block.
+    """
+    place_N = start + np.arange(length)
+    cuts = np.flatnonzero(np.diff(place_N // (block_size or start + length))) + 1
+    pieces, draws = np.split(np.arange(length), cuts), range(estimator.draws)
+    groups = estimator.draws // estimator.minibatch
+    offset_PG = uniforms(estimator.seed, "answer/offset", question, groups * len(pieces)).reshape(-1, groups)
+    u_DN = np.stack([uniforms(estimator.seed, "answer/is_masked", (question, draw), length) for draw in draws])
+    weight_DN = np.zeros((estimator.draws, length))
+    for piece, offset_G in zip(pieces, offset_PG, strict=True):
+        counts = [evenly_spaced_counts(len(piece), estimator.minibatch, float(u)) for u in offset_G]
+        for draw, count in enumerate(np.concatenate(counts).tolist()):
+            chosen = piece[np.argsort(u_DN[draw, piece], kind="stable")[:count]]
+            weight_DN[draw, chosen] = len(piece) / count
+    return np.pad(weight_DN, ((0, 0), (start, 0)))

@@ -77,8 +77,8 @@ def conditional_log_likelihoods(
             the mask token, a prompt is empty whose answer's first token nothing predicts then, or the estimator does
             not fit the model.
     """
-    if scorer.block_size is not None:
-        raise UserError("a block model's likelihood of answers is not estimated: evaluate tells the NELBO of corpora")
+    if scorer.block_size is not None and estimator.guidance:
+        raise UserError("guidance needs logits without the prompt, which a block model was not trained for; set 0")
     if scorer.causal != estimator.causal:
         right = "'autoregressive'" if scorer.causal else "'monte_carlo' or 'left_to_right'"
         raise UserError(f"method {estimator.method!r} does not fit this model; choose {right}")
@@ -91,7 +91,14 @@ def conditional_log_likelihoods(
         question = questions[number]
         key = number if question.key is None else question.key
         for at, answer in enumerate(question.answers):
-            copies = masked_answers(question.prompt, answer, estimator, mask_token_id=mask_token_id, question=key)
+            copies = masked_answers(
+                question.prompt,
+                answer,
+                estimator,
+                mask_token_id=mask_token_id,
+                question=key,
+                block_size=scorer.block_size,
+            )
             guidance = estimator.guidance if len(question.prompt) else 0.0  # nothing to do without
             is_prompt_L = np.arange(len(copies.clean_L)) < len(question.prompt)
             sum_D = _summed_cross_entropies(scorer, copies, guidance, is_prompt_L, mask_token_id)
@@ -202,8 +209,5 @@ def _summed_cross_entropies(
         losses = scorer.negative_log_likelihoods(batches)
     if losses is None:
         return None
-    sums = [
-        np.bincount(batch.positions_M // batch.tokens_BL.shape[1], nll_M, minlength=size)
-        for batch, nll_M in zip(batches, losses, strict=True)
-    ]
-    return np.concatenate(sums)[: len(copies.tokens_DL)].astype(np.float64)
+    parts = zip(losses, batches, range(0, len(copies.tokens_DL), size), strict=True)
+    return np.concatenate([copies.sums(*part) for part in parts])[: len(copies.tokens_DL)]

@@ -90,6 +90,45 @@ def test_blocks_of_one_token_have_the_autoregressive_likelihood() -> None:
     np.testing.assert_allclose(nelbo, exact, rtol=1e-6)
 
 
+def of_answers(config: Config) -> dict[str, list[tuple[float, float]]]:
+    """Log-likelihoods of answers by method: and, by hand, token by token and of each answer's only block."""
+    from megatron_md.diffusion.conditional import ConditionalEstimator
+    from megatron_md.evaluate.conditional import Question, conditional_log_likelihoods
+    from megatron_md.train.decoder import Decoder
+
+    with small_run(config) as run:
+        run.train(0, 2)
+        text = np.random.default_rng(0).integers(4, VOCAB, LENGTH)
+        prompt, answers = text[:5].tolist(), [text[5:19].tolist(), text[5:8].tolist()]
+        found: dict[str, list[tuple[float, float]]] = {}
+        for method in ("left_to_right", "monte_carlo"):
+            estimator = ConditionalEstimator(method, draws=512, minibatch=32)
+            ((*scored,),) = conditional_log_likelihoods(
+                run.inference, [Question(prompt, answers)], estimator, mask_token_id=MASK, max_length=LENGTH
+            )
+            found[method] = [(answer.log_likelihood, answer.stderr) for answer in scored]
+        totals = []
+        for answer in answers:
+            decoder, total = Decoder(run.inference, "none"), 0.0
+            whole = torch.tensor([[*prompt, *answer]])
+            for at in range(5, whole.shape[1]):
+                canvas = torch.where(torch.arange(whole.shape[1]) < at, whole, MASK)
+                begin = at // SIZE * SIZE
+                logits = decoder.of_block(canvas, slice(begin, min(begin + SIZE, whole.shape[1])))
+                total += float(logits.log_softmax(-1)[0, at - begin, whole[0, at]])
+            totals.append((total, 0.0))
+        return {**found, "by hand": totals}
+
+
+@pytest.mark.distributed
+def test_answers_have_the_likelihood_of_their_blocks() -> None:
+    (found,) = run_ranks(of_answers, 1, BLOCKS)
+    np.testing.assert_allclose(found["left_to_right"], found["by hand"], rtol=1e-5)
+    for (bound, error), (likelihood, _) in zip(found["monte_carlo"], found["by hand"], strict=True):
+        # After two steps the conditionals hardly depend on what is masked, so that the bound is almost tight.
+        assert abs(bound - likelihood) < 4 * error + 0.05 and 0 < error < 0.5
+
+
 PROMPTS = [[5, 6, 7], list(range(10, 21)), [], [9] * 8]
 HOW = SamplerConfig(length=13, strategy="random", temperature=1.0)
 
