@@ -1,4 +1,4 @@
-"""The benchmark for one GPU, as far as a CPU can show it: its loops, its figures, what it counts as what."""
+"""The benchmarks of one GPU and of decoding, as far as tiny runs on a CPU can show them: what is counted as what."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import pytest
 from megatron_md.run.check import check_config
 from megatron_md.run.estimate import memory_per_rank, training_flops_per_token
 from megatron_md.simulate.guard import compiler
+from tests.ranks import run_ranks
+from tests.train.test_trainer import pretrain
+from tests.trained_run import run_config
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device", "cpu", "--eager", "--micro-batches", "2", "--rows", "1", "--layers", "1"]
@@ -133,3 +136,64 @@ def test_bad_words_are_refused(
     with pytest.raises(SystemExit):
         one_gpu.parse(words)
     assert expected in capsys.readouterr().err
+
+
+# A sampler as LLaDA's repository has it: the likeliest of all proposals of a block, one a step.
+STAND_IN = """
+import torch
+
+@torch.no_grad()
+def generate(model, prompt, *, steps, gen_length, block_length, mask_id):
+    assert steps == gen_length
+    canvas = torch.cat((prompt, prompt.new_full((1, gen_length), mask_id)), dim=1)
+    for step in range(steps):
+        end = prompt.shape[1] + (step // block_length + 1) * block_length
+        best, token = model(canvas).logits.softmax(-1)[0, :end].max(-1)
+        place = best.masked_fill(canvas[0, :end] != mask_id, -1.0).argmax()
+        canvas[0, place] = token[place]
+    return canvas
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_way_of_decoding_is_counted_and_what_is_exact_writes_the_same_texts(
+    trained: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    blocks = {"name": "block_diffusion", "block_size": 8}
+    for name, objective in (("whole-rows", {}), ("in-blocks", blocks)):
+        keys = {"model": {"tied": False, "init_std": 0.1}, "optimizer": {"lr": 1e-9}, "objective": objective}
+        run_ranks(pretrain, 1, run_config(trained, name, **keys))
+    (tmp_path / "generate.py").write_text(STAND_IN)
+    file, script = tmp_path / "figures.json", str(ROOT / "benchmarks/decode.py")
+    words = ["--prompt", "8", "--length", "16", "--block", "8", "--prompts", "2", "--repeats", "1"]
+    words += ["--llada", str(tmp_path), "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, script, str(trained / "whole-rows"), str(trained / "in-blocks"), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Fast-dLLM is left out" in done.stdout
+    rows, in_blocks = (
+        {(way["sampler"], way["strategy"], way["cache"]): way for way in ways}
+        for ways in json.loads(file.read_text())["results"].values()
+    )
+    # Two texts of two blocks of 8 after a prompt of 8. Kept keys: of each block's 8 passes, the first sees all.
+    tokens = {"none": 2 * 16 * 24, "prefix": 2 * (2 * 24 + 7 * (16 + 8)), "dual": 2 * (2 * 24 + 7 * 2 * 8)}
+    for cache, expected in tokens.items():
+        way = rows["ours", "low_confidence", cache]
+        assert (way["passes"], way["tokens"]) == (2 * 16, expected)
+    theirs = rows["LLaDA", "low_confidence", "none"]
+    assert (theirs["passes"], theirs["tokens"]) == (2 * 16, tokens["none"])
+    assert theirs["texts"] == rows["ours", "low_confidence", "none"]["texts"]
+    # A block model's passes end with the block at hand; kept, the first pass of a block feeds what has settled as well.
+    tokens = {"none": 2 * 8 * (16 + 24), "auto": 2 * (16 + 7 * 8 + 16 + 7 * 8)}
+    for strategy in ("low_confidence", "threshold", "factor"):
+        none, auto = (in_blocks["ours", strategy, cache] for cache in tokens)
+        assert none["texts"] == auto["texts"] and none["passes"] == auto["passes"] <= 2 * 16
+    for cache, expected in tokens.items():
+        way = in_blocks["ours", "low_confidence", cache]
+        assert (way["passes"], way["tokens"]) == (2 * 16, expected)
