@@ -80,7 +80,7 @@ class Decoder:
             return self._of_block_model(canvas_BL, block, canvas, self.denoiser.block_size)
         if self.cache in ("auto", "none"):
             self.tokens_computed += canvas_BL.numel()
-            return self.denoiser(canvas_BL)[:, block]
+            return self.denoiser.logits_of_block(canvas_BL, block)
         length = canvas_BL.shape[1]
         if canvas.block != block:
             canvas.block = block

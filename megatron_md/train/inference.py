@@ -40,26 +40,22 @@ class Inference(ForwardPass):
         # What a causal model of ours reads first, as in training; a right-shifted one reads the row itself.
         self._bos_token_id = mask_token_id if causal and not self.right_shift else None
 
-    @torch.no_grad()
     def __call__(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Logits fp32 [B, L, V] of token ids on this rank's device, -inf for tokens that are never predicted.
 
         Every rank of a replica of the model calls this with the same tokens, and gets the same logits.
         """
+        return self.logits_of_block(tokens_BL, slice(0, tokens_BL.shape[1]))
+
+    def logits_of_block(self, tokens_BL: torch.Tensor, block: slice) -> torch.Tensor:
+        """Those of a block of the rows alone: the head, large where the vocabulary is, computes no others."""
         if self.block_size is not None:
             raise UserError("objective.name block_diffusion: a block model gives no logits of whole rows")
         if self._bos_token_id is not None:
             bos_B1 = tokens_BL.new_full((len(tokens_BL), 1), self._bos_token_id)
             tokens_BL = torch.cat((bos_B1, tokens_BL[:, :-1]), dim=1)
-        shape = (tokens_BL.shape[0], tokens_BL.shape[1])
-        with self._looking():
-            outputs = self.through(self._logits_step, [tokens_BL], shape, forward_only=True, collect_non_loss_data=True)
-        own = self.row_slice.whole_rows(outputs[0]) if self.world.is_last_stage else None
-        logits_BLV = self._from_last_stage(own, shape)
-        if self.right_shift:
-            outputs_L = self.shift.outputs(np.arange(shape[1])).clip(min=0)  # nothing predicts the first one
-            logits_BLV = logits_BLV[:, torch.from_numpy(outputs_L).to(self.device)]
-        return logits_BLV
+        place_K = self.shift.outputs(np.arange(block.start, block.stop)).clip(min=0)  # nothing predicts the first one
+        return self._logits_at(tokens_BL, place_K, None)
 
     @torch.no_grad()
     def negative_log_likelihoods(self, batches: Sequence[CorruptedBatch]) -> list[np.ndarray[Any, Any]] | None:
@@ -115,7 +111,6 @@ class Inference(ForwardPass):
         dist.broadcast(logits_BLV, src=source, group=parallel_state.get_pipeline_model_parallel_group())
         return logits_BLV
 
-    @torch.no_grad()
     def logits_of_slice(self, tokens_BL: torch.Tensor, wanted: slice, rows: KeptRows) -> torch.Tensor:
         """Logits fp32 [B, K, V] at the `wanted` places of a slice of rows, whose other keys and values are kept.
 
@@ -124,11 +119,15 @@ class Inference(ForwardPass):
             wanted: places in the slice.
             rows: where the slice lies, and what is kept; it keeps more then.
         """
+        return self._logits_at(tokens_BL, np.arange(wanted.start, wanted.stop), rows)
+
+    @torch.no_grad()
+    def _logits_at(self, tokens_BL: torch.Tensor, place_K: Int64Array, rows: KeptRows | None) -> torch.Tensor:
+        """Logits fp32 [B, K, V] at places of tokens, which are whole rows or the slice that `rows` says."""
         count, length = tokens_BL.shape
-        place_K = torch.arange(wanted.start, wanted.stop)
-        position_M = (torch.arange(count)[:, None] * length + place_K).flatten().numpy()
+        position_M = (np.arange(count)[:, None] * length + place_K).flatten()
         here, own_M = self.row_slice.find(position_M, length)
-        step = partial(self._slice_step, torch.from_numpy(own_M).to(self.device), rows)
+        step = partial(self._logits_step, torch.from_numpy(own_M).to(self.device), rows)
         with self._looking():
             outputs = self.through(step, [tokens_BL], (count, length), forward_only=True, collect_non_loss_data=True)
         logits_BKV = None
@@ -137,11 +136,8 @@ class Inference(ForwardPass):
             logits_BKV = whole_MV.unflatten(0, (count, len(place_K)))
         return self._from_last_stage(logits_BKV, (count, len(place_K)))
 
-    def _slice_step(
-        self, position_M: torch.Tensor, rows: KeptRows, iterator: Iterator[torch.Tensor], model: Any
+    def _logits_step(
+        self, position_M: torch.Tensor, rows: KeptRows | None, iterator: Iterator[torch.Tensor], model: Any
     ) -> tuple[Any, Any]:
-        inputs = self.inputs(next(iterator), start=rows.start)
+        inputs = self.inputs(next(iterator), start=rows.start if rows else 0)
         return model(*inputs, None, labels=position_M, packed_seq_params=rows), lambda logits, non_loss_data: logits
-
-    def _logits_step(self, iterator: Iterator[torch.Tensor], model: Any) -> tuple[Any, Any]:
-        return model(*self.inputs(next(iterator)), None), lambda logits_BLV, non_loss_data: logits_BLV

@@ -81,11 +81,3 @@ class RowSlice:
         whole_MV[here] = own_XV
         dist.all_reduce(whole_MV, group=self.group)
         return whole_MV
-
-    def whole_rows(self, slice_BLV: torch.Tensor) -> torch.Tensor:
-        """[B, L, V] on every rank of the group, from each one's [B, L / size, V]."""
-        if self.size == 1:
-            return slice_BLV
-        parts = [torch.empty_like(slice_BLV, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, slice_BLV.contiguous(), group=self.group)
-        return torch.cat(parts, dim=1)

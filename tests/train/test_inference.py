@@ -1,4 +1,4 @@
-"""Likelihoods of rows and of answers by the trainer's forward pass are the same on every layout."""
+"""Likelihoods of rows and of answers are the same on every layout; logits of a block, and the model's mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_md.batch import BatchPosition
-from megatron_md.config import Config
+from megatron_md.config import Config, ResolvedConfig
 from megatron_md.model.build import build_model
 from megatron_md.parallel import World
 from megatron_md.train.inference import Inference
@@ -76,6 +76,22 @@ def test_likelihoods_are_the_same_on_every_layout(layout: str, objective: str) -
     for values, answers in run_ranks(figures, size, variant(objective={"name": objective}, parallel=keys)):
         np.testing.assert_allclose(values, reference(objective)[0], rtol=1e-5)
         np.testing.assert_allclose(answers, reference(objective)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [{}, {"right_shift": True}, {"name": "autoregressive"}], ids=str)
+def test_the_head_computes_a_block_and_no_more(
+    keys: dict[str, Any], small_config: ResolvedConfig, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(small_config, objective=replace(small_config.objective, **keys))
+    causal = "name" in keys
+    chunks = build_model(config, world.device, causal=causal, mask_token_id=MASK)
+    inference = Inference(config, world, chunks, causal=causal, mask_token_id=MASK)
+    tokens_BL = torch.arange(4, 36).view(2, 16)
+    whole_BLV, predicted, computed = inference(tokens_BL), chunks[0]._predicted, []
+    monkeypatch.setattr(chunks[0], "_predicted", lambda logits: computed.append(logits.shape) or predicted(logits))
+    for block in (slice(0, 4), slice(8, 16)):
+        torch.testing.assert_close(inference.logits_of_block(tokens_BL, block), whole_BLV[:, block])
+    assert computed == [(2 * 4, 101), (2 * 8, 101)]
 
 
 @pytest.mark.parametrize("is_training", [True, False])
