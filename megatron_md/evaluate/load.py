@@ -55,6 +55,8 @@ def load_model(run: SavedRun, world: World, tokenizer: Tokenizer) -> Inference:
         run.config, world.device, causal=causal, mask_token_id=mask_token_id, initialize=False
     )
     _load(chunks, run, base)
+    for chunk in chunks:
+        chunk.eval()
     return Inference(run.config, world, chunks, causal=causal, mask_token_id=mask_token_id)
 
 

@@ -87,17 +87,17 @@ class Inference(ForwardPass):
     @contextmanager
     def _looking(self) -> Iterator[None]:
         """The model in evaluation mode, and never in fp8, which takes few lengths; training may go on behind it."""
-        modes = [chunk.training for chunk in self.chunks]
+        training = [chunk for chunk in self.chunks if chunk.training]  # a change of mode visits every module
         core = self.chunks[0].config  # one for all layers and chunks
         fp8, core.fp8 = core.fp8, None
-        for chunk in self.chunks:
+        for chunk in training:
             chunk.eval()
         try:
             yield
         finally:
             core.fp8 = fp8
-            for chunk, mode in zip(self.chunks, modes, strict=True):
-                chunk.train(mode)
+            for chunk in training:
+                chunk.train()
 
     def _from_last_stage(self, logits_BLV: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
         """The last pipeline stage's logits, given to every stage."""

@@ -101,8 +101,12 @@ def test_the_mode_of_a_model_that_fails_while_it_is_looked_at_is_what_it_was(
     chunks = build_model(small_config, world.device, causal=False, mask_token_id=MASK)
     chunks[0].train(is_training)
     inference = Inference(small_config, world, chunks, causal=False, mask_token_id=MASK)
+    visited = []
+    monkeypatch.setattr(chunks[0].decoder, "train", lambda mode=True: visited.append(mode))
     assert inference(torch.arange(16)[None]).shape == (1, 16, 101)
     assert chunks[0].training is is_training
+    assert visited == ([False, True] if is_training else []), "each change of mode is a walk through all modules"
+    monkeypatch.undo()
     modes = []
 
     def failing(*args: Any, **keys: Any) -> None:
