@@ -256,7 +256,7 @@ def main() -> None:
             f"\n{path}: {args.prompts} texts of {args.length} tokens after {args.prompt}; load {os.getloadavg()[0]:.1f}"
         )
         for line in (HEAD, *table(found)):
-            print("| " + " | ".join(line) + " |")
+            print("| " + " | ".join(line) + " |", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"commit": commit, "hardware": hardware, "results": results}) + "\n")
 

@@ -95,9 +95,9 @@ def fast_dllm(
     for cache, name in FAST_DLLM.items():
         generate = getattr(module, name)
         ways["low_confidence", cache] = partial(_text_of, partial(generate, network, **keys))
-        for strategy in confident.keys() & inspect.signature(generate).parameters:
-            certain = partial(generate, network, **keys, **{strategy: confident[strategy]})
-            ways[strategy, cache] = partial(_text_of, certain)
+        for strategy, value in confident.items():
+            if strategy in inspect.signature(generate).parameters:
+                ways[strategy, cache] = partial(_text_of, partial(generate, network, **keys, **{strategy: value}))
     return Published(network, ways)
 
 
