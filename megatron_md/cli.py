@@ -80,6 +80,23 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line; ends the process with exit code 2 where there are others.
+
+    Args:
+        words: arguments without the program's name.
+    """
+    command = next((word for word in words if not word.startswith("-")), None)
+    parser = build_parser(command)
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        # argparse takes the words of `train CONFIG a=1 --dry-run b=2` only up to the first option.
+        if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            parser.error(f"unknown argument(s) {' '.join(rest)}")
+        args.overrides += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -92,15 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         guard_tracebacks()
     cuda.prepare_environment()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command = next((word for word in arguments if not word.startswith("-")), None)
-    parser = build_parser(command)
-    args, rest = parser.parse_known_args(arguments)
-    if rest:
-        # argparse takes the words of `train CONFIG a=1 --dry-run b=2` only up to the first option.
-        if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
-            parser.error(f"unknown argument(s) {' '.join(rest)}")
-        args.overrides += rest
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         with broken_ones_told():
             module = importlib.import_module(COMMANDS[args.command][0])

@@ -9,7 +9,7 @@ from megatron_md.messages import say
 
 EXAMPLES = """examples:
   megatron-md compare runs/demo runs/other
-  megatron-md compare runs/before runs/after --rtol 0          (bit for bit)
+  megatron-md compare runs/before runs/after --rtol 0    # bit for bit
 
 exit codes: 0 the same within --rtol, 1 not, 2 nothing to compare
 """

@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   megatron-md evaluate runs/demo --tasks gsm8k --length 512 --steps 512 --state answers.jsonl
   megatron-md evaluate runs/sft --tasks gsm8k --apply-chat-template --fewshot-as-multiturn --length 512
   megatron-md evaluate runs/demo --generative --judge runs/ar --length 128 --steps 8,32,128 --temperatures 0.8,1
-  torchrun --nproc-per-node 2 -m megatron_md evaluate runs/demo --nelbo README.md       (tensor-parallel)
+  torchrun --nproc-per-node 2 -m megatron_md evaluate runs/demo --nelbo README.md       # tensor-parallel
 
 A causal run gets its exact cross-entropy by the same command.
 """

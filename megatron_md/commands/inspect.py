@@ -20,8 +20,8 @@ from megatron_md.run.inspection import Changes, Inspection, compare_config, insp
 
 EXAMPLES = """examples:
   megatron-md inspect runs/demo
-  megatron-md inspect runs/demo --verify                 (reads every byte of every checkpoint)
-  megatron-md inspect runs/demo --against next.yaml      (can this config resume the newest checkpoint?)
+  megatron-md inspect runs/demo --verify                 # reads every byte of every checkpoint
+  megatron-md inspect runs/demo --against next.yaml      # can this config resume the newest checkpoint?
   megatron-md inspect runs/demo/checkpoints/step_00000100 --json
 
 exit codes: 0 as it should be, 1 a checkpoint is damaged or --against would be refused, 2 nothing to inspect

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     raw = argparse.RawDescriptionHelpFormatter
-    keys = f"keys of the YAML file and of section.key=value:\n\n{explain(ParityConfig)}\n"
+    keys = f"{EXAMPLES}\nkeys of the YAML file and of section.key=value:\n\n{explain(ParityConfig)}\n"
     summaries = {
         "run": "train one run",
         "sweep": "train every arm with every seed; finished runs are not repeated",

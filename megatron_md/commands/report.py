@@ -17,9 +17,9 @@ WATCH_SECONDS = 60.0
 
 EXAMPLES = """examples:
   megatron-md report runs/demo
-  megatron-md report runs/demo --price 2.5                 (of a device-hour, in your currency)
+  megatron-md report runs/demo --price 2.5                 # of a device-hour, in your currency
   megatron-md report runs/demo runs/other --output compared.html
-  megatron-md report runs/demo --watch 30                  (until the run has ended; Ctrl-C stops it sooner)
+  megatron-md report runs/demo --watch 30                  # until the run has ended; Ctrl-C stops it sooner
 
 The page is one file that loads nothing: curves, mask schedule, samples, cost, config, events, environment. Several runs
 share its charts, and of their configs the keys are shown in which they differ.

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from megatron_md.sweep.study import Study
 
 EXAMPLES = """examples:
-  megatron-md sweep study.yaml --dry-run
-  megatron-md sweep study.yaml --workers 2
-  megatron-md sweep study.yaml --report --reference "U[0, 1]"
-  megatron-md sweep study.yaml --only "$SLURM_ARRAY_TASK_ID"      (one run of it; sbatch --array=0-N)
+  bash examples/studies/corpora.sh                                     # what the next lines train on
+  megatron-md sweep examples/studies/windows.yaml --dry-run
+  megatron-md sweep examples/studies/windows.yaml --workers 2
+  megatron-md sweep examples/studies/windows.yaml --only 0             # one run; in a Slurm array $SLURM_ARRAY_TASK_ID
+  megatron-md sweep examples/studies/windows.yaml --report --reference "[0.4, 0.5]"
 
 A study file is a training config with a section `sweep`: `arms` (name: list of section.key=value), `seeds`, and `grid`
 (section.key: list of values). Runs lie in `run_dir`/ARM/seed_N; what is done already is not done again, what was killed

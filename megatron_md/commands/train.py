@@ -20,8 +20,8 @@ EXAMPLES = f"""examples:
   megatron-md train examples/tiny/demo.yaml parallel.tensor=1 train.steps=20 run_dir=runs/try
   megatron-md train examples/8b/pretrain.yaml --dry-run --world-size 64
   torchrun --nproc-per-node 2 -m megatron_md train examples/tiny/demo.yaml
-  megatron-md train CONFIG.yaml --nnodes 8 --nproc-per-node 8 --rdzv-endpoint HOST:29500      (on every node)
-  megatron-md train CONFIG.yaml --nproc-per-node 8 --max-restarts 10
+  megatron-md train examples/8b/pretrain.yaml --nnodes 8 --nproc-per-node 8 --rdzv-endpoint node0:29500  # on every node
+  megatron-md train examples/8b/pretrain.yaml --nproc-per-node 8 --max-restarts 10
 
 exit codes:
   0 done   2 bad input   75 stopped on request (signal, RUN/stop) and saved: the same command goes on   1 anything else
