@@ -296,8 +296,13 @@ class LogConfig:
     every_steps: Annotated[PositiveInt, Doc("steps per line of metrics.jsonl")] = 10
     tensorboard: Annotated[bool, Doc("write RUN/tensorboard")] = True
     wandb_project: Annotated[str | None, Doc("also log to this Weights & Biases project")] = None
+    trackio_project: Annotated[str | None, Doc("also log to this Trackio project")] = None
 
     def problems(self) -> Iterator[str]:
         """What these keys need and is not there, a line for each."""
-        if self.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-            yield "log.wandb_project is set, but wandb is not installed: pip install wandb, or leave the key out"
+        for package, project in (("wandb", self.wandb_project), ("trackio", self.trackio_project)):
+            if project is not None and importlib.util.find_spec(package) is None:
+                yield (
+                    f"log.{package}_project is set, but {package} is not installed: pip install {package}, "
+                    "or leave the key out"
+                )

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, Weights & Biases, the terminal, summary.json, events."""
+"""What a run writes about itself: metrics.jsonl, TensorBoard and other trackers, the terminal, summary.json, events."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 
 from megatron_md import run_files
 from megatron_md.config import Config
+from megatron_md.config.training import LogConfig
 from megatron_md.files import append, replace_file
 from megatron_md.installed import version
 from megatron_md.messages import redacted, tell
@@ -102,7 +103,7 @@ class MetricsWriter(Callback):
         self.total_seconds = 0.0
         self.first_tokens = 0
         self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._trackers: list[Any] = []
         self._console: Console | None = None
         self._unwritten = ""
 
@@ -123,8 +124,7 @@ class MetricsWriter(Callback):
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(self.run_dir / "tensorboard", purge_step=trainer.progress.step + 1)
-        if self.config.log.wandb_project:
-            self._wandb = _start_wandb(self.config.log.wandb_project, self.run_dir)
+        self._trackers = _start_trackers(self.config.log, self.run_dir)
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Add this step to the running figures and, when a line is due, write it."""
@@ -170,8 +170,8 @@ class MetricsWriter(Callback):
             self._append("")
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.finish()
         if self._console is not None:
             self._console.close()
 
@@ -192,8 +192,8 @@ class MetricsWriter(Callback):
         if self._tensorboard is not None:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, record["step"])
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=record["step"])
+        for tracker in self._trackers:
+            tracker.log(scalars, step=record["step"])
         if self._console is not None:
             self._console.line(record)
 
@@ -273,9 +273,20 @@ def _peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _start_wandb(project: str, run_dir: Path) -> Any:
-    import wandb
-
-    # One W&B run per run directory, also after a restart.
+def _start_trackers(log: LogConfig, run_dir: Path) -> list[Any]:
+    """The runs at Weights & Biases and Trackio that are asked for: one per run directory, also after a restart."""
     identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-    return wandb.init(project=project, dir=str(run_dir), name=run_dir.name, id=identity, resume="allow")
+    trackers: list[Any] = []
+    if log.wandb_project:
+        import wandb
+
+        trackers.append(
+            wandb.init(project=log.wandb_project, dir=str(run_dir), name=run_dir.name, id=identity, resume="allow")
+        )
+    if log.trackio_project:
+        import trackio
+
+        # Trackio knows a run by its name alone.
+        name = f"{run_dir.name}-{identity[:6]}"
+        trackers.append(trackio.init(project=log.trackio_project, name=name, resume="allow"))
+    return trackers

@@ -181,32 +181,70 @@ def test_no_mfu_where_the_peak_is_not_known(tmp_path: Path) -> None:
     assert "mfu" not in step_of(writer, trainer_at(0))
 
 
-def test_wandb_gets_one_run_per_directory_with_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[dict[str, Any]] = []
-    logged: list[tuple[dict[str, Any], int]] = []
-    ended: list[bool] = []
+class StandIn(ModuleType):
+    """In place of wandb or trackio: remembers what it is told.
 
-    def init(**keys: Any) -> Any:
-        started.append(keys)
-        log = lambda scalars, step: logged.append((scalars, step))  # noqa: E731
-        return SimpleNamespace(log=log, finish=lambda: ended.append(True))
+    Attributes:
+        started: arguments of each `init`.
+        logged: scalars and step of each `log`.
+        ended: how many runs have been finished.
+    """
 
-    package = ModuleType("wandb")
-    package.init = init  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", package)
-    config = variant(log={"every_steps": 1, "tensorboard": False, "wandb_project": "denoisers"}, train={"steps": 9})
-    for directory, first in (("run", 0), ("run", 1), ("other", 0)):
-        (tmp_path / directory).mkdir(exist_ok=True)
-        writer = MetricsWriter(config, tmp_path / directory, flops_per_token=1.0, peak_flops=None)
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(name)
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[tuple[dict[str, Any], int]] = []
+        self.ended = 0
+        monkeypatch.setitem(sys.modules, name, self)
+
+    def init(self, **keys: Any) -> StandIn:
+        self.started.append(keys)
+        return self
+
+    def log(self, scalars: dict[str, Any], step: int) -> None:
+        self.logged.append((scalars, step))
+
+    def finish(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_get_one_run_per_directory_with_every_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = StandIn(name, monkeypatch)
+    log = {"every_steps": 1, "tensorboard": False, f"{name}_project": "denoisers"}
+    directories = [tmp_path / "run", tmp_path / "run", tmp_path / "other" / "run"]
+    for directory, first in zip(directories, (0, 1, 0), strict=True):
+        directory.mkdir(exist_ok=True, parents=True)
+        writer = MetricsWriter(variant(log=log, train={"steps": 9}), directory, flops_per_token=1.0, peak_flops=None)
         trainer = trainer_at(first)
         writer.on_start(trainer)
         step_of(writer, trainer)
         writer.on_end(trainer)
-    # A restarted run goes on in W&B, and another directory is another run there.
-    assert [keys["project"] for keys in started] == ["denoisers"] * 3
-    assert [(keys["name"], keys["dir"], keys["resume"]) for keys in started] == [
-        (name, str(tmp_path / name), "allow") for name in ("run", "run", "other")
+    assert [keys["project"] for keys in package.started] == ["denoisers"] * 3
+    assert {keys["resume"] for keys in package.started} == {"allow"}
+    # A restarted run goes on, and another directory of the same name is another run.
+    identities = [keys["id" if name == "wandb" else "name"] for keys in package.started]
+    assert identities[0] == identities[1] != identities[2]
+    assert all(keys["name"].startswith("run") for keys in package.started)
+    if name == "wandb":
+        assert [keys["dir"] for keys in package.started] == [str(directory) for directory in directories]
+    assert [step for _, step in package.logged] == [1, 2, 1] and package.ended == 3
+    assert all(scalars["loss"] == 2.0 and not {"step", "time"} & scalars.keys() for scalars, _ in package.logged)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_is_loaded_only_when_asked_and_told_where_it_is_missing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    assert not list(variant().log.problems())
+    assert list(variant(log={f"{name}_project": "denoisers"}).log.problems()) == [
+        f"log.{name}_project is set, but {name} is not installed: pip install {name}, or leave the key out"
     ]
-    assert started[0]["id"] == started[1]["id"] != started[2]["id"]
-    assert [step for _, step in logged] == [1, 2, 1] and ended == [True] * 3
-    assert all(scalars["loss"] == 2.0 and not {"step", "time"} & scalars.keys() for scalars, _ in logged)
+    package = StandIn(name, monkeypatch)
+    writer = MetricsWriter(variant(log={"tensorboard": False}), tmp_path, flops_per_token=1.0, peak_flops=None)
+    writer.on_start(trainer_at(0))
+    writer.on_end(trainer_at(0))
+    assert not package.started
