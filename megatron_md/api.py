@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 if TYPE_CHECKING:
     from megatron_md.checkpoint.directory import Weights
     from megatron_md.data.dialogues import ChatSettings
+    from megatron_md.data.encoding import Errors
     from megatron_md.data.shards import Manifest
     from megatron_md.data.tokenizer import Tokenizer
     from megatron_md.diffusion.nelbo import NelboReport
@@ -29,7 +30,13 @@ Split = Literal["all", "train", "valid"]
 
 
 def train_tokenizer(
-    inputs: PathLike | Sequence[PathLike], output: PathLike, *, vocab: int = 8192, split: Split = "all"
+    inputs: PathLike | Sequence[PathLike],
+    output: PathLike,
+    *,
+    vocab: int = 8192,
+    split: Split = "all",
+    encoding: str | None = None,
+    errors: Errors = "strict",
 ) -> Tokenizer:
     """Train a SentencePiece tokenizer that keeps text and code exactly.
 
@@ -38,6 +45,8 @@ def train_tokenizer(
         output: model file to write.
         vocab: number of pieces.
         split: documents to use.
+        encoding: of the files; UTF-8 if None.
+        errors: whether bytes that are not in it cost the document, are replaced or are left out.
 
     Raises:
         UserError: there is no text, or too little for so many pieces.
@@ -48,8 +57,11 @@ def train_tokenizer(
     """
     from megatron_md.data import tokenizer
     from megatron_md.data.corpus import documents, texts
+    from megatron_md.data.encoding import Encoding
+    from megatron_md.data.readers import Reading
 
-    return tokenizer.train_tokenizer(texts(documents(_list(inputs), split)), vocab, output)
+    corpus = documents(_list(inputs), split, reading=Reading(encoding=Encoding(encoding, errors)))
+    return tokenizer.train_tokenizer(texts(corpus), vocab, output)
 
 
 def build_data(
@@ -59,6 +71,8 @@ def build_data(
     tokenizer: PathLike,
     split: Split = "all",
     workers: int = 1,
+    encoding: str | None = None,
+    errors: Errors = "strict",
     chat: ChatSettings | None = None,
 ) -> Manifest:
     """Tokenise text, or dialogues, into a corpus of shards.
@@ -69,6 +83,8 @@ def build_data(
         tokenizer: SentencePiece model or `tokenizer.json`.
         split: documents to write, by a hash of their names.
         workers: processes that tokenise.
+        encoding: of text files and JSON; UTF-8 if None.
+        errors: whether bytes that are not in it cost the document, are replaced or are left out.
         chat: read dialogues, and mark their answers: `ChatSettings(ChatTemplate.of(Tokenizer(path), "llada"))`, from
             `megatron_md.data.dialogues`, `.chat_template` and `.tokenizer`.
 
@@ -81,8 +97,17 @@ def build_data(
     >>> valid = md.build_data("books/", "corpus/valid", tokenizer="corpus/tokenizer.model", split="valid")
     """
     from megatron_md.data.builder import build_corpus
+    from megatron_md.data.encoding import Encoding
 
-    return build_corpus(_list(inputs), tokenizer, output, split=split, workers=workers, chat=chat)
+    return build_corpus(
+        _list(inputs),
+        tokenizer,
+        output,
+        split=split,
+        workers=workers,
+        encoding=Encoding(encoding, errors),
+        chat=chat,
+    )
 
 
 def train(config: PathLike | Mapping[str, Any], **keys: Any) -> Path:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from megatron_md.data.chat_builtin import BUILT_IN
+from megatron_md.data.encoding import Encoding, Errors
 from megatron_md.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +44,28 @@ def placement(args: argparse.Namespace) -> Placement:
     from megatron_md.run.saved import Placement  # imports packages that `doctor` may find missing
 
     return Placement(args.tensor, args.pipeline, args.device, args.trust, args.weights)
+
+
+def add_encoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how the bytes of text files become text."""
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="of text files and JSON, such as latin-1 (UTF-8, and what a .py declares)"
+    )
+    parser.add_argument(
+        "--errors",
+        choices=get_args(Errors),
+        default="strict",
+        help="bytes not in it: leave out the document (strict, the default), make them U+FFFD, or leave them out",
+    )
+
+
+def encoding(args: argparse.Namespace) -> Encoding:
+    """What was said to `add_encoding_arguments`.
+
+    Raises:
+        UserError: there is no such encoding.
+    """
+    return Encoding(args.encoding, args.errors)
 
 
 def check_folder_of(path: Path | None, name: str = "") -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
+from megatron_md.commands.arguments import add_encoding_arguments, encoding
 from megatron_md.commands.show import add_show, answers_line, lengths_line, show
 from megatron_md.data.builder import build_corpus
 from megatron_md.data.chat_builtin import BUILT_IN
@@ -30,6 +31,7 @@ EXAMPLES = """examples:
   megatron-md data build --input embedded --split train --tokenizer corpus/tokenizer.model --output corpus/train
   megatron-md data build --input books/ notes.jsonl --tokenizer tokenizer.model --output corpus/books --workers 8
   megatron-md data build --input dump.jsonl.zst tables/ --text-key content --tokenizer t.model --output corpus/dump
+  megatron-md data build --input old-books/ --encoding latin-1 --tokenizer tokenizer.model --output corpus/old-books
   megatron-md data build --input datasets:org/name:config:train --tokenizer llada/tokenizer.json --output corpus/hub
   megatron-md data build --input old/corpus.idx --tokenizer llada/tokenizer.json --output corpus/old
   megatron-md data build --chat --input dialogues.jsonl --tokenizer llada/tokenizer.json --output corpus/chat
@@ -76,6 +78,7 @@ def _add_build(build: argparse.ArgumentParser) -> None:
         "--output", metavar="DIR", help="folder to create; an earlier build is replaced, an interrupted one goes on"
     )
     build.add_argument("--text-key", default="text", metavar="NAME", help="field or column of the text (text)")
+    add_encoding_arguments(build)
     build.add_argument(
         "--max-document-bytes",
         type=int,
@@ -151,6 +154,7 @@ def _build(args: argparse.Namespace) -> int:
             shard_tokens=args.shard_tokens,
             text_key=args.text_key,
             max_document_bytes=args.max_document_bytes,
+            encoding=encoding(args),
             skip_damaged=args.skip_damaged,
             chat=_chat_settings(args),
             on_progress=on_progress,

@@ -6,7 +6,9 @@ import argparse
 import time
 from pathlib import Path
 
+from megatron_md.commands.arguments import add_encoding_arguments, encoding
 from megatron_md.data.corpus import documents, texts
+from megatron_md.data.readers import Reading
 from megatron_md.data.tokenizer import JSON_NAME, TRAINING_BYTES, Tokenizer, train_tokenizer
 from megatron_md.errors import UserError
 from megatron_md.messages import say
@@ -14,6 +16,7 @@ from megatron_md.messages import say
 EXAMPLES = """examples:
   megatron-md tokenizer train --input embedded --split train --output corpus/tokenizer.model
   megatron-md tokenizer train --input books/ code/ notes.txt --vocab 32000 --output tokenizer.model
+  megatron-md tokenizer train --input old-books/ --encoding latin-1 --output tokenizer.model
   megatron-md tokenizer import LLaDA-8B-Base --mask-token '<|mdm_mask|>' --output corpus/llada
 """
 
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", nargs="+", required=True, metavar="PATH", help="text files, folders of them, or 'embedded'"
     )
     train.add_argument("--split", choices=["all", "train", "valid"], default="all", help="documents to use (all)")
+    add_encoding_arguments(train)
     train.add_argument("--vocab", type=int, default=8192, metavar="N", help="number of pieces (8192)")
     train.add_argument(
         "--sample-bytes", type=int, default=TRAINING_BYTES, metavar="N", help="text to train on (%(default)s)"
@@ -65,7 +69,7 @@ def _import(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    corpus = texts(documents(args.input, args.split))
+    corpus = texts(documents(args.input, args.split, reading=Reading(encoding=encoding(args))))
     tokenizer = train_tokenizer(corpus, args.vocab, args.output, training_bytes=args.sample_bytes)
     seconds = time.perf_counter() - start
     say(f"{args.output}: {tokenizer.vocab_size} pieces in {seconds:.1f} s, sha256 {tokenizer.sha256[:12]}")

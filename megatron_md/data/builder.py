@@ -8,7 +8,7 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_md.data.corpus import EMBEDDED, Split, documents
 from megatron_md.data.dialogues import ChatSettings, dialogues, tokenise_dialogue
+from megatron_md.data.encoding import Encoding
 from megatron_md.data.entries import Dialogue, Document, Entry, Record, Rejection, TokenDocument
 from megatron_md.data.readers import DOCUMENT_BYTES, HUB, Reading
 from megatron_md.data.resume import fingerprint, skip_done
@@ -50,6 +51,7 @@ def build_corpus(
     shard_tokens: int = SHARD_TOKENS,
     text_key: str = "text",
     max_document_bytes: int = DOCUMENT_BYTES,
+    encoding: Encoding | None = None,
     skip_damaged: bool = False,
     chat: ChatSettings | None = None,
     on_progress: OnProgress | None = None,
@@ -65,6 +67,7 @@ def build_corpus(
         shard_tokens: tokens per shard.
         text_key: field of a JSON record, or column of a table, that holds the text.
         max_document_bytes: longer documents (for JSON lines: longer lines) are rejected.
+        encoding: of text files and JSON; UTF-8 if None.
         skip_damaged: reject what cannot be read of a damaged file, instead of stopping.
         chat: read dialogues instead of texts, and mark their answers.
         on_progress: called after every batch of documents.
@@ -84,7 +87,8 @@ def build_corpus(
         str(path) if str(path) == EMBEDDED or str(path).startswith(HUB) else Path(path).resolve().name
         for path in inputs
     ]
-    reading = Reading(text_key, max_document_bytes, is_chat=chat is not None)
+    encoding = encoding or Encoding()
+    reading = Reading(text_key, max_document_bytes, is_chat=chat is not None, encoding=encoding)
     corpus = documents(inputs, split, reading=reading, skip_damaged=skip_damaged)
     return build_shards(
         corpus if chat is None else dialogues(corpus, chat.turns),
@@ -92,7 +96,12 @@ def build_corpus(
         output,
         workers=workers,
         shard_tokens=shard_tokens,
-        source={"inputs": names, "split": split, **({} if chat is None else {"chat": chat.record()})},
+        source={
+            "inputs": names,
+            "split": split,
+            **({} if encoding == Encoding() else {"encoding": asdict(encoding)}),
+            **({} if chat is None else {"chat": chat.record()}),
+        },
         chat=chat,
         on_progress=on_progress,
     )

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from megatron_md.data.encoding import WAY_OUT
 from megatron_md.data.entries import Document, Entry, InputError, Rejection
-from megatron_md.data.readers import HUB, Reading, read_file, read_hub
+from megatron_md.data.readers import HUB, NOT_DECODABLE, Reading, read_file, read_hub
 from megatron_md.errors import UserError
+from megatron_md.messages import tell
 
 Split = Literal["all", "train", "valid"]
 
@@ -32,7 +34,7 @@ def documents(
     reading: Reading | None = None,
     skip_damaged: bool = False,
 ) -> Iterator[Entry]:
-    """Read the documents of a corpus in a fixed order.
+    """Read the documents of a corpus in a fixed order; the first that is in another encoding is told.
 
     Args:
         inputs: `embedded` for Python's standard library; `datasets:NAME[:CONFIG[:SPLIT]]` for a data set of the
@@ -40,22 +42,29 @@ def documents(
             document; so is a line of `.jsonl`, a row of `.parquet`, a member of `.tar`; `.idx` and `.bin` are
             Megatron's tokenised data sets. `.gz` and `.zst` are decompressed.
         split: `train` and `valid` divide the documents by a hash of their names (about 5 % is `valid`).
-        reading: text field and largest document.
+        reading: text field, largest document and encoding.
         skip_damaged: a damaged file becomes one rejection with what could not be read of it, instead of an error.
 
     Raises:
         UserError: an input does not exist, holds no file of a known kind, or cannot be read for want of a package.
         InputError: a file is damaged.
     """
-    reading = reading or Reading()
+    reading, undecodable = reading or Reading(), 0
     for source in inputs:
         if str(source).startswith(HUB):
             entries = read_hub(str(source), reading)
         else:
             entries = _read_files(source, reading, skip_damaged)
         for entry in entries:
-            if split == "all" or in_validation(entry.name) == (split == "valid"):
-                yield entry
+            if split != "all" and in_validation(entry.name) != (split == "valid"):
+                continue
+            if isinstance(entry, Rejection) and entry.reason == NOT_DECODABLE and entry.detail:
+                undecodable += 1
+                if undecodable == 1:
+                    tell(f"megatron-md: {entry.name}: {entry.detail}, so that it is left out; {WAY_OUT}")
+            yield entry
+    if undecodable > 1:
+        tell(f"megatron-md: {undecodable} documents are left out that are not in the encoding")
 
 
 def in_validation(name: str) -> bool:

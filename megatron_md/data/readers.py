@@ -7,16 +7,15 @@ as a whole raises an `InputError`.
 
 from __future__ import annotations
 
-import io
 import json
-import tokenize
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_md.data.decompression import SUFFIXES as COMPRESSED_SUFFIXES
 from megatron_md.data.decompression import open_stream
+from megatron_md.data.encoding import Encoding, NotDecodableError
 from megatron_md.data.entries import Document, Entry, InputError, Record, Rejection
 from megatron_md.data.megatron_indexed import read_indexed
 from megatron_md.data.optional import optional_package
@@ -51,11 +50,13 @@ class Reading:
         text_key: field of a JSON record, or column of a table, that holds the text.
         document_bytes: longest document in bytes (for JSON lines: longest line); longer ones are rejected.
         is_chat: read the records of dialogues, whole, instead of texts.
+        encoding: of text files and JSON; tables are in UTF-8 by their format.
     """
 
     text_key: str = "text"
     document_bytes: int = DOCUMENT_BYTES
     is_chat: bool = False
+    encoding: Encoding = field(default_factory=Encoding)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -93,17 +94,14 @@ def _read_stream(name: str, plain_name: str, stream: BinaryIO, reading: Reading)
         yield Rejection(name, TOO_LONG)
         return
     try:
-        yield Document(name, data.decode(_encoding(plain_name, data)))
-    except (SyntaxError, ValueError, LookupError):
-        yield Rejection(name, NOT_DECODABLE)
-
-
-def _encoding(plain_name: str, data: bytes) -> str:
-    return tokenize.detect_encoding(io.BytesIO(data).readline)[0] if plain_name.endswith(".py") else "utf-8-sig"
+        yield Document(name, reading.encoding.decode(data, is_python=plain_name.endswith(".py")))
+    except NotDecodableError as error:
+        yield Rejection(name, NOT_DECODABLE, str(error))
 
 
 def _read_lines(name: str, stream: BinaryIO, reading: Reading) -> Iterator[Entry]:
     """JSON lines; each is a document, empty lines are none."""
+    reading.encoding.check_lines(name)
     number = 0
     while line := stream.readline(reading.document_bytes + 1):
         number += 1
@@ -119,9 +117,9 @@ def _read_lines(name: str, stream: BinaryIO, reading: Reading) -> Iterator[Entry
 
 def _read_record(name: str, data: bytes, reading: Reading) -> Entry:
     try:
-        record = json.loads(data.decode())
-    except UnicodeDecodeError:
-        return Rejection(name, NOT_DECODABLE)
+        record = json.loads(reading.encoding.decode(data))
+    except NotDecodableError as error:
+        return Rejection(name, NOT_DECODABLE, str(error))
     except (ValueError, RecursionError):
         return Rejection(name, "malformed JSON")
     if reading.is_chat:

@@ -55,7 +55,7 @@ def test_unreadable_documents_are_rejected_with_reasons(tmp_path: Path) -> None:
         Rejection("x.jsonl#2", "malformed JSON"),
         Rejection("x.jsonl#3", "no text field"),
         Document("x.jsonl#5", "also\nfine"),
-        Rejection("y.txt", "not decodable"),
+        Rejection("y.txt", "not decodable", "byte 0 (0xff) is not UTF-8"),
     ]
 
 

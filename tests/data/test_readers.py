@@ -64,7 +64,7 @@ def test_other_keys_and_bad_lines(tmp_path: Path) -> None:
     assert read(path, reading=Reading(text_key="body")) == [
         Document("x.jsonl#1", "yes"),
         Rejection("x.jsonl#2", "no text field"),
-        Rejection("x.jsonl#3", "not decodable"),
+        Rejection("x.jsonl#3", "not decodable", "byte 10 (0xff) is not UTF-8"),
         Rejection("x.jsonl#4", "malformed JSON"),
         Rejection("x.jsonl#5", "no text field"),
         Document("x.jsonl#7", "last"),
@@ -86,7 +86,7 @@ def test_long_documents_are_rejected_and_the_next_one_is_read(tmp_path: Path) ->
 
 def test_a_python_file_may_name_any_codec(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_bytes(b"# coding: rot13\nx = 1\n")
-    assert read(tmp_path / "x.py") == [Rejection("x.py", "not decodable")]
+    assert read(tmp_path / "x.py") == [Rejection("x.py", "not decodable", "cannot be read as rot13")]
 
 
 def write_parquet(path: Path, column: Any, **options: Any) -> None:
@@ -235,7 +235,7 @@ def test_records_of_dialogues_come_whole(tmp_path: Path) -> None:
         *(Record(f"a.jsonl.gz#{number}", fields) for number, fields in enumerate(whole, start=1)),
         Rejection("a.jsonl.gz#4", "malformed JSON"),
         Rejection("a.jsonl.gz#5", "not a JSON object"),
-        Rejection("a.jsonl.gz#6", "not decodable"),
+        Rejection("a.jsonl.gz#6", "not decodable", "byte 0 (0xff) is not UTF-8"),
         *(Record(f"b.tar/x.jsonl#{number}", fields) for number, fields in enumerate(whole, start=1)),
         Record("b.tar/y.json", whole[0]),
         Rejection("b.tar/z.txt", "not text", "txt"),
