@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
     from megatron_md import evaluate, train  # packages, which are called as well: see below
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "build_data", "compare", "convert", "evaluate", "generate", "load", "plot", "train", "train_tokenizer"
 ]  # fmt: skip
