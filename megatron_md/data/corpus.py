@@ -61,7 +61,8 @@ def documents(
             if isinstance(entry, Rejection) and entry.reason == NOT_DECODABLE and entry.detail:
                 undecodable += 1
                 if undecodable == 1:
-                    tell(f"megatron-md: {entry.name}: {entry.detail}, so that it is left out; {WAY_OUT}")
+                    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+                    tell(f"megatron-md: {folder / entry.name}: {entry.detail}, so that it is left out; {WAY_OUT}")
             yield entry
     if undecodable > 1:
         tell(f"megatron-md: {undecodable} documents are left out that are not in the encoding")

@@ -93,7 +93,7 @@ def test_what_is_no_encoding_is_refused(name: str) -> None:
 def test_commands_name_file_byte_and_way_out(
     latin: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = "a.txt: byte 7 (0xe9) is not UTF-8, so that it is left out; say --encoding NAME if such files are in another"
+    told = f"megatron-md: {latin}/a.txt: byte 7 (0xe9) is not UTF-8, so that it is left out; say --encoding NAME"
     left_out = "megatron-md: 6 documents are left out that are not in the encoding\n"
     model, out = str(tmp_path / "t.model"), tmp_path / "out"
     train = ["tokenizer", "train", "--input", str(latin), "--vocab", "330", "--output", model]
