@@ -25,7 +25,7 @@ STAMP := .venv/.installed
 WANTED := $(CURDIR) $(TORCH)
 FOUND := $(shell test ! -e .venv/.installing && .venv/bin/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu test-core test-harness lint clean
+.PHONY: help demo test test-slow test-gpu test-core test-harness lint docs clean
 ifneq ($(FOUND),$(WANTED))
 .PHONY: $(STAMP)
 endif
@@ -38,6 +38,7 @@ help:
 	@echo 'make test-core   run the tests that meet megatron-core on its newest release (Python 3.12)'
 	@echo 'make test-harness  install lm-evaluation-harness (450 MB) into .venv, run the tests that need it'
 	@echo 'make lint        formatting, lint, types, architecture'
+	@echo 'make docs        the documentation as a site: build/site/index.html'
 	@echo 'make clean       remove .venv, caches and build outputs (runs/ and corpus/ stay)'
 
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -84,6 +85,13 @@ lint: $(STAMP)
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
+
+.venv/.docs: $(STAMP)
+	.venv/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-core build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
