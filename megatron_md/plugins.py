@@ -13,7 +13,7 @@ from megatron_md.config import Config, ConfigError
 
 
 def import_plugins(config: Config, *, trust: bool = True) -> None:
-    """Import the modules under `imports`, which register third-party schedules and objectives.
+    """Import the modules under `imports`, which register third-party schedules, objectives and callbacks.
 
     Args:
         config: the run.

@@ -70,7 +70,7 @@ class Config:
     sampling: Annotated[SamplingConfig, Doc("texts during training")] = field(default_factory=SamplingConfig)
     log: Annotated[LogConfig, Doc("logging")] = field(default_factory=LogConfig)
     megatron: Annotated[MegatronConfig, Doc("pass-through to megatron-core")] = field(default_factory=MegatronConfig)
-    imports: Annotated[list[str], Doc("modules that register third-party schedules and objectives")] = field(
+    imports: Annotated[list[str], Doc("modules that register third-party schedules, objectives and callbacks")] = field(
         default_factory=list
     )
 

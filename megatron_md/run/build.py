@@ -23,7 +23,7 @@ from megatron_md.parallel import World
 from megatron_md.run import estimate
 from megatron_md.run.keeper import Keeper
 from megatron_md.run.restore import Restore
-from megatron_md.train.callback import Callback
+from megatron_md.train.callback import Callback, imported_callbacks
 from megatron_md.train.callbacks.metrics import MetricsWriter
 from megatron_md.train.callbacks.profile import Profiler
 from megatron_md.train.callbacks.quarantine import Quarantine
@@ -89,7 +89,8 @@ def build(
     validation, sampling = _validation(config, inference, manifest), _sampling(config, inference, metrics, dog)
     profiler = Profiler(config.train.profile, directory)
     # The record is written before the checkpoint, so that a resumed run finds every line up to its step.
-    callbacks: list[Callback | None] = [validation, profiler, quarantine, metrics, sampling, saving]
+    own = imported_callbacks(config)
+    callbacks: list[Callback | None] = [validation, profiler, quarantine, *own, metrics, sampling, saving]
     restore = Restore(config, world, manager, saving, quarantine)
     trainer = Trainer(
         config,

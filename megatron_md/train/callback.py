@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_md.batch import DamagedDocument
+from megatron_md.config import ResolvedConfig
 
 if TYPE_CHECKING:
     from megatron_md.train.trainer import Trainer
@@ -56,3 +58,22 @@ class Callback:
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, or when the run was asked to stop."""
+
+
+CallbackFactory = Callable[[ResolvedConfig], Callback]
+Factory = TypeVar("Factory", bound=CallbackFactory)
+_registered: list[CallbackFactory] = []
+
+
+def register_callback(factory: Factory) -> Factory:
+    """Decorator for a subclass of `Callback`: every run whose `imports` name its module has one, made from its config.
+
+    It comes after validation and before the metrics are written, so that what it adds to a step's record is logged.
+    """
+    _registered.append(factory)
+    return factory
+
+
+def imported_callbacks(config: ResolvedConfig) -> list[Callback]:
+    """Those of the modules that a config imports, in the order of `imports`."""
+    return [make(config) for name in config.imports for make in _registered if make.__module__ == name]
