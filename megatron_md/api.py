@@ -51,9 +51,10 @@ def train_tokenizer(
     Raises:
         UserError: there is no text, or too little for so many pieces.
 
-    >>> tokenizer = md.train_tokenizer("books/", "corpus/tokenizer.model", vocab=320)
-    >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
-    'Once upon a time'
+    Examples:
+        >>> tokenizer = md.train_tokenizer("books/", "corpus/tokenizer.model", vocab=320)
+        >>> tokenizer.decode(tokenizer.encode("Once upon a time"))
+        'Once upon a time'
     """
     from megatron_md.data import tokenizer
     from megatron_md.data.corpus import documents, texts
@@ -91,10 +92,11 @@ def build_data(
     Raises:
         UserError: an input cannot be read.
 
-    >>> corpus = md.build_data("books/", "corpus/train", tokenizer="corpus/tokenizer.model", split="train")
-    >>> corpus.tokens > 1000
-    True
-    >>> valid = md.build_data("books/", "corpus/valid", tokenizer="corpus/tokenizer.model", split="valid")
+    Examples:
+        >>> corpus = md.build_data("books/", "corpus/train", tokenizer="corpus/tokenizer.model", split="train")
+        >>> corpus.tokens > 1000
+        True
+        >>> valid = md.build_data("books/", "corpus/valid", tokenizer="corpus/tokenizer.model", split="valid")
     """
     from megatron_md.data.builder import build_corpus
     from megatron_md.data.encoding import Encoding
@@ -123,9 +125,10 @@ def train(config: PathLike | Mapping[str, Any], **keys: Any) -> Path:
     Raises:
         ConfigError: the config cannot be run, with a line for everything that is wrong.
 
-    >>> run = md.train("books.yaml", steps=3, run_dir="runs/books", optimizer={"lr": 1e-3})
-    >>> (run / "metrics.jsonl").exists()
-    True
+    Examples:
+        >>> run = md.train("books.yaml", steps=3, run_dir="runs/books", optimizer={"lr": 1e-3})
+        >>> (run / "metrics.jsonl").exists()
+        True
     """
     from megatron_md.config import Config, config_from_mapping, load_config
     from megatron_md.run.check import check_config
@@ -174,8 +177,9 @@ def evaluate(
     Raises:
         UserError: bad input, with the way out.
 
-    >>> md.evaluate("runs/books", "corpus/valid", rows=8).nelbo < 20.0
-    True
+    Examples:
+        >>> md.evaluate("runs/books", "corpus/valid", rows=8).nelbo < 20.0
+        True
     """
     from megatron_md.run.saved import Placement, open_run
 
@@ -225,9 +229,10 @@ def generate(
     Raises:
         UserError: bad input, with the way out.
 
-    >>> text = md.generate("runs/books", "Once", length=8, steps=4, temperature=1.0)
-    >>> len(text.tokens), text.forward_passes
-    (8, 4)
+    Examples:
+        >>> text = md.generate("runs/books", "Once", length=8, steps=4, temperature=1.0)
+        >>> len(text.tokens), text.forward_passes
+        (8, 4)
     """
     from megatron_md.run.saved import Placement, open_run
 
@@ -255,11 +260,12 @@ def load(
     Raises:
         UserError: bad input, with the way out.
 
-    >>> with md.load("runs/books") as (model, tokenizer):
-    ...     tokens = [*tokenizer.encode("Once upon"), tokenizer.mask_token_id]
-    ...     logits = model(torch.tensor([tokens], device=model.device))
-    >>> logits.shape[1] == len(tokens)
-    True
+    Examples:
+        >>> with md.load("runs/books") as (model, tokenizer):
+        ...     tokens = [*tokenizer.encode("Once upon"), tokenizer.mask_token_id]
+        ...     logits = model(torch.tensor([tokens], device=model.device))
+        >>> logits.shape[1] == len(tokens)
+        True
     """
     from megatron_md.run.saved import Placement, open_run
 
@@ -300,8 +306,9 @@ def convert(
     Raises:
         UserError: bad input; nothing has been written then.
 
-    >>> md.convert("runs/books", "hf/books", family="llada", to="hf").name
-    'books'
+    Examples:
+        >>> md.convert("runs/books", "hf/books", family="llada", to="hf").name
+        'books'
     """
     from megatron_md.checkpoint.hf import convert as conversion
 
@@ -315,8 +322,9 @@ def compare(run_a: PathLike, run_b: PathLike, *, rtol: float = 1e-5) -> dict[str
     Raises:
         UserError: a run has no metrics, or they share no step.
 
-    >>> md.compare("runs/books", "runs/books", rtol=0.0)["loss"].first_step is None
-    True
+    Examples:
+        >>> md.compare("runs/books", "runs/books", rtol=0.0)["loss"].first_step is None
+        True
     """
     from megatron_md.evaluate.compare import compare_runs
 
@@ -336,8 +344,9 @@ def plot(run: PathLike, output: PathLike | None = None) -> Path:
     Raises:
         UserError: the run has no metrics, or the picture's format is unknown.
 
-    >>> md.plot("runs/books").name
-    'loss.png'
+    Examples:
+        >>> md.plot("runs/books").name
+        'loss.png'
     """
     from megatron_md.evaluate.plot import plot_run
 

@@ -35,7 +35,10 @@ ELSEWHERE = dict.fromkeys(("make demo", "make test"), ".ci/run")
 PINNED_INSTALL = re.compile(r"pip install --no-deps( [\w.-]+==[\w.]+)+")
 
 # Commands that change no file another one reads: what stands in several documents is run once.
-ONCE = ("megatron-md simulate ", "megatron-md parity validate", "megatron-md window ")
+ONCE = (
+    "megatron-md simulate ", "megatron-md parity validate", "megatron-md window ", "megatron-md doctor",
+    "megatron-md generate ", "megatron-md evaluate ", "megatron-md report ", "sbatch ",
+)  # fmt: skip
 
 # What is added to a command so that it takes seconds: the last word of an option wins, as does the last override.
 SMALLER = {

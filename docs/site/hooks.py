@@ -1,15 +1,16 @@
 """The documentation's pages, which are read on GitHub too, as pages of a site.
 
 What the pages link to outside `docs/` becomes part of the site: documents as pages, source files as listings under
-`repository/`. `llms.txt` lists the pages, which are there as Markdown too.
+`repository/`. `llms.txt` lists the pages, `llms-full.txt` has them all as they are written.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
@@ -110,7 +111,30 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 files.append(added)
                 if path.endswith(".md"):
                     open_files.append(added)
+    pages = list(nav_pages(config.nav))
+    texts = [(ROOT / "docs" / page).read_text() for _, page in pages]
+    files.append(File.generated(config, "llms-full.txt", content="\n".join(texts)))
+    files.append(File.generated(config, "llms.txt", content=llms(config, pages, texts)))
     return files
+
+
+def nav_pages(nav: Any) -> Iterator[tuple[str, str]]:
+    """Title and file of each page in the navigation, which has sections."""
+    for entry in nav:
+        for title, target in entry.items():
+            if isinstance(target, str):
+                yield title, target
+            else:
+                yield from nav_pages(target)
+
+
+def llms(config: MkDocsConfig, pages: list[tuple[str, str]], texts: list[str]) -> str:
+    """The list of pages for language models (llmstxt.org): title, address, heading."""
+    lines = [f"# {config.site_name}", "", f"> {config.site_description}", "", "## Pages", ""]
+    for (title, page), text in zip(pages, texts, strict=True):
+        heading, _, _ = text.partition("\n")
+        lines.append(f"- [{title}]({page.removesuffix('.md')}.html): {heading.removeprefix('# ')}")
+    return "\n".join([*lines, "", "## Optional", "", "- [All pages in one file, as Markdown](llms-full.txt)", ""])
 
 
 def content(path: str) -> str:
