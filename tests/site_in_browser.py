@@ -30,7 +30,7 @@ async function measure() {
   document.body.append(frame)
   for (const url of PAGES) {
     await shown(frame, url)
-    const page = frame.contentDocument, body = page.body, style = frame.contentWindow.getComputedStyle.bind(frame.contentWindow)
+    const page = frame.contentDocument, body = page.body, style = (part) => frame.contentWindow.getComputedStyle(part)
     const figures = { width: page.documentElement.scrollWidth, wide: [], contrast: {} }
     for (const part of page.querySelectorAll("main *"))
       if (part.getBoundingClientRect().right > WIDTH + 1 && !part.closest("[class*=scrollwrap], pre, .md-sidebar, svg"))
