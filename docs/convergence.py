@@ -83,7 +83,7 @@ def draw(curves: dict[str, list[dict[str, float]]], output: Path) -> None:
     steps = range(1, len(reference) + 1)
     for name, records in curves.items():
         losses = [record["loss"] for record in records]
-        above.plot(steps, losses, lw=1, label=name)
+        above.plot(steps, losses, lw=1, label=name, **({"color": "black"} if "bf16" in name else {}))
         if name != REFERENCE:
             gaps = [abs(ours / one - 1) for ours, one in zip(losses, reference, strict=True)]
             below.plot(steps, [gap or float("nan") for gap in gaps], lw=1, color=above.lines[-1].get_color())
