@@ -31,7 +31,7 @@ ifneq ($(FOUND),$(WANTED))
 endif
 
 help:
-	@echo 'make demo        train a small model on the Python standard library, draw its loss, write a sample'
+	@echo 'make demo        train a small model on the Python standard library in five minutes, and see what it can do'
 	@echo 'make test        run the tests'
 	@echo 'make test-slow   run the slow tests as well'
 	@echo 'make test-gpu    run the tests that need a CUDA device'
@@ -48,8 +48,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 		echo 'making .venv with $(PYTHON) and $(TORCH)'; $(PYTHON) -m venv --clear .venv; \
 	fi
 	@touch .venv/.installing
-	.venv/bin/python -m pip install -q '$(TORCH)'
-	.venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@echo 'installing $(TORCH), then megatron-core and what the tests need: minutes, by the speed of the network'
+	.venv/bin/python -m pip install '$(TORCH)'
+	.venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	@echo '$(WANTED)' > $(STAMP)
 	@rm .venv/.installing
 

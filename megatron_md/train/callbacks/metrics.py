@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from megatron_md.train.callback import Callback, Record, StepResult
 from megatron_md.train.logs import logger
 from megatron_md.train.records import damage, read_lines
 from megatron_md.train.trainer import Trainer
+
+BARS = "▁▂▃▄▅▆▇█"
+CURVE = 20  # validations that the terminal shows as a curve
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -217,6 +221,7 @@ class Console:
 
     def __init__(self, total: int, done: int) -> None:
         self.bar: Any = None
+        self.nelbos: list[float] = []
         if sys.stderr.isatty():
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -252,7 +257,9 @@ class Console:
         if record["skipped"]:
             text += f"  SKIPPED {record['skipped']}"
         if "val_nelbo" in record:
-            text += f"  | val_nelbo {record['val_nelbo']:.4f} ± {record['val_nelbo_stderr']:.4f}"
+            self.nelbos.append(record["val_nelbo"])
+            curve = _sparkline(self.nelbos[-CURVE:])
+            text += f"  | val_nelbo {record['val_nelbo']:.4f} ± {record['val_nelbo_stderr']:.4f}  {curve}"
         if self.bar is not None:
             self.bar.console.print(text, highlight=False)
             self.advance(record["step"])
@@ -263,6 +270,14 @@ class Console:
         """Take the bar down."""
         if self.bar is not None:
             self.bar.stop()
+
+
+def _sparkline(values: Sequence[float]) -> str:
+    """A curve of one character a value, between the lowest and the highest of them."""
+    known = [value for value in values if math.isfinite(value)]
+    lowest, highest = min(known, default=0.0), max(known, default=0.0)
+    scale = (len(BARS) - 1) / (highest - lowest or 1.0)
+    return "".join(BARS[round((value - lowest) * scale)] if math.isfinite(value) else "?" for value in values)
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -143,6 +144,14 @@ def test_console_prints_plain_lines_where_there_is_no_terminal(capsys: pytest.Ca
     line = capsys.readouterr().err
     for part in ("step      7", "loss 1.2500", "1,235 tok/s", "mfu 40.0%", "SKIPPED 2", "val_nelbo 3.5000 ± 0.2500"):
         assert part in line
+
+
+def test_validations_are_a_curve_at_the_ends_of_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    record = dict.fromkeys(("step", "loss", "grad_norm", "lr", "tokens_per_second", "skipped", "val_nelbo_stderr"), 0)
+    console = Console(10, 0)
+    for nelbo in (9.0, math.nan, 5.5, 2.0):
+        console.line(record | {"val_nelbo": nelbo})
+    assert [line.split()[-1] for line in capsys.readouterr().err.splitlines()] == ["▁", "▁?", "█?▁", "█?▅▁"]
 
 
 def step_of(writer: MetricsWriter, trainer: Any, **figures: float) -> dict[str, Any]:
