@@ -28,7 +28,7 @@ echo 'as a page, from another terminal: .venv/bin/megatron-md report runs/demo -
 rm -rf runs/demo
 torchrun --nproc-per-node 2 -m megatron_md train "$config"
 
-say '4/5 what it has learned' 20
+say '4/5 what it has learned' 30
 python examples/tiny/judge.py runs/demo corpus/valid
 
 say '5/5 beginning and end are given, the middle is written' 10

@@ -22,10 +22,13 @@ from rich.text import Text
 
 import megatron_md as md
 from megatron_md.data.corpus import documents, texts
+from megatron_md.data.shards import load_manifest
 from megatron_md.data.tokenizer import Tokenizer
 from megatron_md.diffusion.sampler import infill
 from megatron_md.diffusion.sampler_config import SamplerConfig
+from megatron_md.errors import UserError
 from megatron_md.evaluate.canvas import OPEN, pieces
+from megatron_md.messages import tell_error
 
 console = Console(highlight=False, soft_wrap=True)
 FUNCTION = re.compile(r"^ *def .*\n(?:(?: +\S.*| *)\n)+?(?=\n*(?: {0,4}\S))", re.MULTILINE)
@@ -41,15 +44,13 @@ STRATEGIES = (
 
 def judge(run: Path, corpus: Path, held_out: Sequence[str]) -> None:
     """What a byte of held-out text costs by the frequencies of tokens, by gzip and by the model."""
-    manifest = json.loads((corpus / "manifest.json").read_text())
-    entropy = json.loads((run / "summary.json").read_text())["unigram_entropy"]
+    manifest = load_manifest(corpus)
     text = "".join(held_out).encode()
-    found = md.evaluate(run, corpus)
+    found = md.evaluate(run, corpus, rows=1024, passes=1)
+    entropy = json.loads((run / "summary.json").read_text())["unigram_entropy"]
     bits = found.bits_per_byte or math.nan
     table = Table("held-out text", "bits per byte", box=None, pad_edge=False)
-    table.add_row(
-        "frequencies of tokens", f"{entropy / math.log(2.0) * manifest['tokens'] / manifest['text_bytes']:.2f}"
-    )
+    table.add_row("frequencies of tokens", f"{entropy / math.log(2.0) * manifest.tokens / manifest.text_bytes:.2f}")
     table.add_row(f"gzip -9, {len(text) / 1e6:.1f} MB at once", f"{8 * len(gzip.compress(text, 9)) / len(text):.2f}")
     table.add_row("this model, 128 tokens at a time", f"{bits:.2f} ± {bits * found.stderr / found.nelbo:.2f}, a bound")
     console.print(table)
@@ -93,9 +94,20 @@ def sample(run: Path) -> None:
         console.print(Text(PROMPT + text.text))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Judge the run that the command line names."""
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     run, corpus = map(Path, sys.argv[1:])
     held_out = [document.text for document in texts(documents(split="valid"))]
-    judge(run, corpus, held_out)
-    fill_in(run, held_out)
-    sample(run)
+    try:
+        judge(run, corpus, held_out)
+        fill_in(run, held_out)
+        sample(run)
+    except UserError as error:
+        tell_error(error, "judge.py")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
