@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +36,27 @@ def test_first_validation_at_a_target(trained: Path) -> None:
         sum(record["step_seconds"] for record in records[: first["step"]]), abs=1e-4
     )
     assert never.startswith("| 0.1 | never; lowest ")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_script_ends_with_a_table_and_a_judgement(trained: Path, tmp_path: Path) -> None:
+    for name in ("examples/speedrun", "examples/tiny"):
+        shutil.copytree(SCRIPT.parents[2] / name, tmp_path / name)
+    (tmp_path / "corpus").mkdir()
+    for name in ("train", "valid", "tokenizer.model"):
+        (tmp_path / "corpus" / name).symlink_to(trained / name)
+    command = "bash examples/speedrun/speedrun.sh"
+    smaller = ["train.steps=2", "train.micro_batch_size=2", "train.global_batch_size=8", "model.hidden=32"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
+    words = [*command.split(), "examples/tiny/demo.yaml", "2", *smaller]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| 1.85 | never; lowest " in done.stdout and "bits per byte\n" in done.stdout
+    # What is refused removes nothing.
+    done = subprocess.run([*words, "model.heads=3"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and (tmp_path / "runs/speedrun/summary.json").is_file()
 
 
 def test_what_is_no_run_and_what_was_never_validated_is_told_in_a_line(trained: Path, tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ if ! megatron-md data verify corpus/train corpus/valid > /dev/null 2>&1; then
   done
 fi
 
+train=(megatron-md train "$config" --nproc-per-node "$processes" run_dir=runs/speedrun validation.every_steps=50
+  validation.sequences=1024 "$@")
+"${train[@]}" --dry-run > /dev/null # what it refuses is said before the last run is removed
 rm -rf runs/speedrun
-megatron-md train "$config" --nproc-per-node "$processes" run_dir=runs/speedrun \
-  validation.every_steps=50 validation.sequences=1024 "$@"
+"${train[@]}"
 python examples/speedrun/time_to.py runs/speedrun corpus/valid
 megatron-md evaluate runs/speedrun --nelbo corpus/valid --rows 1024

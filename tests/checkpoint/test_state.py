@@ -137,7 +137,8 @@ FOUR_LEGS: dict[str, list[tuple[int, dict[str, Any]]]] = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["tensor, pipeline, data", pytest.param("context", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR_LEGS)
 def test_four_legs_on_four_layouts_follow_the_single_run(name: str, tmp_path: Path) -> None:
     curve = []
     for number, (size, layout) in enumerate(FOUR_LEGS[name]):

@@ -44,6 +44,7 @@ def test_its_files_are_schedules_that_a_config_takes(trained: Path, tmp_path: Pa
         check_config(config_from_mapping({"objective": objective}), 1, corpora=False)
 
 
+@pytest.mark.slow
 def test_it_finds_the_same_again_and_averages_checkpoints(trained: Path, tmp_path: Path) -> None:
     fitted(trained, tmp_path / "one.knots")
     fitted(trained, tmp_path / "two.knots", "--checkpoints", "2", "2")

@@ -26,7 +26,7 @@ def main(*words: object) -> int:
     [
         (["none.yaml"], "none.yaml: no such file"),
         ([DEMO, "--hardware", "h300"], "--hardware h300: unknown; did you mean"),
-        ([DEMO, "--world-size", "3"], "3 processes are more than the layout needs"),
+        ([DEMO, "parallel.tensor=2", "--world-size", "3"], "3 processes are more than the layout needs"),
         ([DEMO, "--world-size", "0"], "0 is below 1"),
         ([DEMO, "data.tokenizer=none.model"], "or set model.vocab"),
         (
@@ -34,7 +34,10 @@ def main(*words: object) -> int:
             "--json /nowhere/x.json: the folder /nowhere does not",
         ),
         ([DEMO, "model.vocab=512", "train.global_batch_size=7"], "train.global_batch_size 7 is no multiple"),
-        ([DEMO, "model.vocab=512", "--sweep", "--hardware", "small.yaml"], "--sweep: no layout of 2 processes fits"),
+        (
+            [DEMO, "model.vocab=512", "--world-size", "2", "--sweep", "--hardware", "small.yaml"],
+            "no layout of 2 processes",
+        ),
     ],
 )
 def test_bad_input_gets_one_line(

@@ -87,6 +87,7 @@ def test_texts_are_encoded_anew_for_a_judge_with_another_tokenizer() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_samples_are_judged_alike_on_every_layout(trained: Path) -> None:
     words = ["--generative", "--judge", str(trained / "causal"), "--samples", "6", "--length", "16"]
     words += ["--steps", "4,16", "--temperatures", "0.7,1", "--micro-batch-size", "4"]

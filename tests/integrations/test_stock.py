@@ -43,7 +43,7 @@ def stock_model(task: Any, vp_stage: int | None) -> Any:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["one", "tensor2", "pipeline2"])
+@pytest.mark.parametrize("name", ["one", "tensor2", pytest.param("pipeline2", marks=pytest.mark.slow)])
 def test_a_stock_model_learns_the_same(
     name: str, bigrams: dict[str, str], ours: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from megatron_md.config import ResolvedConfig
 from tests.ranks import run_ranks
 from tests.small_run import small_run, variant
+from tests.train.test_step import slow
 from tests.train.test_trainer import (
     config_for,
     metrics,
@@ -36,7 +37,7 @@ def losses(config: ResolvedConfig) -> list[float]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
+@pytest.mark.parametrize("layout", [{"tensor": 2}, *slow({"tensor": 2, "sequence_parallel": True})], ids=str)
 def test_it_changes_training_and_keeps_ranks_alike(layout: dict[str, Any]) -> None:
     without, within = (run_ranks(losses, 2, variant(train={"dropout": p}, parallel=layout)) for p in (0.0, 0.3))
     assert within[0] == within[1] and np.isfinite(within[0]).all()

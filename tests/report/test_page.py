@@ -136,6 +136,7 @@ def test_secrets_of_urls_are_left_out(run: Path) -> None:
     assert "https://***@host/x" in page and "hunter2" not in page and "abcdef" not in page
 
 
+@pytest.mark.slow
 def test_a_long_run_makes_a_page_below_a_megabyte(run: Path) -> None:
     generator = random.Random(0)
     made = records(20_000)
@@ -151,6 +152,7 @@ def test_a_long_run_makes_a_page_below_a_megabyte(run: Path) -> None:
     assert "the last of 20,000 events" in page
 
 
+@pytest.mark.slow
 def test_whatever_the_files_hold_there_is_a_page(run: Path) -> None:
     config = (run / "config.yaml").read_text()
     sound = records()[3]

@@ -174,6 +174,7 @@ def test_a_planted_nan_equals_an_update_left_out(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_planted_spike_is_skipped_and_a_resumed_run_judges_alike(tmp_path: Path, corpora: dict[str, str]) -> None:
     steps = FEWEST + 4
     spiked = {ROWS * (FEWEST + 1): 40.0}

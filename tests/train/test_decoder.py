@@ -199,6 +199,7 @@ def approximate(config: Config) -> dict[str, tuple[list[list[int]], int]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_whole_rows_are_kept_from_the_beginning_of_a_block() -> None:
     (alone,) = run_ranks(approximate, 1, variant())
     # 2 rows of 32: every step; or, of each block's 8 steps, one of all and 7 of what follows or of the block.

@@ -150,6 +150,7 @@ ACROSS = [
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("first", "then"), ACROSS)
+@pytest.mark.slow
 def test_another_layout_goes_on_with_the_same_average(first: Any, then: Any, tmp_path: Path) -> None:
     run_ranks(two_legs, first[0], averaged(first[1]), tmp_path, 0, 3)
     (found, *_) = run_ranks(two_legs, then[0], averaged(then[1]), tmp_path, 3, 6)
@@ -212,6 +213,7 @@ def test_the_model_takes_the_average_and_gets_its_weights_back(
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_killed_run_validates_the_average_as_one_that_was_not(tmp_path: Path, corpora: dict[str, str]) -> None:
     keys = {"train": {"ema_decay": DECAY}, "validation": {"every_steps": 2, "weights": "ema"}}
     whole, parts = (config_for(tmp_path / name, corpora, checkpoint={"every_steps": 3}, **keys) for name in "ab")

@@ -56,6 +56,7 @@ def wait_for_steps(run_dir: Path, process: subprocess.Popen[str], steps: int) ->
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_ctrl_c_saves_on_all_ranks_and_the_same_command_goes_on(config_file: Path, tmp_path: Path) -> None:
     process = start(config_file)
     wait_for_steps(tmp_path / "run", process, 3)
@@ -132,6 +133,7 @@ Trainer.train_step = planted
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_the_first_traceback_is_the_only_one(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "planted_error.py").write_text(PLANTED)
     process = start(config_file, "imports=[planted_error]", "validation.sequences=0")

@@ -104,7 +104,13 @@ def assert_same(runs: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 # The layouts know nothing of the objective: where the causal spec meets a split of its own, it is run by default.
 CAUSAL = ("tensor2+sequence", "pipeline2-interleaved", "tensor2xpipeline2", "context2")
 # What these would show, larger layouts show as well.
-COVERED = ("context2xtensor2", "context2xpipeline2-interleaved")
+COVERED = (
+    "context2xtensor2",
+    "context2xpipeline2-interleaved",
+    "context2xpipeline2",
+    "context2xdata2-overlap",
+    "data2",
+)
 
 
 @pytest.mark.distributed
@@ -142,7 +148,7 @@ def norms(config: Config) -> tuple[float, float, int]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["data2-plain", "tensor2", "pipeline2xdata2-overlap"])
+@pytest.mark.parametrize("name", ["data2-plain", "tensor2", *slow("pipeline2xdata2-overlap")])
 def test_the_gradient_norm_travels_with_the_other_figures(name: str) -> None:
     size, layout = LAYOUTS[name]
     # Without clipping the gradients stay what they were when the norm was taken.

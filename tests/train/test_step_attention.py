@@ -24,11 +24,10 @@ WITHIN = {"document_attention": "within_document"}
     [
         ("tensor2+sequence", "masked_diffusion"),
         ("pipeline2-interleaved", "autoregressive"),
-        ("data2", "masked_diffusion"),
         ("context2", "masked_diffusion"),
         pytest.param("context2xtensor2+sequence", "autoregressive", marks=pytest.mark.slow),
-        *(pytest.param(name, "masked_diffusion", marks=pytest.mark.slow) for name in ("tensor2", "pipeline2")),
-        ("tensor2+sequence-xdata2", "autoregressive"),
+        *(pytest.param(name, "masked_diffusion", marks=pytest.mark.slow) for name in ("tensor2", "pipeline2", "data2")),
+        pytest.param("tensor2+sequence-xdata2", "autoregressive", marks=pytest.mark.slow),
     ],
 )
 def test_layouts_agree_within_documents(name: str, objective: str) -> None:

@@ -79,6 +79,7 @@ def test_another_layout_writes_the_same(trained: Path, on_one: list[dict[str, An
     [{"tensor": 2, "sequence_parallel": True}, pytest.param({"context": 2}, marks=pytest.mark.slow)],
     ids=["sequence", "context"],
 )
+@pytest.mark.slow
 def test_layouts_that_cut_rows_write_the_same_where_the_canvas_is(
     trained: Path, on_one: list[dict[str, Any]], layout: dict[str, Any]
 ) -> None:
