@@ -25,7 +25,7 @@ STAMP := .venv/.installed
 WANTED := $(CURDIR) $(TORCH)
 FOUND := $(shell test ! -e .venv/.installing && .venv/bin/python -c '' 2>/dev/null && cat $(STAMP) 2>/dev/null)
 
-.PHONY: help demo test test-slow test-gpu test-core test-harness lint docs clean
+.PHONY: help demo test test-docs test-slow test-gpu test-core test-harness lint docs clean
 ifneq ($(FOUND),$(WANTED))
 .PHONY: $(STAMP)
 endif
@@ -33,6 +33,7 @@ endif
 help:
 	@echo 'make demo        train a small model on the Python standard library in five minutes, and see what it can do'
 	@echo 'make test        run the tests'
+	@echo 'make test-docs   run every command of the documentation'
 	@echo 'make test-slow   run the slow tests as well'
 	@echo 'make test-gpu    run the tests that need a CUDA device'
 	@echo 'make test-core   run the tests that meet megatron-core on its newest release (Python 3.12)'
@@ -60,6 +61,9 @@ demo: $(STAMP)
 # Two at a time: many wait for processes, and each of those has one thread.
 test: $(STAMP)
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+test-docs: $(STAMP)
+	.venv/bin/python -m pytest -m 'not gpu' tests/test_docs.py
 
 test-slow: $(STAMP)
 	.venv/bin/python -m pytest -m 'not gpu'

@@ -238,6 +238,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
     yield Runner(tmp_path)
 
 
+@pytest.mark.slow  # `make test-docs`, which .ci/run calls
 @pytest.mark.distributed
 @pytest.mark.timeout(900)  # some eighty commands, one after the other
 def test_every_command_in_the_documentation_runs(runner: Runner) -> None:
