@@ -63,7 +63,7 @@ test: $(STAMP)
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 test-docs: $(STAMP)
-	.venv/bin/python -m pytest -m 'not gpu' tests/test_docs.py
+	.venv/bin/python -m pytest -m 'not gpu' tests/test_docs.py tests/test_speedrun.py
 
 test-slow: $(STAMP)
 	.venv/bin/python -m pytest -m 'not gpu'

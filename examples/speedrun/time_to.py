@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_md.data.shards import load_manifest
@@ -51,8 +52,7 @@ def rows(run: Recorded, bits_per_nat: float, targets: list[float], price: float 
 
 def training_seconds(run: Recorded, step: int) -> float:
     """What the steps up to `step` took."""
-    before = [{"tokens": 0}, *run.records]
-    lines = zip(before, run.records, strict=False)
+    lines = pairwise([{"tokens": 0}, *run.records])
     return sum(
         (line["tokens"] - last["tokens"]) / line["tokens_per_second"] for last, line in lines if line["step"] <= step
     )

@@ -52,7 +52,7 @@ def judge(run: Path, corpus: Path, held_out: Sequence[str]) -> None:
     table = Table("held-out text", "bits per byte", box=None, pad_edge=False)
     table.add_row("frequencies of tokens", f"{entropy / math.log(2.0) * manifest.tokens / manifest.text_bytes:.2f}")
     table.add_row(f"gzip -9, {len(text) / 1e6:.1f} MB at once", f"{8 * len(gzip.compress(text, 9)) / len(text):.2f}")
-    table.add_row("this model, 128 tokens at a time", f"{bits:.2f} ± {bits * found.stderr / found.nelbo:.2f}, a bound")
+    table.add_row("this model, a row at a time", f"{bits:.2f} ± {bits * found.stderr / found.nelbo:.2f}, a bound")
     console.print(table)
 
 
@@ -61,7 +61,11 @@ def fill_in(run: Path, held_out: Sequence[str]) -> None:
     functions = (found[0] for text in held_out for found in FUNCTION.finditer(text))
     with md.load(run) as (model, tokenizer):
         encoded = (tokenizer.encode(function).tolist() for function in functions)
-        tokens = next(one for one in encoded if SHORTEST <= len(one) <= model.max_length)
+        tokens = next((one for one in encoded if SHORTEST <= len(one) <= model.max_length), None)
+        if tokens is None:
+            raise UserError(
+                f"{run}: no held-out function has {SHORTEST} to {model.max_length} tokens; take longer rows"
+            )
         masked = random.Random(0).sample(range(1, len(tokens)), round(MASKED * len(tokens)))
         canvas_BL = torch.tensor([tokens], device=model.device)
         canvas_BL[0, masked] = tokenizer.mask_token_id
